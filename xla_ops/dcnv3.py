@@ -1,0 +1,134 @@
+"""DCNv3, deformable convolution version 3: the public operator, its checks and its dispatch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from xla_ops.dcnv3_gather import dcnv3_gather
+from xla_ops.geometry import Geometry
+
+Implementation = Literal["kernel", "gather"]
+
+_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16", "float64"))
+
+
+def dcnv3(
+    x: jax.Array,
+    offset: jax.Array,
+    mask: jax.Array,
+    *,
+    group: int,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    pad: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Samples `x` bilinearly at P learned points per position and group, and sums them weighted.
+
+    For each output position (i, j) and group g, with P = kernel_h * kernel_w points (one less with
+    `remove_center`)
+
+        y[n, i, j, g] = sum over p of mask[n, i, j, g, p] * bilinear(x[n, :, :, g], loc_h, loc_w)
+        loc_w = j * stride_w - pad_w + r_w + (a * dilation_w - r_w + offset_x) * offset_scale
+
+    and loc_h likewise from i, b and offset_y, in pixels of the unpadded input, with
+    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b: points run along x slowest. A neighbour
+    outside the map counts as zero, and so does a point at or beyond one pixel outside, at infinity
+    or at NaN. The derivative by an offset at an integer location is that of the cell to the right.
+
+    Args:
+        x: Features (N, H, W, G * D), float32, bfloat16, float16 or float64.
+        offset: (N, Ho, Wo, G * P * 2) in pixels, pairs (x, y), of x's dtype.
+        mask: Weight of each point (N, Ho, Wo, G * P), used as it is (InternImage passes a softmax over
+            the P points), of x's dtype.
+        group: Number of groups G; each has offsets and weights of its own.
+        kernel_size: Points along (h, w); like stride, pad and dilation, an int serves both axes.
+        stride: Pixels between output positions along (h, w).
+        pad: Pixels of zeros around the input along (h, w).
+        dilation: Pixels between points along (h, w).
+        offset_scale: Factor on both the offsets and the grid of points itself.
+        remove_center: Leaves out the middle point; square odd kernels only.
+        implementation: "gather" is jnp and runs anywhere; "kernel" is the compiled custom call; None
+            takes the best there is.
+
+    Returns:
+        (N, Ho, Wo, G * D) of x's dtype, where
+        Ho = (H + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1. Locations, bilinear
+        weights and sums are float32 for bfloat16 and float16, and of x's dtype otherwise.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+
+    Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1, equation 2.
+    """
+    geometry = Geometry(
+        kernel_size=_pair("kernel_size", kernel_size, at_least=1),
+        stride=_pair("stride", stride, at_least=1),
+        pad=_pair("pad", pad, at_least=0),
+        dilation=_pair("dilation", dilation, at_least=1),
+        group=_integer("group", group, at_least=1),
+        offset_scale=float(offset_scale),
+        remove_center=bool(remove_center),
+    )
+    _check(x, offset, mask, geometry)
+    if implementation not in ("gather", None):
+        if implementation != "kernel":
+            raise ValueError(f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}")
+        raise ValueError("implementation: 'kernel' is not part of this build; use 'gather' or None")
+    return dcnv3_gather(x, offset, mask, geometry)
+
+
+def _integer(name: str, value: int, *, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
+    return value
+
+
+def _pair(name: str, value: int | tuple[int, int], *, at_least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected an integer or a pair (h, w), got {value!r}")
+    return _integer(name, pair[0], at_least=at_least), _integer(name, pair[1], at_least=at_least)
+
+
+def _check(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geometry) -> None:
+    arrays = {"x": x, "offset": offset, "mask": mask}
+    for name, array in arrays.items():
+        if array.ndim != 4:
+            raise ValueError(f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+    for name, array in arrays.items():
+        if array.dtype != x.dtype:
+            raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {array.dtype}")
+
+    kernel_h, kernel_w = geometry.kernel_size
+    if geometry.remove_center and (kernel_h != kernel_w or kernel_h % 2 == 0):
+        raise ValueError(
+            f"remove_center: expected a square odd kernel, got kernel_size {geometry.kernel_size}"
+        )
+    n, h, w, channels = x.shape
+    if channels == 0 or channels % geometry.group:
+        raise ValueError(
+            f"x: expected channels that {geometry.group} groups divide, got {channels} channels"
+        )
+    out_h, out_w = geometry.output_size((h, w))
+    if h < 1 or w < 1 or out_h < 1 or out_w < 1:
+        raise ValueError(
+            f"x: a map of {h}x{w} is too small for kernel_size {geometry.kernel_size}, "
+            f"dilation {geometry.dilation} and pad {geometry.pad}"
+        )
+    points = len(geometry.points)
+    for name, array, each in (("offset", offset, 2), ("mask", mask, 1)):
+        expected = (n, out_h, out_w, geometry.group * points * each)
+        if array.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {expected} for x of shape {x.shape}, {geometry.group} groups "
+                f"and {points} points, got {array.shape}"
+            )

@@ -1,0 +1,388 @@
+"""InternImage in Flax NNX, its layers in reading order.
+
+An attribute's path is its parameter's path, so `levels.0.blocks.2.dcn.offset.kernel` is found here by
+reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage (CVPR 2023, arXiv
+2211.05778), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+import xla_ops
+from internimage_jax.clip_head import ClipHead
+from internimage_jax.common import (
+    Context,
+    activation,
+    conv_bias,
+    conv_kernel,
+    drop_path,
+    dropout,
+    normalize,
+    split,
+    xavier,
+    zeros,
+)
+from internimage_jax.config import InternImageConfig
+
+
+def _stride_2_conv(ctx: Context, inputs: int, outputs: int, *, bias: bool) -> nnx.Conv:
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (3, 3),
+        strides=2,
+        padding=((1, 1), (1, 1)),  # on both sides, which SAME is not at stride 2
+        use_bias=bias,
+        kernel_init=conv_kernel,
+        bias_init=conv_bias(fan_in=9 * inputs),
+        **ctx.dtypes,
+    )
+
+
+class StemLayer(nnx.Module):
+    """Two convolutions that bring an image to a quarter of its sides."""
+
+    def __init__(self, ctx: Context):
+        channels, kind = ctx.config.channels, ctx.config.norm_layer
+        self.conv1 = _stride_2_conv(ctx, 3, channels // 2, bias=True)
+        self.norm1 = ctx.norm(channels // 2, kind)
+        self.conv2 = _stride_2_conv(ctx, channels // 2, channels, bias=True)
+        self.norm2 = ctx.norm(channels, kind)
+        self.activation = activation(ctx.config)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = self.activation(normalize(self.norm1, self.conv1(x), train))  # (N, H/2, W/2, C/2)
+        return normalize(self.norm2, self.conv2(x), train)  # (N, H/4, W/4, C)
+
+
+class DownsampleLayer(nnx.Module):
+    """A convolution that halves the sides and doubles the channels."""
+
+    def __init__(self, ctx: Context, channels: int):
+        self.conv = _stride_2_conv(ctx, channels, 2 * channels, bias=False)
+        self.norm = ctx.norm(2 * channels, ctx.config.norm_layer)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        return normalize(self.norm, self.conv(x), train)  # (N, H/2, W/2, 2C)
+
+
+class MLPLayer(nnx.Module):
+    """The feed-forward half of a layer."""
+
+    def __init__(self, ctx: Context, channels: int):
+        hidden = int(channels * ctx.config.mlp_ratio)
+        self.fc1 = ctx.linear(channels, hidden)
+        self.fc2 = ctx.linear(hidden, channels)
+        self.activation = activation(ctx.config)
+        self.drop_rate = ctx.config.drop_rate
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        key1, key2 = split(key, 2)
+        x = dropout(self.activation(self.fc1(x)), self.drop_rate, key1)
+        return dropout(self.fc2(x), self.drop_rate, key2)
+
+
+class DepthwiseLayer(nnx.Module):
+    """The depthwise convolution, norm and activation that DCNv3 reads its offsets from."""
+
+    def __init__(self, ctx: Context, channels: int):
+        size = ctx.config.dw_kernel_size or 3
+        self.conv = nnx.Conv(
+            channels,
+            channels,
+            (size, size),
+            feature_group_count=channels,
+            kernel_init=conv_kernel,
+            bias_init=conv_bias(fan_in=size * size),
+            **ctx.dtypes,
+        )
+        self.norm = ctx.norm(channels, ctx.config.norm_layer)
+        self.activation = activation(ctx.config)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        # On a CPU, XLA's depthwise convolution is some thirty times slower than the sum.
+        x = lax.platform_dependent(x, cpu=self._sum_of_shifts, default=self.conv)
+        return self.activation(normalize(self.norm, x, train))
+
+    def _sum_of_shifts(self, x: jax.Array) -> jax.Array:
+        """Computes `self.conv(x)`."""
+        dtype = self.conv.dtype or x.dtype
+        kernel, bias = self.conv.kernel[...].astype(dtype), self.conv.bias[...].astype(dtype)
+        size, (_, h, w, _) = kernel.shape[0], x.shape
+        sides = (size // 2, size // 2)
+        padded = jnp.pad(x.astype(dtype), ((0, 0), sides, sides, (0, 0)))
+        y = jnp.broadcast_to(bias, x.shape)
+        for i in range(size):
+            for j in range(size):
+                y += padded[:, i : i + h, j : j + w] * kernel[i, j, 0]
+        return y
+
+
+class DCNv3(nnx.Module):
+    """Deformable convolution version 3 with the projections around it (section 3.1)."""
+
+    def __init__(self, ctx: Context, channels: int, group: int):
+        config = ctx.config
+        points = 9 - config.remove_center
+        self.dw_conv = DepthwiseLayer(ctx, channels)
+        self.offset = ctx.linear(channels, group * points * 2, zeros)
+        self.mask = ctx.linear(channels, group * points, zeros)
+        self.input_proj = ctx.linear(channels, channels, xavier)
+        self.output_proj = ctx.linear(channels, channels, xavier)
+        if config.center_feature_scale:
+            self.center_feature_scale_proj = ctx.linear(channels, group, zeros)
+        self.center_feature_scale = config.center_feature_scale
+        self.group = group
+        self.offset_scale = float(config.offset_scale)
+        self.remove_center = config.remove_center
+        self.implementation = ctx.implementation
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        n, h, w, channels = x.shape
+        features = self.dw_conv(x, train=train)
+        logits = self.mask(features).reshape(n, h, w, self.group, -1)
+        # For half precision the exponentials and their sum are float32.
+        mask = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        x = self.input_proj(x)
+        y = xla_ops.dcnv3(
+            x,
+            self.offset(features),
+            mask.astype(x.dtype).reshape(n, h, w, -1),
+            group=self.group,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+            implementation=self.implementation,
+        )
+        if self.center_feature_scale:
+            scale = jax.nn.sigmoid(self.center_feature_scale_proj(features))  # (N, H, W, G)
+            scale = jnp.repeat(scale, channels // self.group, axis=-1)  # (N, H, W, C)
+            y = y * (1 - scale) + x * scale
+        return self.output_proj(y)
+
+
+class InternImageLayer(nnx.Module):
+    """DCNv3 and MLP, each a residual branch with its norms (section 3.2, "Basic block")."""
+
+    def __init__(self, ctx: Context, channels: int, group: int, drop_path_rate: float):
+        config = ctx.config
+        self.norm1 = ctx.norm(channels)
+        self.dcn = DCNv3(ctx, channels, group)
+        self.norm2 = ctx.norm(channels)
+        self.mlp = MLPLayer(ctx, channels)
+        self.layer_scale = config.layer_scale is not None
+        if self.layer_scale:
+            self.gamma1 = nnx.Param(jnp.full((channels,), config.layer_scale, ctx.param_dtype))
+            self.gamma2 = nnx.Param(jnp.full((channels,), config.layer_scale, ctx.param_dtype))
+        self.post_norm = config.post_norm
+        self.res_post_norm = config.res_post_norm
+        if self.res_post_norm:
+            self.res_post_norm1 = ctx.norm(channels)
+            self.res_post_norm2 = ctx.norm(channels)
+        self.drop_path_rate = drop_path_rate
+
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        key1, key2, key3 = split(key, 3)
+
+        y = self.dcn(x if self.post_norm else self.norm1(x), train=train)
+        if self.post_norm:
+            y = self.norm1(y)
+        if self.res_post_norm:
+            y = self.res_post_norm1(y)
+        if self.layer_scale:
+            y *= self.gamma1.astype(y.dtype)
+        x += drop_path(y, self.drop_path_rate, key1)
+
+        y = self.mlp(x if self.post_norm else self.norm2(x), key=key2)
+        if self.post_norm:
+            y = self.norm2(y)
+        if self.res_post_norm:
+            y = self.res_post_norm2(y)
+        if self.layer_scale:
+            y *= self.gamma2.astype(y.dtype)
+        return x + drop_path(y, self.drop_path_rate, key3)
+
+
+def _recomputed(
+    layer: InternImageLayer, x: jax.Array, *, train: bool, key: jax.Array | None
+) -> jax.Array:
+    """Calls `layer`, keeping nothing for the backward pass but its input (option `with_cp`)."""
+    graphdef, state = nnx.split(layer)
+
+    @jax.checkpoint
+    def call(state, x, key):
+        layer = nnx.merge(graphdef, state)
+        return layer(x, train=train, key=key), nnx.state(layer, nnx.BatchStat)
+
+    x, statistics = call(state, x, key)
+    nnx.update(layer, statistics)
+    return x
+
+
+class InternImageBlock(nnx.Module):
+    """One of the four levels: its layers, its norm, and the downsampling to the next."""
+
+    def __init__(self, ctx: Context, level: int):
+        config = ctx.config
+        channels, group = config.level_channels(level), config.groups[level]
+        self.blocks = nnx.List(
+            [InternImageLayer(ctx, channels, group, rate) for rate in config.drop_path_rates[level]]
+        )
+        self.post_norm_block_ids = config.post_norm_block_ids if level == 2 else ()
+        if self.post_norm_block_ids:
+            self.post_norms = nnx.List([ctx.norm(channels) for _ in self.post_norm_block_ids])
+        if not config.post_norm or config.center_feature_scale:
+            self.norm = ctx.norm(channels)
+        if level < 3:
+            self.downsample = DownsampleLayer(ctx, channels)
+        self.has_norm = not config.post_norm or config.center_feature_scale
+        self.with_cp = config.with_cp
+
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the level's map, which `downsample` takes to the next level."""
+        keys = split(key, len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            if self.with_cp:
+                x = _recomputed(block, x, train=train, key=keys[i])
+            else:
+                x = block(x, train=train, key=keys[i])
+            if i in self.post_norm_block_ids:
+                x = self.post_norms[self.post_norm_block_ids.index(i)](x)
+        return self.norm(x) if self.has_norm else x
+
+
+class ConvHead(nnx.Module):
+    """The pooling of T to XL: pointwise convolution, BatchNorm, activation, mean over the map."""
+
+    def __init__(self, ctx: Context):
+        channels = ctx.config.level_channels(3)
+        self.channels = int(channels * ctx.config.cls_scale)
+        self.conv = ctx.linear(channels, self.channels, conv_kernel, bias=False)
+        self.norm = ctx.norm(self.channels, "BN")
+        self.activation = activation(ctx.config)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = self.activation(normalize(self.norm, self.conv(x), train))
+        return x.mean(axis=(1, 2))  # (N, channels)
+
+
+class InternImageOutput(NamedTuple):
+    """Everything a forward pass gives; the names are those of the released models.
+
+    Under `jax.jit`, what is not used is not computed.
+    """
+
+    logits: jax.Array | None  # (N, num_classes); None without a head
+    pooler_output: jax.Array | None  # (N, channels of the pooled features); None without a head
+    hidden_states: tuple[jax.Array, ...]  # four maps, (N, H/4, W/4, C) to (N, H/32, W/32, 8C)
+    last_hidden_state: jax.Array  # the last of them
+
+
+class InternImage(nnx.Module):
+    """The InternImage backbone with its classifier.
+
+    Args:
+        config: The architecture.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
+        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
+        rngs: For the initial values. `nnx.eval_shape` around the constructor makes none.
+    """
+
+    def __init__(
+        self,
+        config: InternImageConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: xla_ops.Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        ctx = Context(config, dtype, param_dtype, implementation, rngs)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.patch_embed = StemLayer(ctx)
+        self.levels = nnx.List([InternImageBlock(ctx, level) for level in range(4)])
+        if config.num_classes:
+            if config.use_clip_projector:
+                self.clip_head = ClipHead(ctx)
+                pooled = self.clip_head.channels
+            else:
+                self.conv_head = ConvHead(ctx)
+                pooled = self.conv_head.channels
+            self.head = ctx.linear(pooled, config.num_classes)
+
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the logits of `images`; for a model without classes, the last map.
+
+        Args:
+            images: (N, H, W, 3), normalised as in `internimage_jax.preprocess`; any floating dtype.
+                H and G want sides that are multiples of 32.
+            train: Uses batch statistics in BatchNorms, and updates the running ones; drops out at
+                the rates of the config.
+            key: Source of the dropout, a JAX PRNG key; needed in training if a rate is above 0.
+
+        Returns:
+            (N, num_classes), at least float32.
+
+        Raises:
+            ValueError: `images` or `key` does not fit.
+        """
+        output = self.outputs(images, train=train, key=key)
+        return output.last_hidden_state if output.logits is None else output.logits
+
+    def outputs(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> InternImageOutput:
+        """Returns logits, pooled features and feature maps; the arguments are those of a call."""
+        maps = self.features(images, train=train, key=key)
+        if not self.config.num_classes:
+            return InternImageOutput(None, None, maps, maps[-1])
+        if self.config.use_clip_projector:
+            pooled = self.clip_head(maps[2], maps[3])
+        else:
+            pooled = self.conv_head(maps[3], train=train)
+        logits = self.head(pooled)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return InternImageOutput(logits, pooled, maps, maps[-1])
+
+    def features(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Returns the maps of the four levels; the arguments are those of a call."""
+        self._check(images, train, key)
+        keys = split(key if train else None, 5)
+        x = self.patch_embed(images.astype(self.dtype), train=train)
+        x = dropout(x, self.config.drop_rate, keys[0])
+        maps = [self.levels[0](x, train=train, key=keys[1])]
+        for i in range(1, 4):
+            x = self.levels[i - 1].downsample(maps[-1], train=train)
+            maps.append(self.levels[i](x, train=train, key=keys[i + 1]))
+        return tuple(maps)
+
+    def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images: expected shape (N, H, W, 3), got {images.shape}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images: expected normalised floats, got {images.dtype}")
+        if 0 in images.shape[1:3]:
+            raise ValueError(f"images: expected sides of at least 1, got {images.shape}")
+        config = self.config
+        if config.num_classes and config.use_clip_projector and any(s % 32 for s in images.shape[1:3]):
+            raise ValueError(
+                f"images: this model's head needs sides that are multiples of 32, got {images.shape}"
+            )
+        if train and key is None and (config.drop_rate or config.drop_path_rate):
+            raise ValueError("key: training with drop_rate or drop_path_rate needs a PRNG key, got None")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internimage_jax.common import Context, conv_bias, conv_kernel, zeros
+from internimage_jax.common import Context
 from internimage_jax.shapes import CLIP_OUT, CLIP_WIDTH
 
 _HEADS = 16
@@ -19,9 +19,9 @@ class CrossAttention(nnx.Module):
         self.q = ctx.linear(CLIP_WIDTH, CLIP_WIDTH, bias=False)
         self.k = ctx.linear(CLIP_WIDTH, CLIP_WIDTH, bias=False)
         self.v = ctx.linear(CLIP_WIDTH, CLIP_WIDTH, bias=False)
-        self.q_bias = nnx.Param(zeros(ctx.rngs.params(), (CLIP_WIDTH,), ctx.param_dtype))
-        self.k_bias = nnx.Param(zeros(ctx.rngs.params(), (CLIP_WIDTH,), ctx.param_dtype))
-        self.v_bias = nnx.Param(zeros(ctx.rngs.params(), (CLIP_WIDTH,), ctx.param_dtype))
+        self.q_bias = ctx.vector(CLIP_WIDTH)
+        self.k_bias = ctx.vector(CLIP_WIDTH)
+        self.v_bias = ctx.vector(CLIP_WIDTH)
         self.proj = ctx.linear(CLIP_WIDTH, CLIP_OUT)
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -66,13 +66,8 @@ class ClipHead(nnx.Module):
     def __init__(self, ctx: Context):
         third, last = ctx.config.level_channels(2), ctx.config.level_channels(3)
         self.channels = CLIP_OUT
-
-        def pointwise(inputs: int, outputs: int) -> nnx.Linear:
-            bias = conv_bias(fan_in=inputs)
-            return nnx.Linear(inputs, outputs, kernel_init=conv_kernel, bias_init=bias, **ctx.dtypes)
-
-        self.dcnv3_head_x4 = pointwise(last, 4 * CLIP_WIDTH)
-        self.dcnv3_head_x3 = pointwise(third, CLIP_WIDTH)
+        self.dcnv3_head_x4 = ctx.linear(last, 4 * CLIP_WIDTH)
+        self.dcnv3_head_x3 = ctx.linear(third, CLIP_WIDTH)
         self.clip_projector = AttentionPoolingBlock(ctx)
         self.fc_norm = ctx.norm(CLIP_OUT)
 

@@ -1,4 +1,4 @@
-"""What the layers share: how they are built, normalised, initialised and dropped out."""
+"""What the layers share: how they are built, normalised and dropped out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -14,47 +13,68 @@ from jax.typing import DTypeLike
 import xla_ops
 from internimage_jax.config import InternImageConfig
 
-# The initial values of the official code: PyTorch's own for convolutions, 0.02 for linear layers.
-conv_kernel = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-linear_kernel = nnx.initializers.normal(0.02)
-xavier = nnx.initializers.xavier_uniform()
-zeros = nnx.initializers.zeros_init()
+
+def _shape_only(key: Any, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
-def conv_bias(fan_in: int) -> Callable[..., jax.Array]:
-    """The initializer of a convolution's bias, uniform in +-1 / sqrt(fan_in)."""
-    bound = fan_in**-0.5
+class _NoKeys:
+    """Stands in for `nnx.Rngs` where no values are drawn."""
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    def params(self) -> None:
+        return None
 
 
 class Context(NamedTuple):
-    """What every layer is built with besides its sizes."""
+    """What every layer is built with besides its sizes.
+
+    Layers are built without values: a model is filled once, by its checkpoint or by
+    `internimage_jax.initial`. Tracing 600 initializers takes longer than reading a checkpoint.
+    """
 
     config: InternImageConfig
     dtype: DTypeLike  # of the computation
     param_dtype: DTypeLike
     implementation: xla_ops.Implementation | None  # of DCNv3
-    rngs: nnx.Rngs
 
     @property
-    def dtypes(self) -> dict[str, Any]:
-        """The arguments that every flax layer takes."""
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "bias_init": _shape_only,
+            "rngs": _NoKeys(),
+        }
 
-    def linear(self, inputs: int, outputs: int, init: Any = linear_kernel, bias: bool = True) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, **self.dtypes)
+    def linear(self, inputs: int, outputs: int, *, bias: bool = True) -> nnx.Linear:
+        return nnx.Linear(
+            inputs, outputs, use_bias=bias, kernel_init=_shape_only, **self._arguments
+        )
+
+    def conv(
+        self, inputs: int, outputs: int, size: int, *, bias: bool = True, **settings: Any
+    ) -> nnx.Conv:
+        return nnx.Conv(
+            inputs,
+            outputs,
+            (size, size),
+            # On both sides, which SAME is not at stride 2.
+            padding=((size // 2, size // 2), (size // 2, size // 2)),
+            use_bias=bias,
+            kernel_init=_shape_only,
+            **settings,
+            **self._arguments,
+        )
 
     def norm(self, channels: int, kind: str = "LN") -> nnx.LayerNorm | nnx.BatchNorm:
         # The fast variance, E[x^2] - E[x]^2, cancels where a channel's mean is large.
+        settings = {"use_fast_variance": False, "scale_init": _shape_only, **self._arguments}
         if kind == "BN":
-            return nnx.BatchNorm(
-                channels, epsilon=1e-5, momentum=0.9, use_fast_variance=False, **self.dtypes
-            )
-        return nnx.LayerNorm(channels, epsilon=1e-6, use_fast_variance=False, **self.dtypes)
+            return nnx.BatchNorm(channels, epsilon=1e-5, momentum=0.9, **settings)
+        return nnx.LayerNorm(channels, epsilon=1e-6, **settings)
+
+    def vector(self, channels: int) -> nnx.Param:
+        return nnx.Param(_shape_only(None, (channels,), self.param_dtype))
 
 
 def normalize(norm: nnx.LayerNorm | nnx.BatchNorm, x: jax.Array, train: bool) -> jax.Array:

@@ -89,8 +89,8 @@ class InternImageConfig:
         for level, group in enumerate(self.groups):
             if self.level_channels(level) % group:
                 raise ValueError(
-                    f"config: groups must divide the channels of their level, got {group} groups for "
-                    f"the {self.level_channels(level)} channels of level {level}"
+                    f"config: groups must divide the channels of their level, got {group} groups "
+                    f"for the {self.level_channels(level)} channels of level {level}"
                 )
         if self.num_classes < 0:
             raise ValueError(f"config: num_classes must not be negative, got {self.num_classes}")
@@ -107,9 +107,12 @@ class InternImageConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"config: {name} must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
                 )
-        if self.dw_kernel_size is not None and (self.dw_kernel_size < 1 or self.dw_kernel_size % 2 == 0):
+        if self.dw_kernel_size is not None and (
+            self.dw_kernel_size < 1 or self.dw_kernel_size % 2 == 0
+        ):
             raise ValueError(f"config: dw_kernel_size must be odd, got {self.dw_kernel_size}")
         ids = self.post_norm_block_ids
         if len(set(ids)) != len(ids) or any(not 0 <= i < self.depths[2] for i in ids):
@@ -240,9 +243,7 @@ _S = InternImageConfig(
     channels=80, depths=(4, 4, 21, 4), groups=(5, 10, 20, 40), post_norm=True, layer_scale=1e-5
 )
 _B = _S.replace(channels=112, groups=(7, 14, 28, 56))
-_L = _S.replace(
-    channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0
-)
+_L = _S.replace(channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0)
 _XL = _L.replace(channels=192, depths=(5, 5, 24, 5), groups=(12, 24, 48, 96))
 _H = InternImageConfig(
     channels=320,
@@ -272,13 +273,21 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel("internimage_t_1k_224", _T, 224, "none", 83.5),
         ReleasedModel("internimage_s_1k_224", _S, 224, "none", 84.2),
         ReleasedModel("internimage_b_1k_224", _B, 224, "none", 84.9),
-        ReleasedModel("internimage_l_22k_384", _L.replace(num_classes=_22K), 384, "ImageNet-22K", None),
+        ReleasedModel(
+            "internimage_l_22k_384", _L.replace(num_classes=_22K), 384, "ImageNet-22K", None
+        ),
         ReleasedModel("internimage_l_22kto1k_384", _L, 384, "ImageNet-22K", 87.7),
-        ReleasedModel("internimage_xl_22k_384", _XL.replace(num_classes=_22K), 384, "ImageNet-22K", None),
+        ReleasedModel(
+            "internimage_xl_22k_384", _XL.replace(num_classes=_22K), 384, "ImageNet-22K", None
+        ),
         ReleasedModel("internimage_xl_22kto1k_384", _XL, 384, "ImageNet-22K", 88.0),
-        ReleasedModel("internimage_h_jointto22k_384", _H.replace(num_classes=_22K), 384, _JOINT, None),
+        ReleasedModel(
+            "internimage_h_jointto22k_384", _H.replace(num_classes=_22K), 384, _JOINT, None
+        ),
         ReleasedModel("internimage_h_22kto1k_640", _H, 640, _JOINT, 89.6),
-        ReleasedModel("internimage_g_jointto22k_384", _G.replace(num_classes=_22K), 384, _JOINT, None),
+        ReleasedModel(
+            "internimage_g_jointto22k_384", _G.replace(num_classes=_22K), 384, _JOINT, None
+        ),
         ReleasedModel("internimage_g_22kto1k_512", _G, 512, _JOINT, 90.1),
     )
 }

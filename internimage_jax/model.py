@@ -1,7 +1,7 @@
 """InternImage in Flax NNX, its layers in reading order.
 
-An attribute's path is its parameter's path, so `levels.0.blocks.2.dcn.offset.kernel` is found here by
-reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage (CVPR 2023, arXiv
+An attribute's path is its parameter's path, so `levels.0.blocks.2.dcn.offset.kernel` is found here
+by reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage (CVPR 2023, arXiv
 2211.05778), section 3.
 """
 
@@ -20,30 +20,14 @@ from internimage_jax.clip_head import ClipHead
 from internimage_jax.common import (
     Context,
     activation,
-    conv_bias,
-    conv_kernel,
     drop_path,
     dropout,
     normalize,
     split,
-    xavier,
-    zeros,
 )
 from internimage_jax.config import InternImageConfig
-
-
-def _stride_2_conv(ctx: Context, inputs: int, outputs: int, *, bias: bool) -> nnx.Conv:
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (3, 3),
-        strides=2,
-        padding=((1, 1), (1, 1)),  # on both sides, which SAME is not at stride 2
-        use_bias=bias,
-        kernel_init=conv_kernel,
-        bias_init=conv_bias(fan_in=9 * inputs),
-        **ctx.dtypes,
-    )
+from internimage_jax.initial import fill, initial_values
+from internimage_jax.preprocess import Preprocessing
 
 
 class StemLayer(nnx.Module):
@@ -51,9 +35,9 @@ class StemLayer(nnx.Module):
 
     def __init__(self, ctx: Context):
         channels, kind = ctx.config.channels, ctx.config.norm_layer
-        self.conv1 = _stride_2_conv(ctx, 3, channels // 2, bias=True)
+        self.conv1 = ctx.conv(3, channels // 2, 3, strides=2)
         self.norm1 = ctx.norm(channels // 2, kind)
-        self.conv2 = _stride_2_conv(ctx, channels // 2, channels, bias=True)
+        self.conv2 = ctx.conv(channels // 2, channels, 3, strides=2)
         self.norm2 = ctx.norm(channels, kind)
         self.activation = activation(ctx.config)
 
@@ -66,7 +50,7 @@ class DownsampleLayer(nnx.Module):
     """A convolution that halves the sides and doubles the channels."""
 
     def __init__(self, ctx: Context, channels: int):
-        self.conv = _stride_2_conv(ctx, channels, 2 * channels, bias=False)
+        self.conv = ctx.conv(channels, 2 * channels, 3, bias=False, strides=2)
         self.norm = ctx.norm(2 * channels, ctx.config.norm_layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -94,15 +78,7 @@ class DepthwiseLayer(nnx.Module):
 
     def __init__(self, ctx: Context, channels: int):
         size = ctx.config.dw_kernel_size or 3
-        self.conv = nnx.Conv(
-            channels,
-            channels,
-            (size, size),
-            feature_group_count=channels,
-            kernel_init=conv_kernel,
-            bias_init=conv_bias(fan_in=size * size),
-            **ctx.dtypes,
-        )
+        self.conv = ctx.conv(channels, channels, size, feature_group_count=channels)
         self.norm = ctx.norm(channels, ctx.config.norm_layer)
         self.activation = activation(ctx.config)
 
@@ -114,7 +90,8 @@ class DepthwiseLayer(nnx.Module):
     def _sum_of_shifts(self, x: jax.Array) -> jax.Array:
         """Computes `self.conv(x)`."""
         dtype = self.conv.dtype or x.dtype
-        kernel, bias = self.conv.kernel[...].astype(dtype), self.conv.bias[...].astype(dtype)
+        kernel = self.conv.kernel[...].astype(dtype)  # (size, size, 1, C)
+        bias = self.conv.bias[...].astype(dtype)  # type: ignore[index]
         size, (_, h, w, _) = kernel.shape[0], x.shape
         sides = (size // 2, size // 2)
         padded = jnp.pad(x.astype(dtype), ((0, 0), sides, sides, (0, 0)))
@@ -132,17 +109,17 @@ class DCNv3(nnx.Module):
         config = ctx.config
         points = 9 - config.remove_center
         self.dw_conv = DepthwiseLayer(ctx, channels)
-        self.offset = ctx.linear(channels, group * points * 2, zeros)
-        self.mask = ctx.linear(channels, group * points, zeros)
-        self.input_proj = ctx.linear(channels, channels, xavier)
-        self.output_proj = ctx.linear(channels, channels, xavier)
+        self.offset = ctx.linear(channels, group * points * 2)
+        self.mask = ctx.linear(channels, group * points)
+        self.input_proj = ctx.linear(channels, channels)
+        self.output_proj = ctx.linear(channels, channels)
         if config.center_feature_scale:
-            self.center_feature_scale_proj = ctx.linear(channels, group, zeros)
+            self.center_feature_scale_proj = ctx.linear(channels, group)
         self.center_feature_scale = config.center_feature_scale
         self.group = group
         self.offset_scale = float(config.offset_scale)
         self.remove_center = config.remove_center
-        self.implementation = ctx.implementation
+        self.implementation: xla_ops.Implementation | None = ctx.implementation
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         n, h, w, channels = x.shape
@@ -178,8 +155,7 @@ class InternImageLayer(nnx.Module):
         self.mlp = MLPLayer(ctx, channels)
         self.layer_scale = config.layer_scale is not None
         if self.layer_scale:
-            self.gamma1 = nnx.Param(jnp.full((channels,), config.layer_scale, ctx.param_dtype))
-            self.gamma2 = nnx.Param(jnp.full((channels,), config.layer_scale, ctx.param_dtype))
+            self.gamma1, self.gamma2 = ctx.vector(channels), ctx.vector(channels)
         self.post_norm = config.post_norm
         self.res_post_norm = config.res_post_norm
         if self.res_post_norm:
@@ -267,7 +243,7 @@ class ConvHead(nnx.Module):
     def __init__(self, ctx: Context):
         channels = ctx.config.level_channels(3)
         self.channels = int(channels * ctx.config.cls_scale)
-        self.conv = ctx.linear(channels, self.channels, conv_kernel, bias=False)
+        self.conv = ctx.linear(channels, self.channels, bias=False)
         self.norm = ctx.norm(self.channels, "BN")
         self.activation = activation(ctx.config)
 
@@ -296,7 +272,10 @@ class InternImage(nnx.Module):
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
         implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
-        rngs: For the initial values. `nnx.eval_shape` around the constructor makes none.
+        rngs: Source of the initial values; None leaves the parameters without values, as
+            `nnx.eval_shape` around the constructor would, but much faster.
+        name: What reports call the model.
+        preprocessing: How its images are made; None is ImageNet's at 224 pixels.
     """
 
     def __init__(
@@ -306,11 +285,15 @@ class InternImage(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         implementation: xla_ops.Implementation | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
+        name: str = "internimage",
+        preprocessing: Preprocessing | None = None,
     ):
-        ctx = Context(config, dtype, param_dtype, implementation, rngs)
+        ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.name = name
+        self.preprocessing = preprocessing or Preprocessing(224)
         self.patch_embed = StemLayer(ctx)
         self.levels = nnx.List([InternImageBlock(ctx, level) for level in range(4)])
         if config.num_classes:
@@ -321,6 +304,7 @@ class InternImage(nnx.Module):
                 self.conv_head = ConvHead(ctx)
                 pooled = self.conv_head.channels
             self.head = ctx.linear(pooled, config.num_classes)
+        fill(self, {} if rngs is None else initial_values(config, rngs.params(), param_dtype))
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -380,9 +364,15 @@ class InternImage(nnx.Module):
         if 0 in images.shape[1:3]:
             raise ValueError(f"images: expected sides of at least 1, got {images.shape}")
         config = self.config
-        if config.num_classes and config.use_clip_projector and any(s % 32 for s in images.shape[1:3]):
+        if (
+            config.num_classes
+            and config.use_clip_projector
+            and any(s % 32 for s in images.shape[1:3])
+        ):
             raise ValueError(
-                f"images: this model's head needs sides that are multiples of 32, got {images.shape}"
+                f"images: this head needs sides that are multiples of 32, got {images.shape}"
             )
         if train and key is None and (config.drop_rate or config.drop_path_rate):
-            raise ValueError("key: training with drop_rate or drop_path_rate needs a PRNG key, got None")
+            raise ValueError(
+                "key: training with drop_rate or drop_path_rate needs a PRNG key, got None"
+            )

@@ -1,0 +1,62 @@
+"""The command line: `python -m internimage_jax COMMAND ...`, or `internimage-jax COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from internimage_jax.commands import demo, info, models, predict
+
+COMMANDS = {"predict": predict, "list": models, "info": info, "demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0, 1 after an error (one line on stderr), or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: `argv` is no valid command line (status 2), or asks for help (0).
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its exit
+        return 1
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="internimage-jax", description="InternImage image classification in JAX."
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="after an error, show where it came from"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        text = module.__doc__ or ""
+        summary = text[:1].lower() + text[1:].partition(".")[0]
+        command = commands.add_parser(name, help=summary, description=text)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

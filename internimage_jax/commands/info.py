@@ -1,0 +1,88 @@
+"""Show versions, devices, and which implementation of DCNv3 serves where and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from internimage_jax.commands import output
+
+PACKAGES = ("internimage-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    found = {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": f"{platform.system()} {platform.machine()}",
+        **_devices(),
+        "dcnv3": _dcnv3(),
+    }
+    if args.json:
+        print(json.dumps(found))
+    else:
+        _print_table(found)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _devices() -> dict[str, Any]:
+    import jax
+
+    try:
+        devices = [
+            {"id": one.id, "platform": one.platform, "kind": one.device_kind} for one in jax.devices()
+        ]
+    except (RuntimeError, AssertionError) as error:  # JAX has both where a platform is missing
+        reason = " ".join(str(error).split()) or "JAX finds none"
+        if asked := os.environ.get("JAX_PLATFORMS"):
+            reason += f" (JAX_PLATFORMS is {asked})"
+        return {"platform": None, "devices": [], "devices_error": reason}
+    return {"platform": jax.default_backend(), "devices": devices, "devices_error": None}
+
+
+def _dcnv3() -> list[dict[str, str]]:
+    import xla_ops
+
+    status = getattr(xla_ops, "status", lambda: {"all": ("gather", "this build has no kernel")})
+    return [
+        {"platform": name, "implementation": implementation, "reason": reason}
+        for name, (implementation, reason) in status().items()
+    ]
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for package, version in found["versions"].items():
+        table.add_row(package, version or "not installed")
+    table.add_row("machine", found["machine"])
+    table.add_section()
+    for device in found["devices"]:
+        table.add_row(f"device {device['id']}", f"{device['platform']}, {device['kind']}")
+    if found["devices_error"]:
+        table.add_row("devices", f"none: {found['devices_error']}")
+    table.add_section()
+    for row in found["dcnv3"]:
+        reason = f" ({row['reason']})" if row["reason"] else ""
+        table.add_row(f"DCNv3 on {row['platform']}", f"{row['implementation']}{reason}")
+    output().print(table)

@@ -1,0 +1,109 @@
+"""Label images with their most probable classes. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from internimage_jax.commands import output, say
+
+if TYPE_CHECKING:
+    from internimage_jax.predict import Prediction
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE_OR_FOLDER",
+        help="an image, or a folder for all images below it",
+    )
+    parser.add_argument(
+        "--model",
+        default="internimage_t_1k_224",
+        metavar="NAME_OR_PATH",
+        help="a released model (see `list`), or a checkpoint's file or folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--topk", type=int, default=5, metavar="K", help="classes an image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of parameters and computation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=("kernel", "gather"),
+        help="of DCNv3 (default: the kernel where there is one, see `info`)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object an image")
+
+
+def run(args: argparse.Namespace) -> None:
+    from PIL.Image import DecompressionBombWarning
+
+    with warnings.catch_warnings():
+        # Of an image this large PIL warns first; the error that follows says it all.
+        warnings.simplefilter("error", DecompressionBombWarning)
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from internimage_jax.predict import Predictor, find_images
+    from internimage_jax.pretrained import from_pretrained
+
+    images = find_images(args.images)
+    say(f"Loading {args.model}")
+    model = from_pretrained(args.model, dtype=args.dtype, implementation=args.implementation)
+    batch_size = min(args.batch_size, len(images))  # a few images need no large batch
+    say(f"Compiling for batches of {batch_size}")
+    predictor = Predictor(model, batch_size=batch_size, topk=args.topk)
+    with Progress(
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        # On the terminal that the results go to, they show the progress, and a bar would be in the way.
+        disable=sys.stdout.isatty() or not sys.stderr.isatty(),
+    ) as progress:
+        for prediction in progress.track(predictor(images), len(images), description="Images"):
+            if args.json:
+                print_json(prediction, model.name)
+            else:
+                print_table(prediction)
+
+
+def print_json(prediction: Prediction, model: str) -> None:
+    """Prints a line: {"file", "model", "predictions": [{"index", "wnid", "name", "probability"}]}."""
+    classes = [asdict(one) for one in prediction.classes]
+    line = {"file": prediction.file, "model": model, "predictions": classes}
+    print(json.dumps(line), flush=True)
+
+
+def print_table(prediction: Prediction) -> None:
+    """Prints the image's path and its classes, a row each."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from internimage_jax.predict import printable
+
+    title = printable(prediction.file)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    table.add_column("class", justify="right")
+    table.add_column("WordNet id", no_wrap=True)
+    table.add_column("probability", justify="right")
+    table.add_column("name")
+    for one in prediction.classes:
+        table.add_row(str(one.index), one.wnid or "", f"{one.probability:.2%}", one.name)
+    output().print(table)

@@ -1,0 +1,96 @@
+"""The values a model starts its training from, and how values of any origin get into it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from internimage_jax.config import InternImageConfig
+from internimage_jax.shapes import Shape, parameter_shapes
+
+_Key = tuple[jax.Array, int]  # a PRNG key and the index of the array
+
+_CONVOLUTION = re.compile(r".*(conv[12]?|dcnv3_head_x[34])")
+_ZERO = re.compile(r".*\.dcn\.(offset|mask|center_feature_scale_proj)")
+_XAVIER = re.compile(r".*\.dcn\.(input|output)_proj")
+
+
+def initial_values(
+    config: InternImageConfig, key: jax.Array, dtype: DTypeLike, only: Iterable[str] | None = None
+) -> dict[str, jax.Array | np.ndarray]:
+    """Draws initial values as the official code does.
+
+    Convolutions are uniform within 1 / sqrt(fan_in), linear layers normal with a deviation of
+    0.02, DCNv3's projections Xavier-uniform; DCNv3 starts as a convolution with equal weights, its offset,
+    mask and centre-scale products being 0.
+
+    Args:
+        config: The architecture.
+        key: A JAX PRNG key.
+        dtype: Of the values; BatchNorm statistics are float32.
+        only: The paths wanted; None wants all.
+
+    Returns:
+        Values by path.
+    """
+    shapes = parameter_shapes(config)
+    paths = list(shapes) if only is None else list(only)
+    dtype = jnp.dtype(dtype)
+    return {path: _value(path, shapes, config, (key, i), dtype) for i, path in enumerate(paths)}
+
+
+def _value(
+    path: str, shapes: Mapping[str, Shape], config: InternImageConfig, key: _Key, dtype: np.dtype
+) -> jax.Array | np.ndarray:
+    shape = shapes[path]
+    module, _, leaf = path.rpartition(".")
+    if leaf in ("mean", "var"):
+        return np.full(shape, leaf == "var", np.float32)
+    if leaf in ("gamma1", "gamma2"):
+        return np.full(shape, config.layer_scale, dtype)
+    if leaf in ("kernel", "bias") and _CONVOLUTION.fullmatch(module):
+        return _draw(key, shape, dtype) * math.prod(shapes[f"{module}.kernel"][:-1]) ** -0.5
+    if leaf == "kernel" and _XAVIER.fullmatch(module):
+        return _draw(key, shape, dtype) * (6 / sum(shape)) ** 0.5
+    if leaf == "kernel" and not _ZERO.fullmatch(module):
+        return _draw(key, shape, dtype, normal=True) * 0.02
+    return np.full(shape, leaf == "scale", dtype)
+
+
+def _draw(
+    key: _Key, shape: Shape, dtype: np.dtype, *, normal: bool = False
+) -> jax.Array | np.ndarray:
+    """Standard normal values, or uniform ones in [-1, 1)."""
+    size = math.prod(shape)
+    padded = 1 << (size - 1).bit_length()  # a model has 60 shapes but 20 of these to compile for
+    values = (_normal if normal else _uniform)(*key, padded, dtype)
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):
+        values = np.asarray(values)  # no more to compile
+    return values[:size].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _normal(key: jax.Array, index: int, size: int, dtype: np.dtype) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, index), (size,), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _uniform(key: jax.Array, index: int, size: int, dtype: np.dtype) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, index), (size,), dtype, -1, 1)
+
+
+def fill(model: nnx.Module, values: Mapping[str, jax.Array | np.ndarray]) -> None:
+    """Puts values, by path, into the parameters and statistics of `model`."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        if name in values:
+            variable.set_value(jnp.asarray(values[name]))

@@ -1,0 +1,123 @@
+"""Class names of ImageNet-1K, and where its classes stand among those of ImageNet-22K."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from types import MappingProxyType
+
+import numpy as np
+
+NUM_CLASSES_1K = 1000
+NUM_CLASSES_22K = 21841
+# "teddy" is not in ImageNet-22K; the released map repeats the index of 849, "teapot", for it.
+CLASSES_WITHOUT_22K = frozenset({850})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageClass:
+    """A class: its index in the model's output, its WordNet id (None if unknown), and its name."""
+
+    index: int
+    wnid: str | None
+    name: str
+
+
+@functools.cache
+def imagenet1k_classes() -> tuple[ImageClass, ...]:
+    """Return the 1000 classes of ImageNet-1K in the order of the models' outputs.
+
+    Raises ValueError where the package's table is damaged.
+    """
+    return _parse_classes(_read("imagenet1k_classes.tsv"), "imagenet1k_classes.tsv")
+
+
+@functools.cache
+def wnid_to_index() -> Mapping[str, int]:
+    """Return the ImageNet-1K class index of each WordNet id, such as "n01440764"."""
+    return MappingProxyType({one.wnid: one.index for one in imagenet1k_classes() if one.wnid})
+
+
+@functools.cache
+def map_22k_to_1k() -> np.ndarray:
+    """Return the ImageNet-22K class index of each ImageNet-1K class.
+
+    Returns int32 (1000,), read-only: `logits_22k[..., map_22k_to_1k()]` are the logits of the 1000
+    classes. Those of `CLASSES_WITHOUT_22K` are another class's and have to be masked.
+    Raises ValueError where the package's table is damaged.
+    Source: map22kto1k.txt of the released InternImage.
+    """
+    return _parse_map(_read("map22kto1k.txt"), "map22kto1k.txt")
+
+
+@functools.lru_cache(maxsize=4)
+def class_names(num_classes: int) -> tuple[ImageClass, ...]:
+    """Return a class for each output of a model.
+
+    num_classes: 1000 gives ImageNet-1K's classes. 21841 gives ImageNet-22K's, of which only those
+        999 are named that ImageNet-1K has too. Any other count gives numbers only: "class 7".
+
+    Raises ValueError for a negative count.
+    """
+    if num_classes < 0:
+        raise ValueError(f"num_classes: got {num_classes}, expected 0 or more")
+    if num_classes == NUM_CLASSES_1K:
+        return imagenet1k_classes()
+    known: dict[int, ImageClass] = {}
+    if num_classes == NUM_CLASSES_22K:
+        known = {
+            int(index): replace(one, index=int(index))
+            for index, one in zip(map_22k_to_1k(), imagenet1k_classes(), strict=True)
+            if one.index not in CLASSES_WITHOUT_22K
+        }
+    return tuple(known.get(i) or ImageClass(i, None, f"class {i}") for i in range(num_classes))
+
+
+def _parse_classes(text: str, name: str) -> tuple[ImageClass, ...]:
+    """Read lines of index, WordNet id and name between tabs; errors call the table `name`."""
+    header, *lines = text.splitlines() or [""]
+    if header != "index\twnid\tname":
+        raise ValueError(f"{name}, line 1: got {header!r}, expected 'index\\twnid\\tname'")
+    if len(lines) != NUM_CLASSES_1K:
+        raise ValueError(f"{name}: {len(lines)} classes, expected {NUM_CLASSES_1K}")
+    classes: dict[str, ImageClass] = {}
+    for index, line in enumerate(lines):
+        match = re.fullmatch(rf"{index}\t(n\d{{8}})\t(\S(?:[^\t]*\S)?)", line)
+        if match is None:
+            raise ValueError(
+                f"{name}, line {index + 2}: got {line!r}, expected {index}, a WordNet id and a name"
+            )
+        wnid, class_name = match.groups()
+        if wnid in classes:
+            raise ValueError(
+                f"{name}, line {index + 2}: {wnid} is also the id of {classes[wnid].index}"
+            )
+        classes[wnid] = ImageClass(index, wnid, class_name)
+    return tuple(classes.values())
+
+
+def _parse_map(text: str, name: str) -> np.ndarray:
+    """Read the ImageNet-22K index of each ImageNet-1K class; errors call the map `name`."""
+    lines = text.split()
+    if len(lines) != NUM_CLASSES_1K:
+        raise ValueError(f"{name}: {len(lines)} indices, expected {NUM_CLASSES_1K}")
+    last = -1
+    for number, line in enumerate(lines):
+        # Both lists are sorted by WordNet id, so the indices rise.
+        low = last if number in CLASSES_WITHOUT_22K else last + 1
+        if not re.fullmatch("[0-9]+", line) or not low <= int(line) < NUM_CLASSES_22K:
+            raise ValueError(
+                f"{name}, line {number + 1}: got {line!r}, expected an index from {low} to "
+                f"{NUM_CLASSES_22K - 1}"
+            )
+        last = int(line)
+    indices = np.array(lines, dtype=np.int32)
+    indices.setflags(write=False)
+    return indices
+
+
+def _read(name: str) -> str:
+    return (resources.files("internimage_jax") / "data_files" / name).read_text("utf-8")

@@ -1,0 +1,197 @@
+"""Labels images: decoded ahead in threads, batched, and classified by one compiled function."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import lax
+from PIL import Image
+
+from internimage_jax.labels import class_names
+from internimage_jax.model import InternImage
+from internimage_jax.preprocess import ImageSource, load_image, normalize, resize_and_crop
+
+# What counts as an image in a folder, in either case; a file that is named itself may be called anything.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+DECODING_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedClass:
+    """A class with its probability; `wnid` is its WordNet id, None if unknown."""
+
+    index: int
+    wnid: str | None
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The most probable classes of one image, best first.
+
+    Args:
+        file: Path of the image; "image 3" for the fourth one where that is not from a path.
+        classes: As many as `topk`.
+    """
+
+    file: str
+    classes: tuple[PredictedClass, ...]
+
+
+class Predictor:
+    """Labels images with a model: `for prediction in predictor(["cat.jpg"]): ...`
+
+    Building one compiles the model for `batch_size` images, once: the last batch is filled up with
+    blank images. The compiled function takes the parameters as arguments, so a second predictor of
+    the same model shares them.
+
+    Args:
+        model: With classes. The predictor keeps the parameters that it has now.
+        batch_size: Images at a time.
+        topk: How many classes a prediction has.
+
+    Raises:
+        ValueError: The model has no classes, or a number is out of range.
+    """
+
+    def __init__(self, model: InternImage, *, batch_size: int = 8, topk: int = 5):
+        num_classes = model.config.num_classes
+        if num_classes == 0:
+            raise ValueError("model: has no classes (num_classes is 0), predictions need some")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        if not 1 <= topk <= num_classes:
+            raise ValueError(
+                f"topk: got {topk}, expected 1 to {num_classes}, the model's number of classes"
+            )
+        self.batch_size = batch_size
+        self._preprocessing = preprocessing = model.preprocessing
+        self._classes = class_names(num_classes)
+        self._dtype = model.dtype
+
+        # Compiled by hand, and called with a plain list of arrays: a call then costs no walk over
+        # the model's modules, and another shape would be an error instead of a second compilation.
+        graph, state = nnx.split(model)
+        self._parameters, tree = jax.tree.flatten(state)
+
+        def top_classes(parameters: list[jax.Array], pixels: jax.Array) -> list[jax.Array]:
+            merged = nnx.merge(graph, jax.tree.unflatten(tree, parameters))
+            logits = merged(normalize(pixels, preprocessing))  # (N, num_classes)
+            return lax.top_k(jax.nn.softmax(logits), topk)  # twice (N, topk)
+
+        side = preprocessing.image_size
+        self._shape = (batch_size, side, side, 3)
+        pixels = jax.ShapeDtypeStruct(self._shape, np.uint8)
+        self._compiled = jax.jit(top_classes).lower(self._parameters, pixels).compile()
+
+    def __call__(self, sources: Iterable[ImageSource]) -> Iterator[Prediction]:
+        """Returns an iterator over the predictions, in the order of the images.
+
+        Args:
+            sources: Paths, bytes, open files, PIL images or NumPy arrays. Those of about two batches
+                are read ahead; no more are held.
+
+        Raises:
+            ValueError: `sources` is a single image. While iterating: an image cannot be read or the
+                model's output is not finite; the message names the image. The predictions of the
+                batches before it have come by then.
+            FileNotFoundError: While iterating, a file is missing.
+        """
+        array = isinstance(sources, np.ndarray) and sources.ndim < 4
+        if array or isinstance(sources, str | bytes | os.PathLike | Image.Image):
+            kind = type(sources).__name__
+            raise ValueError(f"sources: expected several images, such as a list, got one {kind}")
+        return self._predictions(sources)
+
+    def _predictions(self, sources: Iterable[ImageSource]) -> Iterator[Prediction]:
+        with contextlib.closing(self._decoded(sources)) as images:
+            while batch := list(itertools.islice(images, self.batch_size)):
+                yield from self._classify(batch)
+
+    def _decoded(self, sources: Iterable[ImageSource]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields name and pixels of each image, while threads decode the ones that follow."""
+        pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
+        pending: deque[Future[tuple[str, np.ndarray]]] = deque()
+        try:
+            for position, source in enumerate(sources):
+                pending.append(pool.submit(self._decode, position, source))
+                if len(pending) > 2 * self.batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # also at an error, at Ctrl-C, and where the caller stops early
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, position: int, source: ImageSource) -> tuple[str, np.ndarray]:
+        is_path = isinstance(source, str | os.PathLike)
+        file = os.fsdecode(source) if is_path else f"image {position}"
+        name = printable(file)
+        return file, resize_and_crop(load_image(source, name), self._preprocessing, name)
+
+    def _classify(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
+        pixels = np.zeros(self._shape, np.uint8)
+        for row, (_, image) in zip(pixels, batch, strict=False):
+            row[...] = image
+        probabilities, indices = map(np.asarray, self._compiled(self._parameters, pixels))
+        for (file, _), values, numbers in zip(batch, probabilities, indices, strict=False):
+            if not np.isfinite(values).all():
+                name = printable(file)
+                raise ValueError(f"{name}: the model's output is not finite, computed in {self._dtype}")
+            found = zip(values.tolist(), (self._classes[number] for number in numbers), strict=True)
+            yield Prediction(
+                file,
+                tuple(PredictedClass(one.index, one.wnid, one.name, value) for value, one in found),
+            )
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Returns the images that `paths` stand for: files as they are, folders with all below them.
+
+    Args:
+        paths: Files and folders. Of a folder, the files whose names end in one of `IMAGE_SUFFIXES`,
+            sorted by path; names that begin with a dot are left out, and links to folders.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: A folder has no image.
+    """
+    return [image for path in paths for image in _images_of(os.fsdecode(path))]
+
+
+def printable(path: str) -> str:
+    """Returns `path` as messages show it: quoted where it has control or undecodable characters."""
+    return path if path and path.isprintable() else repr(path)
+
+
+def _images_of(path: str) -> list[str]:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{printable(path)}: no such file or folder")
+    if not os.path.isdir(path):
+        return [path]
+    found = []
+    for folder, folders, files in os.walk(path, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                found.append(os.path.join(folder, name))
+    if not found:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        raise ValueError(f"{printable(path)}: no image below this folder; looked for {suffixes}")
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,174 @@
+"""From a name, a file or a folder to a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+import xla_ops
+from convert import convert, open_model, read_arrays
+from convert.source import Weights
+from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
+from internimage_jax.initial import fill
+from internimage_jax.model import InternImage
+from internimage_jax.preprocess import Preprocessing
+
+# Files of a released repository, the first kind that it has.
+_BESIDE = ("config.json", "preprocessor_config.json")
+_WEIGHTS = (
+    ("*.safetensors", "*.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def create_model(
+    model: str | InternImageConfig,
+    *,
+    num_classes: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    implementation: xla_ops.Implementation | None = None,
+    seed: int = 0,
+) -> InternImage:
+    """Makes a model with fresh weights, as one starts training from.
+
+    Args:
+        model: A released name, or a config.
+        num_classes: Classes of the head; None keeps the config's, 0 leaves the head out.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters; None is `dtype`.
+        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
+        seed: Of the initial values.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The name is unknown; the message lists the closest.
+    """
+    if isinstance(model, InternImageConfig):
+        name, config, preprocessing = "internimage", model, None
+    else:
+        released = released_model(model)
+        name, config = released.name, released.config
+        preprocessing = Preprocessing(released.image_size)
+    return InternImage(
+        config if num_classes is None else config.replace(num_classes=num_classes),
+        dtype=dtype,
+        param_dtype=dtype if param_dtype is None else param_dtype,
+        implementation=implementation,
+        rngs=nnx.Rngs(seed),
+        name=name,
+        preprocessing=preprocessing,
+    )
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    model: str | InternImageConfig | None = None,
+    weights: Weights = "model",
+    num_classes: int | None = None,
+    to_1k: bool = False,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    implementation: xla_ops.Implementation | None = None,
+) -> InternImage:
+    """Loads a model: a released one by its name, or any checkpoint from a file or folder.
+
+    A released model is fetched from the Hugging Face hub (extra `hub`; its cache and its offline
+    switch HF_HUB_OFFLINE are obeyed), converted once, and the converted form kept below
+    INTERNIMAGE_CACHE, or else below the user's cache folder.
+
+    Args:
+        source: A released name, such as "internimage_t_1k_224" or
+            "OpenGVLab/internimage_t_1k_224", or a path: whatever `convert.convert` takes, or a
+            folder that it wrote.
+        model: Which model a file is of; see `convert.convert`.
+        weights: "model", or "ema" for the moving average that a training run keeps.
+        num_classes: Classes wanted. A head of another size is replaced by a new one, which is
+            logged; 0 leaves out the head.
+        to_1k: Takes the ImageNet-1K classes out of a head of 21,841, by the released map.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters; None is `dtype`.
+        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
+
+    Returns:
+        The model, with `name`, `config` and `preprocessing` set.
+
+    Raises:
+        FileNotFoundError: There is no such file, and no released model of that name.
+        ValueError: The name is unknown, or the checkpoint damaged or not of that model; one line.
+        OSError: The hub cannot be reached.
+    """
+    param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
+    path = _locate(source)
+    with open_model(
+        path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
+    ) as opened:
+        loaded = InternImage(
+            opened.config,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            implementation=implementation,
+            name=opened.name,
+            preprocessing=opened.preprocessing,
+        )
+        values = {
+            rule.flax: jax.device_put(array) for rule, array in read_arrays(opened, param_dtype)
+        }
+    fill(loaded, values)
+    return loaded
+
+
+def _locate(source: str | os.PathLike[str]) -> str:
+    """The path of a checkpoint: `source` itself, or where the released model of that name is."""
+    name = os.fspath(source)
+    if os.path.exists(name):
+        return name
+    # A path that is not there is no misspelt name.
+    if os.sep in name.removeprefix("OpenGVLab/") or name.endswith((".pth", ".bin", ".safetensors")):
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    return str(_fetched(released_model(name)))
+
+
+def _cache() -> Path:
+    if "INTERNIMAGE_CACHE" in os.environ:
+        return Path(os.environ["INTERNIMAGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internimage_jax"
+
+
+def _fetched(model: ReleasedModel) -> Path:
+    """The converted folder of a released model; fetches and converts where it is not there yet."""
+    snapshot = _download(model, _WEIGHTS[0])
+    if not any(snapshot.glob("*.safetensors*")):
+        snapshot = _download(model, _WEIGHTS[1])
+    # The snapshot's name is the commit, so a new release is converted anew.
+    converted = _cache() / f"{model.name}-{snapshot.name[:12]}"
+    if not (converted / "config.json").exists():
+        convert(snapshot, converted, model=model.name)
+    return converted
+
+
+def _download(model: ReleasedModel, weights: Sequence[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise OSError(
+            f"{model.name}: fetching it needs huggingface_hub (pip install 'internimage-jax[hub]'); "
+            f"or give the path of a checkpoint"
+        ) from None
+    try:
+        return Path(snapshot_download(model.repository, allow_patterns=[*_BESIDE, *weights]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{model.name}: cannot be fetched from {model.repository}: {reason}"
+        ) from None

@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         out = convert(**vars(options))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     print(out)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from convert.check import FLOATS
-from convert.export import moved_when_done, write_settings, write_weights
+from convert.export import FORMAT, moved_when_done, write_settings, write_weights
 from convert.head import with_classes
 from convert.rules import BATCH_COUNTER, Rule, rules
-from convert.source import FORMAT, Source, Weights, open_source
+from convert.source import Source, Weights, check_named, open_source
 from convert.torch_file import CheckpointError
 from convert.torch_writer import write_torch
 from internimage_jax.config import InternImageConfig
@@ -38,6 +39,8 @@ def open_model(
 ) -> Iterator[Source]:
     """Opens a checkpoint, checked and with the head that was asked for; see `convert`."""
     with open_source(path, model=model, weights=weights) as source:
+        if model is not None:
+            check_named(source, model, any_classes=num_classes is not None)
         source = with_classes(source, num_classes, to_1k)
         for note in source.notes:
             log.warning("%s: %s", source.path, note)
@@ -108,48 +111,57 @@ def convert(
     out = Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if to_torch and out.is_dir():
-        raise FileExistsError(f"{out}: is a folder; a .pth is a file")
+    if to_torch and out.exists() and not out.is_file():
+        raise FileExistsError(f"{out}: is no file; a .pth is one")
     if not to_torch and out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: is a file; the converted model is a folder")
     heads = {"num_classes": num_classes, "to_1k": to_1k}
-    with (
-        open_model(source, model=model, weights=weights, **heads) as opened,
-        moved_when_done(out) as unfinished,
-    ):
-        if to_torch:
-            _write_torch(unfinished, opened, DTYPES[dtype])
-        else:
-            _write_folder(unfinished, opened, DTYPES[dtype], weights)
+    with open_model(source, model=model, weights=weights, **heads) as opened:
+        for path in (opened.path, *opened.files):
+            real = Path(os.path.realpath(path))
+            if Path(os.path.realpath(out)) in (real, *real.parents):
+                raise FileExistsError(f"{out}: is the source or holds it; choose another name")
+        with moved_when_done(out) as unfinished:
+            if to_torch:
+                _write_torch(unfinished, opened, DTYPES[dtype])
+            else:
+                _write_folder(unfinished, opened, DTYPES[dtype], weights)
     return out
 
 
 def _write_folder(folder: Path, source: Source, dtype: np.dtype, weights: Weights) -> None:
     tensors = {r.flax: (r.flax_shape, dtype_of(r, dtype)) for r in rules(source.config)}
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": 1,
+        "model": source.name,
+        "dtype": dtype.name,
+        "config": source.config.to_dict(),
+        "preprocessing": source.preprocessing.to_dict(),
+        "source": {"layout": source.layout, "weights": weights, "files": []},
+        "notes": list(source.notes),
+    }
+    stop = threading.Event()
     # Hashing takes about as long as the rest, on a core of its own.
     with ThreadPoolExecutor(1) as pool:
-        digests = [pool.submit(_sha256, path) for path in source.files]
-        settings: dict[str, Any] = {
-            "format": FORMAT,
-            "format_version": 1,
-            "model": source.name,
-            "dtype": dtype.name,
-            "config": source.config.to_dict(),
-            "preprocessing": source.preprocessing.to_dict(),
-            "source": {"layout": source.layout, "weights": weights, "files": []},
-            "notes": list(source.notes),
-        }
-        write_weights(folder, tensors, (array for _, array in read_arrays(source, dtype)))
-        settings["source"]["files"] = [
-            {"name": path.name, "sha256": digest.result()}
-            for path, digest in zip(source.files, digests, strict=True)
-        ]
+        digests = [pool.submit(_sha256, path, stop) for path in source.files]
+        try:
+            write_weights(folder, tensors, (array for _, array in read_arrays(source, dtype)))
+            settings["source"]["files"] = [
+                {"name": path.name, "sha256": digest.result()}
+                for path, digest in zip(source.files, digests, strict=True)
+            ]
+        finally:
+            stop.set()  # after an error there is nothing to wait for
     write_settings(folder, settings)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while not stop.is_set() and (chunk := file.read(2**20)):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _write_torch(path: Path, source: Source, dtype: np.dtype) -> None:

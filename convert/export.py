@@ -10,18 +10,20 @@ import glob
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
-_UNFINISHED = ".unfinished"
+FORMAT = "internimage_jax"  # `format` in the config.json of a converted folder
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -30,32 +32,62 @@ _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64
 def moved_when_done(out: Path) -> Iterator[Path]:
     """Gives a path beside `out` to write a file or folder to, and moves it to `out` at the end.
 
-    After an error nothing is left. A process that was killed leaves what it had written under the
-    other name; the next one to write `out` removes it.
+    After an error nothing is left, and what was there before is there. A process that was killed
+    leaves what it had written under the other name; the next one to write `out` removes it.
 
     Raises:
         FileExistsError: `out` is a folder that was not written here.
+        OSError: It cannot be written; the error names `out`.
     """
-    if out.is_dir() and any(path.name not in (WEIGHTS, SETTINGS) for path in out.iterdir()):
+    place = Path(os.path.realpath(out))  # of a link, what it points to is replaced
+    if place.is_dir() and not _is_ours(place):
         raise FileExistsError(f"{out}: is a folder with other files in it; choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.{socket.gethostname()}."
-    for left in out.parent.glob(f"{glob.escape(prefix)}*{_UNFINISHED}"):
-        if not _is_running(left.name.removeprefix(prefix).split(".")[0]):
-            _remove(left)
-    unfinished = out.parent / f"{prefix}{os.getpid()}{_UNFINISHED}"
+    prefix = f".{place.name}.{socket.gethostname()}."
+    _clean_up(place, prefix)
+    start = f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    unfinished, replaced = place.with_name(start + _UNFINISHED), place.with_name(start + _REPLACED)
+    new_parents = [folder for folder in place.parents if not folder.exists()]
     try:
+        if new_parents:
+            place.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-        if out.is_dir():
-            # One folder cannot replace another in one step; for a moment there is none.
-            old = out.parent / f"{prefix}{os.getpid()}.old{_UNFINISHED}"
-            out.rename(old)
-            unfinished.rename(out)
-            _remove(old)
-        else:
-            unfinished.replace(out)
+        if place.is_dir():
+            place.rename(replaced)  # one folder cannot replace another in one step
+        unfinished.replace(place)
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(unfinished)):
+            raise OSError(error.errno, error.strerror, str(out)) from None
+        raise
     finally:
+        if os.path.exists(replaced) and not place.exists():
+            replaced.rename(place)
+        _remove(replaced)
         _remove(unfinished)
+        for folder in new_parents:
+            with suppress(OSError):  # that it is not empty
+                folder.rmdir()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, or a converted model without anything else in it."""
+    names = {path.name for path in folder.iterdir()}
+    if not names <= {WEIGHTS, SETTINGS}:
+        return False
+    try:
+        return not names or json.loads((folder / SETTINGS).read_bytes())["format"] == FORMAT
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _clean_up(place: Path, prefix: str) -> None:
+    """Removes what killed processes have left; what one was about to replace is put back."""
+    for left in place.parent.glob(f"{glob.escape(prefix)}*-*"):
+        if _is_running(left.name.removeprefix(prefix).split("-")[0]):
+            continue
+        if left.suffix == _REPLACED and not place.exists():
+            left.rename(place)
+        elif left.suffix in (_UNFINISHED, _REPLACED):
+            _remove(left)
 
 
 def _is_running(pid: str) -> bool:
@@ -69,10 +101,14 @@ def _is_running(pid: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    if os.path.isdir(path):  # False also where the name is too long
+        try:
+            shutil.rmtree(path)
+        except BaseException:  # Ctrl-C: gigabytes take a while to remove
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+    elif os.path.exists(path):
+        path.unlink()
 
 
 def write_weights(

@@ -72,7 +72,10 @@ class SourceFile:
         with self._lock:
             self._file.seek(offset)
             while left:  # one read returns at most 2 GiB
-                count = self._file.readinto(left)
+                try:
+                    count = self._file.readinto(left)
+                except OSError as error:
+                    raise self.error(f"cannot be read: {error.strerror}") from None
                 if not count:
                     raise self.error(f"ended {len(left)} bytes early while it was read")
                 left = left[count:]

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.check import check, fitting_models
+from convert.export import FORMAT
 from convert.rules import Rule, from_huggingface, rules
 from convert.torch_file import CheckpointError, LazyTensor, open_checkpoint
 from internimage_jax.config import RELEASED, InternImageConfig, released_model
 from internimage_jax.preprocess import Preprocessing
 
-FORMAT = "internimage_jax"  # `format` in the config.json of a converted folder
 Weights = Literal["model", "ema"]
 _ENTRY = {"model": "model", "ema": "model_ema"}  # of a training run's file
 
@@ -124,10 +124,7 @@ def open_source(
         else:
             name, config = _identify(path, folder, settings, model, tensors, layout)
             preprocessing = _preprocessing(folder, name, settings)
-        source = Source(path, layout, name, config, preprocessing, tensors, checkpoint.files, notes)
-        if model is not None:
-            _check_named(source, model)
-        yield source
+        yield Source(path, layout, name, config, preprocessing, tensors, checkpoint.files, notes)
 
 
 def check_tensors(source: Source) -> None:
@@ -214,7 +211,9 @@ def _named_config(model: str | InternImageConfig) -> tuple[str | None, InternIma
     """Name and config of what the caller says the model is."""
     if isinstance(model, InternImageConfig):
         return None, model
-    if os.path.isdir(model) or model.endswith(".json"):
+    if model.removeprefix("OpenGVLab/") not in RELEASED and (
+        os.path.isdir(model) or model.endswith(".json")
+    ):
         path = Path(model) / "config.json" if os.path.isdir(model) else Path(model)
         settings = _read_json(path)
         if settings is None:
@@ -244,16 +243,15 @@ def _identify(
     layout: str,
 ) -> tuple[str, InternImageConfig]:
     """Says which model it is: by config.json, by the caller, or by the file's name."""
+    named, config = (None, None) if model is None else _named_config(model)
     place = Path(os.path.abspath(path))
-    stem = place.name if place.is_dir() else place.stem
     if settings is not None:
+        place = Path(os.path.abspath(folder))
         config = _huggingface_config(folder / "config.json", settings)
-        named = str(settings.get("_name_or_path", "")).removeprefix("OpenGVLab/")
-        return (named if named in RELEASED else stem), config
-    if model is not None:
-        name, config = _named_config(model)
-        name = name or stem
-    else:
+        own = str(settings.get("_name_or_path", "")).removeprefix("OpenGVLab/")
+        named = own if own in RELEASED else named
+    stem = place.name if place.is_dir() else place.stem
+    if config is None:
         try:
             released = released_model(stem)
         except ValueError:
@@ -262,20 +260,29 @@ def _identify(
                 f"{path}: neither a config.json nor the file's name says which model this is; say "
                 f"it with model (the tensors fit {' or '.join(fits)})"
             ) from None
-        name, config = released.name, released.config
+        named, config = released.name, released.config
     if layout == "dense":
-        # Detection and segmentation train T with layer scales, which its classifier lacks; that
-        # they are there is all of it that the forward pass needs to know.
-        scaled = any(key.endswith("gamma1") for key in tensors)
-        config = config.replace(num_classes=0, layer_scale=1.0 if scaled else None)
-    return name, config
+        config = config.replace(num_classes=0)
+        if config.layer_scale is None and any(name.endswith(".gamma1") for name in tensors):
+            # Detection and segmentation train T with layer scales, which its classifier lacks. The
+            # initial value is theirs; the forward pass needs to know only that they are there.
+            config = config.replace(layer_scale=1.0)
+    return named or stem, config
 
 
-def _check_named(source: Source, model: str | InternImageConfig) -> None:
-    """Raises if the file's own config contradicts the model that the caller named."""
+def check_named(source: Source, model: str | InternImageConfig, any_classes: bool) -> None:
+    """Raises CheckpointError if the source is of another model than the caller named.
+
+    Args:
+        source: An open checkpoint.
+        model: What the caller named.
+        any_classes: Whether the number of classes may differ.
+    """
     name, named = _named_config(model)
     ours, theirs = source.config.to_dict(), named.to_dict()
-    free = {*_TRAINING, "num_classes"}
+    free = {*_TRAINING}
+    if any_classes or source.layout == "dense":
+        free.add("num_classes")
     if source.layout == "dense":
         free.add("layer_scale")
     for values in (ours, theirs):  # the initial value of a layer scale is of no use once trained
@@ -311,6 +318,9 @@ def _converted(
             raise CheckpointError(
                 f"{path}: {key} must be a {kind.__name__}, got {settings.get(key)!r}"
             )
+    version = settings.get("format"), settings.get("format_version")
+    if version != (FORMAT, 1):
+        raise CheckpointError(f"{path}: format must be {FORMAT!r} of version 1, got {version}")
     return (
         settings["model"],
         InternImageConfig.from_dict(settings["config"], str(path)),

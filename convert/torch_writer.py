@@ -38,13 +38,17 @@ def write_torch(
         tensors: Shape and dtype of each tensor by name.
         arrays: In the order of `tensors`, of their shapes and dtypes.
     """
+
+    def entry(name: str) -> zipfile.ZipInfo:  # of a fixed date: equal tensors make equal files
+        return zipfile.ZipInfo(f"{_ROOT}/{name}")
+
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{_ROOT}/data.pkl", _pickle(tensors))
-        archive.writestr(f"{_ROOT}/byteorder", "little")
+        archive.writestr(entry("data.pkl"), _pickle(tensors))
+        archive.writestr(entry("byteorder"), "little")
         for key, array in enumerate(arrays):
-            with archive.open(f"{_ROOT}/data/{key}", "w", force_zip64=True) as file:
+            with archive.open(entry(f"data/{key}"), "w", force_zip64=True) as file:
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        archive.writestr(f"{_ROOT}/version", "3\n")
+        archive.writestr(entry("version"), "3\n")
 
 
 def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:

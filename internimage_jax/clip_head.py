@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internimage_jax.common import Context
+from internimage_jax.common import Context, along_channels, at_least_float32
 from internimage_jax.shapes import CLIP_OUT, CLIP_WIDTH
 
 _HEADS = 16
@@ -28,15 +28,15 @@ class CrossAttention(nnx.Module):
         """Args: query (N, Q, C), key and value (N, L, C). Returns (N, Q, out)."""
 
         def heads(linear: nnx.Linear, bias: nnx.Param, x: jax.Array) -> jax.Array:
-            x = linear(x) + bias.astype(x.dtype)
+            x = linear(x)
+            x += along_channels(bias, x)
             return x.reshape(*x.shape[:2], _HEADS, -1)  # (N, L, heads, C / heads)
 
         q = heads(self.q, self.q_bias, query)
         k = heads(self.k, self.k_bias, key)
         v = heads(self.v, self.v_bias, value)
-        real = jnp.promote_types(q.dtype, jnp.float32)
-        scores = jnp.einsum("nqhc,nlhc->nhql", q * q.shape[-1] ** -0.5, k).astype(real)
-        weights = jax.nn.softmax(scores).astype(v.dtype)
+        scores = jnp.einsum("nqhc,nlhc->nhql", q * q.shape[-1] ** -0.5, k)
+        weights = jax.nn.softmax(at_least_float32(scores)).astype(v.dtype)
         x = jnp.einsum("nhql,nlhc->nqhc", weights, v)
         return self.proj(x.reshape(*x.shape[:2], CLIP_WIDTH))
 

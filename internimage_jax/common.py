@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -106,6 +107,16 @@ def _drop(x: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, ..
         return x
     kept = jax.random.bernoulli(key, 1 - rate, shape)
     return x * (kept / np.float32(1 - rate)).astype(x.dtype)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x`, in float32 if it is in half precision."""
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def along_channels(vector: nnx.Param, x: jax.Array) -> jax.Array:
+    """The parameter (C,) as (1, ..., 1, C), to be combined with `x` (..., C), and in its dtype."""
+    return vector[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def split(key: jax.Array | None, count: int) -> list[Any]:

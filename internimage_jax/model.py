@@ -20,6 +20,8 @@ from internimage_jax.clip_head import ClipHead
 from internimage_jax.common import (
     Context,
     activation,
+    along_channels,
+    at_least_float32,
     drop_path,
     dropout,
     normalize,
@@ -89,16 +91,15 @@ class DepthwiseLayer(nnx.Module):
 
     def _sum_of_shifts(self, x: jax.Array) -> jax.Array:
         """Computes `self.conv(x)`."""
-        dtype = self.conv.dtype or x.dtype
-        kernel = self.conv.kernel[...].astype(dtype)  # (size, size, 1, C)
-        bias = self.conv.bias[...].astype(dtype)  # type: ignore[index]
+        x = x.astype(self.conv.dtype)
+        kernel = self.conv.kernel[...].astype(x.dtype)  # (size, size, 1, C)
         size, (_, h, w, _) = kernel.shape[0], x.shape
         sides = (size // 2, size // 2)
-        padded = jnp.pad(x.astype(dtype), ((0, 0), sides, sides, (0, 0)))
-        y = jnp.broadcast_to(bias, x.shape)
+        padded = jnp.pad(x, ((0, 0), sides, sides, (0, 0)))
+        y = jnp.broadcast_to(along_channels(self.conv.bias, x), x.shape)
         for i in range(size):
             for j in range(size):
-                y += padded[:, i : i + h, j : j + w] * kernel[i, j, 0]
+                y += padded[:, i : i + h, j : j + w] * kernel[None, i, None, j]
         return y
 
 
@@ -124,14 +125,13 @@ class DCNv3(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         n, h, w, channels = x.shape
         features = self.dw_conv(x, train=train)
-        logits = self.mask(features).reshape(n, h, w, self.group, -1)
-        # For half precision the exponentials and their sum are float32.
-        mask = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        logits = self.mask(features).reshape(n, h, w, self.group, 9 - self.remove_center)
+        mask = jax.nn.softmax(at_least_float32(logits))
         x = self.input_proj(x)
         y = xla_ops.dcnv3(
             x,
             self.offset(features),
-            mask.astype(x.dtype).reshape(n, h, w, -1),
+            mask.astype(x.dtype).reshape(n, h, w, logits.shape[3] * logits.shape[4]),
             group=self.group,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
@@ -174,7 +174,7 @@ class InternImageLayer(nnx.Module):
         if self.res_post_norm:
             y = self.res_post_norm1(y)
         if self.layer_scale:
-            y *= self.gamma1.astype(y.dtype)
+            y *= along_channels(self.gamma1, y)
         x += drop_path(y, self.drop_path_rate, key1)
 
         y = self.mlp(x if self.post_norm else self.norm2(x), key=key2)
@@ -183,7 +183,7 @@ class InternImageLayer(nnx.Module):
         if self.res_post_norm:
             y = self.res_post_norm2(y)
         if self.layer_scale:
-            y *= self.gamma2.astype(y.dtype)
+            y *= along_channels(self.gamma2, y)
         return x + drop_path(y, self.drop_path_rate, key3)
 
 
@@ -338,9 +338,7 @@ class InternImage(nnx.Module):
             pooled = self.clip_head(maps[2], maps[3])
         else:
             pooled = self.conv_head(maps[3], train=train)
-        logits = self.head(pooled)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return InternImageOutput(logits, pooled, maps, maps[-1])
+        return InternImageOutput(at_least_float32(self.head(pooled)), pooled, maps, maps[-1])
 
     def features(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,8 @@ from internimage_jax.labels import class_names
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import ImageSource, load_image, normalize, resize_and_crop
 
-# What counts as an image in a folder, in either case; a file that is named itself may be called anything.
+# What counts as an image in a folder, in either case. A file that is named itself may be called
+# anything.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -87,7 +88,9 @@ class Predictor:
         graph, state = nnx.split(model)
         self._parameters, tree = jax.tree.flatten(state)
 
-        def top_classes(parameters: list[jax.Array], pixels: jax.Array) -> list[jax.Array]:
+        def top_classes(
+            parameters: list[jax.Array], pixels: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             merged = nnx.merge(graph, jax.tree.unflatten(tree, parameters))
             logits = merged(normalize(pixels, preprocessing))  # (N, num_classes)
             return lax.top_k(jax.nn.softmax(logits), topk)  # twice (N, topk)
@@ -101,8 +104,8 @@ class Predictor:
         """Returns an iterator over the predictions, in the order of the images.
 
         Args:
-            sources: Paths, bytes, open files, PIL images or NumPy arrays. Those of about two batches
-                are read ahead; no more are held.
+            sources: Paths, bytes, open files, PIL images or NumPy arrays. They are read two batches
+                ahead; no more are held.
 
         Raises:
             ValueError: `sources` is a single image. While iterating: an image cannot be read or the
@@ -121,7 +124,9 @@ class Predictor:
             while batch := list(itertools.islice(images, self.batch_size)):
                 yield from self._classify(batch)
 
-    def _decoded(self, sources: Iterable[ImageSource]) -> Iterator[tuple[str, np.ndarray]]:
+    def _decoded(
+        self, sources: Iterable[ImageSource]
+    ) -> Generator[tuple[str, np.ndarray], None, None]:
         """Yields name and pixels of each image, while threads decode the ones that follow."""
         pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
         pending: deque[Future[tuple[str, np.ndarray]]] = deque()
@@ -149,12 +154,13 @@ class Predictor:
         for (file, _), values, numbers in zip(batch, probabilities, indices, strict=False):
             if not np.isfinite(values).all():
                 name = printable(file)
-                raise ValueError(f"{name}: the model's output is not finite, computed in {self._dtype}")
-            found = zip(values.tolist(), (self._classes[number] for number in numbers), strict=True)
-            yield Prediction(
-                file,
-                tuple(PredictedClass(one.index, one.wnid, one.name, value) for value, one in found),
-            )
+                raise ValueError(f"{name}: the model's output is not finite (in {self._dtype})")
+            labelled = zip(values.tolist(), numbers, strict=True)
+            yield Prediction(file, tuple(self._labelled(*pair) for pair in labelled))
+
+    def _labelled(self, probability: float, index: int) -> PredictedClass:
+        one = self._classes[index]
+        return PredictedClass(one.index, one.wnid, one.name, probability)
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:

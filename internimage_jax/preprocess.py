@@ -117,9 +117,6 @@ class Preprocessing:
             `crop_size` a number or {"height", "width"} of equal values.
         name: where the settings are from, for errors.
 
-        Where an odd number of pixels is cut off, transformers always rounds the offset down and
-        the published evaluation rounds half to even; the pixels here are those of the evaluation.
-
         Raises ValueError for missing or unknown keys and for processing that differs from this one.
         """
         _check_mapping(settings, name)
@@ -327,7 +324,10 @@ def _crop_start(length: int, crop: int) -> int:
     """Return where the square begins; PIL fills what lies outside the image with zeros."""
     if length < crop:
         return -((crop - length) // 2)
-    return round((length - crop) / 2)  # half to even
+    # Rounded down, as the image processor released with the weights does it. torchvision's crop,
+    # in the authors' training code, rounds half to even: one pixel further for every other odd
+    # difference.
+    return (length - crop) // 2
 
 
 @contextlib.contextmanager

@@ -133,7 +133,8 @@ def _locate(source: str | os.PathLike[str]) -> str:
     if os.path.exists(name):
         return name
     # A path that is not there is no misspelt name.
-    if os.sep in name.removeprefix("OpenGVLab/") or name.endswith((".pth", ".bin", ".safetensors")):
+    suffixes = (".pth", ".pt", ".bin", ".safetensors", ".json")
+    if os.sep in name.removeprefix("OpenGVLab/") or name.endswith(suffixes):
         raise FileNotFoundError(f"{name}: no such file or folder")
     return str(_fetched(released_model(name)))
 
@@ -152,23 +153,27 @@ def _fetched(model: ReleasedModel) -> Path:
     # The snapshot's name is the commit, so a new release is converted anew.
     converted = _cache() / f"{model.name}-{snapshot.name[:12]}"
     if not (converted / "config.json").exists():
-        convert(snapshot, converted, model=model.name)
+        from filelock import FileLock  # comes with huggingface_hub
+
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{converted}.lock"):  # whoever comes second finds it converted
+            if not (converted / "config.json").exists():
+                convert(snapshot, converted, model=model.name)
     return converted
 
 
 def _download(model: ReleasedModel, weights: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise OSError(
-            f"{model.name}: fetching it needs huggingface_hub (pip install 'internimage-jax[hub]'); "
-            f"or give the path of a checkpoint"
+            f"{model.name}: to fetch it, install huggingface_hub (pip install "
+            "'internimage-jax[hub]'); or give the path of a checkpoint"
         ) from None
     try:
         return Path(snapshot_download(model.repository, allow_patterns=[*_BESIDE, *weights]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # its HTTP library's are no OSErrors, and which one that is varies
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{model.name}: cannot be fetched from {model.repository}: {reason}"
-        ) from None
+        ) from error

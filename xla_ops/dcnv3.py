@@ -79,7 +79,9 @@ def dcnv3(
     _check(x, offset, mask, geometry)
     if implementation not in ("gather", None):
         if implementation != "kernel":
-            raise ValueError(f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}")
+            raise ValueError(
+                f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
+            )
         raise ValueError("implementation: 'kernel' is not part of this build; use 'gather' or None")
     return dcnv3_gather(x, offset, mask, geometry)
 
@@ -101,7 +103,9 @@ def _check(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geometry)
     arrays = {"x": x, "offset": offset, "mask": mask}
     for name, array in arrays.items():
         if array.ndim != 4:
-            raise ValueError(f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}")
+            raise ValueError(
+                f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"
+            )
     if x.dtype not in _DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
     for name, array in arrays.items():

@@ -26,19 +26,25 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
     group, points = geometry.group, geometry.points
     width = channels // group
     # Half precision serves storage only: locations, weights and sums are float32.
-    real = jnp.promote_types(x.dtype, jnp.float32)
+    real = jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype
 
     padding = (0, 0), (_BEFORE, _AFTER), (_BEFORE, _AFTER), (0, 0)
     row = w + _BEFORE + _AFTER  # pixels in a row of the padded map
-    pixels = jnp.pad(x, padding).reshape(n, -1, group, width)  # (N, H' W', G, D)
-    offset = jnp.moveaxis(offset.reshape(n, out_h, out_w, group, -1, 2), 4, 0)  # (P, N, Ho, Wo, G, 2)
-    mask = jnp.moveaxis(mask.reshape(n, out_h, out_w, group, -1), 4, 0)  # (P, N, Ho, Wo, G)
+    pixels = jnp.pad(x, padding).reshape(
+        n, (h + _BEFORE + _AFTER) * row, group, width
+    )  # (N, H' W', G, D)
+    offset = jnp.moveaxis(
+        offset.reshape(n, out_h, out_w, group, len(points), 2), 4, 0
+    )  # (P, N, Ho, Wo, G, 2)
+    mask = jnp.moveaxis(
+        mask.reshape(n, out_h, out_w, group, len(points)), 4, 0
+    )  # (P, N, Ho, Wo, G)
 
     def grid(extent: int, axis: int) -> jax.Array:
         start = geometry.radius[axis] - geometry.pad[axis]
         return (jnp.arange(extent) * geometry.stride[axis] + start).astype(real)
 
-    grid_h, grid_w = grid(out_h, 0)[:, None, None], grid(out_w, 1)[:, None]
+    grid_h, grid_w = grid(out_h, 0)[None, :, None, None], grid(out_w, 1)[None, None, :, None]
 
     def step(axis: int) -> jax.Array:
         steps = [p[axis] * geometry.dilation[axis] - geometry.radius[axis] for p in points]

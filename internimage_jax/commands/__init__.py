@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def output() -> Console:
-    """Returns the console for tables: no markup in what users named, and no folded lines in pipes."""
+    """Returns the console for tables; it takes no name for markup and folds no line in a pipe."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 200

@@ -46,7 +46,8 @@ def _devices() -> dict[str, Any]:
 
     try:
         devices = [
-            {"id": one.id, "platform": one.platform, "kind": one.device_kind} for one in jax.devices()
+            {"id": one.id, "platform": one.platform, "kind": one.device_kind}
+            for one in jax.devices()
         ]
     except (RuntimeError, AssertionError) as error:  # JAX has both where a platform is missing
         reason = " ".join(str(error).split()) or "JAX finds none"

@@ -1,4 +1,4 @@
-"""List the released models: name, image size, classes, parameters, multiply-adds, top-1 accuracy."""
+"""List the released models with their sizes, costs and accuracies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label images with their most probable classes. Results go to stdout, everything else to stderr."""
+"""Label images with their most probable classes. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="internimage_t_1k_224",
         metavar="NAME_OR_PATH",
-        help="a released model (see `list`), or a checkpoint's file or folder (default: %(default)s)",
+        help="a released model (see `list`), or a checkpoint's path (default: %(default)s)",
     )
     parser.add_argument(
         "--topk", type=int, default=5, metavar="K", help="classes an image (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -74,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,
-        # On the terminal that the results go to, they show the progress, and a bar would be in the way.
+        # Where the results go to a terminal, they show the progress and a bar would be in the way.
         disable=sys.stdout.isatty() or not sys.stderr.isatty(),
     ) as progress:
         for prediction in progress.track(predictor(images), len(images), description="Images"):
@@ -85,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def print_json(prediction: Prediction, model: str) -> None:
-    """Prints a line: {"file", "model", "predictions": [{"index", "wnid", "name", "probability"}]}."""
+    """Prints {"file", "model", "predictions": [{"index", "wnid", "name", "probability"}, ...]}."""
     classes = [asdict(one) for one in prediction.classes]
     line = {"file": prediction.file, "model": model, "predictions": classes}
     print(json.dumps(line), flush=True)
@@ -98,12 +102,13 @@ def print_table(prediction: Prediction) -> None:
 
     from internimage_jax.predict import printable
 
-    title = printable(prediction.file)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("class", justify="right")
     table.add_column("WordNet id", no_wrap=True)
     table.add_column("probability", justify="right")
     table.add_column("name")
     for one in prediction.classes:
         table.add_row(str(one.index), one.wnid or "", f"{one.probability:.2%}", one.name)
-    output().print(table)
+    console = output()
+    console.print(printable(prediction.file), style="bold", soft_wrap=True)
+    console.print(table)

@@ -1,0 +1,166 @@
+"""Times the whole model, beside the official PyTorch model where a checkout of it is at hand.
+
+    python -m benchmarks.model internimage_t_1k_224 --batch-size 1 8 --official PATH --json
+
+The two take turns within one process, call by call; outputs are compared before any time is taken.
+Weights are drawn at random, with offsets of about a pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from internimage_jax.config import InternImageConfig, released_model
+from internimage_jax.initial import fill
+from internimage_jax.model import InternImage
+from internimage_jax.shapes import multiply_adds, parameter_shapes
+
+
+def random_values(config: InternImageConfig) -> dict[str, np.ndarray]:
+    """Weights that keep activations near 1 and exercise every branch."""
+    stream = np.random.default_rng(0)
+    values = {}
+    for path, shape in parameter_shapes(config).items():
+        value = stream.standard_normal(shape, np.float32)
+        if path.endswith("kernel"):
+            value /= np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
+        elif path.endswith(("scale", "var")):
+            value = 1 + 0.1 * np.abs(value)
+        elif "gamma" in path:
+            value = 0.2 + 0.05 * value
+        else:
+            value *= 0.5 if ".offset." in path else 0.1
+        values[path] = value
+    return values
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call, the functions taking turns for about `seconds`."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def matmul_rate(seconds: float = 2.0) -> float:
+    """GFLOP/s (two for a multiply-add) of a 2048-cube product: what the machine gives now."""
+    a = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    times = interleaved({"": lambda: product(a).block_until_ready()}, seconds)[""]
+    return 2 * 2048**3 / statistics.median(times) / 1e6
+
+
+def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+    released = released_model(options.model)
+    side = options.image_size or released.image_size
+    values = random_values(released.config)
+    model = InternImage(
+        released.config,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+        implementation=options.implementation,
+    )
+    fill(model, {path: value.astype(options.dtype) for path, value in values.items()})
+    graphdef, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    images = np.random.RandomState(1).standard_normal((batch_size, side, side, 3))
+    images = jnp.asarray(images, options.dtype)
+
+    def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(images)
+
+    start = time.perf_counter()
+    lowered = jax.jit(forward).lower(leaves, images)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    result: dict[str, Any] = {
+        "model": released.name,
+        "image_size": side,
+        "batch_size": batch_size,
+        "dtype": options.dtype,
+        "implementation": options.implementation or "best",
+        "trace_seconds": traced - start,
+        "compile_seconds": time.perf_counter() - traced,
+        "temporary_megabytes": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: compiled(leaves, images).block_until_ready()
+    }
+    logits = np.asarray(runs["ours"]())
+    if options.official:
+        import torch
+
+        from benchmarks.official import copy_weights, load_official
+
+        official = load_official(options.official, released.config)
+        copy_weights(values, released.config, official)
+        batch = torch.from_numpy(np.asarray(images, np.float32).transpose(0, 3, 1, 2).copy())
+
+        def run_official() -> Any:
+            with torch.inference_mode():
+                return official(batch)
+
+        wanted = run_official().numpy()
+        result["difference"] = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
+        limit = 1e-4 if options.dtype == "float32" else 0.1
+        if result["difference"] > limit:
+            sys.exit(
+                f"outputs differ by {result['difference']:.1e} of the largest logit: no times taken"
+            )
+        runs["official"] = run_official
+    times = interleaved(runs, options.seconds)
+    for name, each in times.items():
+        result[f"{name}_ms"] = statistics.median(each)
+        result[f"{name}_ms_range"] = [min(each), max(each)]
+    if "official" in times:
+        pairs = zip(times["official"], times["ours"], strict=True)
+        result["ratio"] = statistics.median(b / a for b, a in pairs)
+    rate = 2 * multiply_adds(released.config, side) * batch_size / result["ours_ms"] / 1e6
+    result["gflops"] = rate
+    result["part_of_matmul_rate"] = rate / matmul_rate()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="internimage_t_1k_224")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--implementation", choices=("kernel", "gather"))
+    parser.add_argument("--official", type=Path, help="a checkout of the official code")
+    parser.add_argument("--seconds", type=float, default=20, help="of timing for each batch size")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each batch size")
+    options = parser.parse_args()
+    for batch_size in options.batch_size:
+        result = measure(options, batch_size)
+        result["jax"] = jax.__version__
+        result["device"] = f"{jax.devices()[0].device_kind} ({platform.machine()})"
+        if options.json:
+            print(json.dumps(result), flush=True)
+            continue
+        for key, value in result.items():
+            print(f"{key:>22}  {value:.4g}" if isinstance(value, float) else f"{key:>22}  {value}")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Strict settings for all tests: what JAX or NumPy would do silently is an error."""
+
+from __future__ import annotations
+
+import os
+
+# Before jax is imported. Several devices on one CPU, so that sharding is tested everywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A GPU's default for float32 products has the accuracy of a tenth of the mantissa.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def x64():
+    """Makes float64 available within a test; flax promotes to it without being asked."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,84 @@
+"""The oracle's data, and the one table of how close to it a result has to be."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from convert.rules import rules
+from internimage_jax.config import InternImageConfig
+from internimage_jax.initial import fill
+from internimage_jax.model import InternImage
+from tests.reference.recipe import recipe_tensor
+
+SMALL = Path(__file__).parent / "reference"
+TINY = sorted(path.stem for path in (SMALL / "layouts").glob("tiny_*.json"))
+
+# Largest error allowed, as a part of the largest value of the reference.
+TOLERANCE = {
+    "operator, float64": 1e-11,
+    "operator, float32": 1e-5,
+    "model, golden in float64": 1e-5,
+    "model, golden in float32": 1e-4,
+    "gradient": 1e-4,  # of the tensor's rms
+}
+
+
+def reference(name: str) -> Path:
+    """Path of a file of the reference data; skips the test where only the small files are there."""
+    if (SMALL / name).exists():
+        return SMALL / name
+    folder = os.environ.get("INTERNIMAGE_REFERENCE")
+    if not folder:
+        pytest.skip(f"INTERNIMAGE_REFERENCE is not set, and {name} is too large for the project")
+    return Path(folder) / name
+
+
+def layout(name: str) -> dict[str, Any]:
+    """Config and tensors of a model of the reference data."""
+    return json.loads(reference(f"layouts/{name}.json").read_text())
+
+
+def reference_config(name: str) -> InternImageConfig:
+    values = layout(name)["config"]
+    return InternImageConfig.from_dict({k: v for k, v in values.items() if k != "model_type"})
+
+
+def recipe_model(
+    config: InternImageConfig, dtype: Any = np.float32, **settings: Any
+) -> InternImage:
+    """The Flax model with the recipe's weights."""
+    model = InternImage(config, dtype=dtype, param_dtype=dtype, **settings)
+    values = {}
+    for rule in rules(config):
+        array = recipe_tensor(rule.torch, rule.torch_shape).astype(dtype)
+        if rule.axes is not None:
+            array = array.reshape(array.shape[: len(rule.axes)]).transpose(rule.axes)
+        values[rule.flax] = array
+    fill(model, values)
+    return model
+
+
+def golden_input(golden: Any) -> np.ndarray:
+    """The input (N, H, W, 3) that a golden was recorded for."""
+    height, width = np.broadcast_to(golden["image_size"], 2)
+    shape = golden["logits"].shape[0], 3, int(height), int(width)
+    stream = np.random.RandomState(int(golden["input_seed"]))
+    return stream.standard_normal(shape).astype(np.float32).transpose(0, 2, 3, 1)
+
+
+def error(value: jax.Array | np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference, as a part of the largest value wanted."""
+    value = np.asarray(value, np.float64)
+    assert value.shape == wanted.shape, (value.shape, wanted.shape)
+    return float(np.abs(value - wanted).max() / np.abs(wanted).max())
+
+
+def assert_close(value: jax.Array | np.ndarray, wanted: np.ndarray, tolerance: str) -> None:
+    assert error(value, wanted) <= TOLERANCE[tolerance]

@@ -1,0 +1,336 @@
+"""The command line: results on stdout, one line on stderr for an error, exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from internimage_jax.__main__ import main
+from internimage_jax.commands import demo, models
+from internimage_jax.commands.predict import print_table
+from internimage_jax.config import InternImageConfig, list_models
+from internimage_jax.labels import imagenet1k_classes
+from internimage_jax.predict import PredictedClass, Prediction
+
+CAT = str(resources.files("internimage_jax") / "data_files" / "cat.jpg")
+CONFIG = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8))
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "released"
+    demo.write_checkpoint(folder, CONFIG, image_size=32)
+    return str(folder)
+
+
+def write_images(folder: Path, count: int) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    paths = [str(folder / f"{i}.png") for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(path)
+    return paths
+
+
+def error_of(capsys: Capture, *arguments: str) -> str:
+    """Returns the one line that the failing command prints, checked to be all that it prints."""
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def run_python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# predict
+
+
+@pytest.fixture(scope="module")
+def lines(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `predict --json` prints for a folder of three images and the cat."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, 3)
+    arguments = ["predict", str(folder), CAT, "--model", checkpoint, "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*arguments, "--topk", "3", "--batch-size", "2"]) == 0
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_json_is_one_object_an_image_in_order(lines: list[dict[str, Any]]) -> None:
+    names = [Path(line["file"]).name for line in lines]
+    assert names == ["0.png", "1.png", "2.png", "cat.jpg"]
+    for line in lines:
+        assert set(line) == {"file", "model", "predictions"}
+        probabilities = [one["probability"] for one in line["predictions"]]
+        assert len(probabilities) == 3
+        assert probabilities == sorted(probabilities, reverse=True)
+        for one in line["predictions"]:
+            assert set(one) == {"index", "wnid", "name", "probability"}
+            assert one["wnid"] == imagenet1k_classes()[one["index"]].wnid
+
+
+def test_half_precision_gives_nearly_the_same_answer(
+    lines: list[dict[str, Any]], checkpoint: str, capsys: Capture
+) -> None:
+    with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes bfloat16
+        assert main(["predict", CAT, "--model", checkpoint, "--dtype", "bfloat16", "--json"]) == 0
+    half = json.loads(capsys.readouterr().out)["predictions"][0]
+    full = lines[-1]["predictions"][0]
+    assert half["index"] == full["index"]
+    assert half["probability"] != full["probability"]
+    assert half["probability"] == pytest.approx(full["probability"], rel=0.2)
+
+
+def test_a_bad_image_is_one_line_after_the_results_of_the_batches_before_it(
+    checkpoint: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_images(tmp_path, 4)
+    Image.new("RGB", (50, 50)).save(paths[3])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # PIL itself would warn, up to 4000
+    arguments = ["predict", *paths, "--model", checkpoint, "--batch-size", "2", "--json"]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["file"] for line in out.splitlines()] == paths[:2]
+    assert err.startswith(f"error: {paths[3]}: ")
+    assert "2500 pixels" in err
+    assert err.count("\n") == 1
+
+
+def test_a_table_shows_path_class_wordnet_id_probability_and_name(capsys: Capture) -> None:
+    # A path is text, however much it looks like markup, and on one line, however long.
+    file = "folder/" * 30 + "[bold]:cat:.jpg"
+    classes = (
+        PredictedClass(281, "n02123045", "tabby cat", 0.75),
+        PredictedClass(7, None, "class 7", 0.00125),
+    )
+    print_table(Prediction(file, classes))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    title, headings, _, *rows = lines
+    assert title == file
+    assert headings.split() == ["class", "WordNet", "id", "probability", "name"]
+    assert [row.split() for row in rows] == [
+        ["281", "n02123045", "75.00%", "tabby", "cat"],
+        ["7", "0.12%", "class", "7"],
+    ]
+
+
+def test_a_path_that_no_terminal_can_show_is_quoted(capsys: Capture) -> None:
+    print_table(Prediction("a\udcff\n.jpg", ()))
+    assert capsys.readouterr().out.startswith("'a\\udcff\\n.jpg'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "none.png: no such file or folder"),
+        ([CAT, "--model", "internimage_t_1k_244"], "internimage_t_1k_224"),
+        ([CAT, "--topk", "1001"], "topk: got 1001, expected 1 to 1000"),
+        ([CAT, "--topk", "0"], "topk: got 0, expected 1 to 1000"),
+        ([CAT, "--batch-size", "0"], "batch_size: got 0, expected at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    checkpoint: str, capsys: Capture, arguments: list[str], message: str
+) -> None:
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", checkpoint]
+    assert message in error_of(capsys, "predict", *arguments)
+
+
+def test_a_damaged_checkpoint_is_one_line(checkpoint: str, tmp_path: Path, capsys: Capture) -> None:
+    for name in os.listdir(checkpoint):
+        content = (Path(checkpoint) / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-10] if name.endswith("safetensors") else content)
+    assert str(tmp_path) in error_of(capsys, "predict", CAT, "--model", str(tmp_path))
+
+
+def test_traceback_shows_where_an_error_came_from() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "predict", "none.png"])
+
+
+def test_a_wrong_command_line_exits_with_2(capsys: Capture) -> None:
+    for arguments in ([], ["predict"], ["predict", CAT, "--topk", "x"], ["train"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+    capsys.readouterr()
+
+
+def test_ctrl_c_exits_with_130_and_without_a_traceback(checkpoint: str, tmp_path: Path) -> None:
+    paths = write_images(tmp_path, 1) * 3000
+    program = (
+        "import signal, sys; from internimage_jax.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    options = ["--model", checkpoint, "--batch-size", "1", "--json"]
+    process = run_python("-c", program, "predict", *paths, *options)
+    assert process.stdout is not None
+    process.stdout.readline()  # it is at work
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == ""
+
+
+# list
+
+
+def card(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(row for row in rows if row["name"] == name)
+
+
+def test_list_agrees_with_the_model_cards(capsys: Capture) -> None:
+    assert main(["list", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == list_models()
+    for name, size, parameters, multiply_adds, top1 in (
+        ("internimage_t_1k_224", 224, 30, 5, 83.5),
+        ("internimage_s_1k_224", 224, 50, 8, 84.2),
+        ("internimage_b_1k_224", 224, 97, 16, 84.9),
+        ("internimage_l_22kto1k_384", 384, 223, 108, 87.7),
+        ("internimage_xl_22kto1k_384", 384, 335, 163, 88.0),
+    ):
+        row = card(rows, name)
+        assert (row["image_size"], row["top1"], row["license"]) == (size, top1, "MIT")
+        assert row["parameters"] / 1e6 == pytest.approx(parameters, abs=0.55)
+        assert round(row["multiply_adds"] / 1e9) == multiply_adds
+    for name, parameters, multiply_adds in (
+        ("internimage_h_22kto1k_640", 1.08e9, 1478e9),
+        ("internimage_g_22kto1k_512", 3.00e9, 2700e9),
+    ):
+        row = card(rows, name)
+        assert row["parameters"] == pytest.approx(parameters, rel=0.03)
+        assert row["multiply_adds"] == pytest.approx(multiply_adds, rel=0.011)
+    assert card(rows, "internimage_l_22k_384")["num_classes"] == 21841
+    assert card(rows, "internimage_l_22k_384")["top1"] is None
+
+
+def test_list_shows_a_row_a_model(capsys: Capture) -> None:
+    assert main(["list", "internimage_?_1k*"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith("internimage")]
+    assert " ".join(rows[0]) == "internimage_t_1k_224 224 1,000 29.9 M 5 G 83.5 MIT"
+    assert [row[0] for row in rows] == list_models("internimage_?_1k*")
+
+
+def test_a_pattern_that_nothing_matches_is_an_error(capsys: Capture) -> None:
+    assert "'resnet*'" in error_of(capsys, "list", "resnet*")
+
+
+def test_list_does_without_jax_and_numpy() -> None:
+    program = (
+        "import sys; from internimage_jax.__main__ import main; status = main(['list'])\n"
+        "assert not {'jax', 'flax', 'numpy', 'PIL'} & set(sys.modules), sorted(sys.modules)\n"
+        "sys.exit(status)"
+    )
+    process = run_python("-c", program)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_reader_that_closes_the_pipe_gets_no_traceback(option: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, "-m", "internimage_jax", "list", *option],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (1, b"")
+
+
+def test_an_error_that_spans_lines_is_printed_on_one(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: Any) -> None:
+        raise ValueError("first\n  second")
+
+    monkeypatch.setattr(models, "run", fail)
+    assert error_of(capsys, "list") == "error: first second\n"
+
+
+# info
+
+
+def test_info_tells_versions_devices_and_who_serves_dcnv3(capsys: Capture) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert len(found["devices"]) == len(jax.devices())
+    assert found["platform"] == jax.default_backend()
+    assert found["dcnv3"]
+    for row in found["dcnv3"]:
+        assert row["implementation"] in ("kernel", "gather")
+        assert row["reason"] or row["implementation"] == "kernel"
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert jax.__version__ in out
+    assert found["dcnv3"][0]["implementation"] in out
+
+
+def test_info_says_why_there_is_no_device() -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "nothing"}
+    process = run_python("-m", "internimage_jax", "info", "--json", env=environment)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    found = json.loads(out)
+    assert found["devices"] == []
+    assert "nothing" in found["devices_error"]
+
+
+# demo
+
+
+def test_demo_matches_the_recorded_answer_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    process = run_python("-m", "internimage_jax", "demo", env=environment)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "not trained" in out
+    assert "matches the recorded" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_fails_where_a_weight_differs(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = demo.seeded_values
+
+    def altered(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return values(name, shape) * (1.2 if name == "levels.2.blocks.1.dcn.offset.bias" else 1)
+
+    monkeypatch.setattr(demo, "seeded_values", altered)
+    assert main(["demo"]) == 1
+    out, err = capsys.readouterr()
+    assert "matches" not in out
+    assert err.startswith("error: demo: rank ")
+    assert err.count("\n") == 1

@@ -1,0 +1,194 @@
+"""From a name, a file or a folder to a model: the same parameters, dtypes and fresh weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert import convert
+from internimage_jax.config import RELEASED, InternImageConfig
+from internimage_jax.model import InternImage
+from internimage_jax.preprocess import Preprocessing
+from internimage_jax.pretrained import create_model, from_pretrained
+from tests.recipe_checkpoints import CONFIG, LAYOUTS, assert_same, flax_arrays, weights, write
+
+HEADS = ("head.", "conv_head.", "clip_head.")
+
+
+def arrays_of(model: InternImage) -> dict[str, np.ndarray]:
+    """Parameters and statistics by path."""
+    state = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
+
+
+# ---- from_pretrained
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "converted"])
+def test_every_layout_gives_the_same_parameters(layout, tmp_path) -> None:
+    source = write(tmp_path / "source", "hf" if layout == "converted" else layout)
+    if layout == "converted":
+        source = convert(source, tmp_path / "converted")
+    named = CONFIG if layout in ("pth", "trainer", "dense") else None
+    model = from_pretrained(source, model=named)
+    wanted = flax_arrays(CONFIG)
+    if layout == "dense":
+        wanted = {name: a for name, a in wanted.items() if not name.startswith(HEADS)}
+    assert_same(arrays_of(model), wanted)
+    assert model.config == (CONFIG.replace(num_classes=0) if layout == "dense" else CONFIG)
+    assert model.preprocessing == Preprocessing(224 if named else 64)
+
+
+def test_the_options_of_the_converter_are_those_of_loading(tmp_path, caplog) -> None:
+    source = write(tmp_path / "run.pth", "trainer")
+    model = from_pretrained(source, model=CONFIG, weights="ema", num_classes=3)
+    got = arrays_of(model)
+    np.testing.assert_array_equal(
+        got["patch_embed.conv1.bias"], weights(CONFIG)["patch_embed.conv1.bias"] * np.float32(1.01)
+    )
+    assert got["head.bias"].shape == (3,)
+    assert "left out the head of 10 classes; made a new one of 3" in caplog.text
+    bare = from_pretrained(source, model=CONFIG, num_classes=0)
+    assert not any(name.startswith(HEADS) for name in arrays_of(bare))
+    with pytest.raises(ValueError, match="to_1k needs a head of 21841 classes, got one of 10"):
+        from_pretrained(source, model=CONFIG, to_1k=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parameters_have_the_dtype_of_the_computation_unless_said_otherwise(
+    dtype, tmp_path
+) -> None:
+    source = write(tmp_path / "hf", "hf")
+    statistics = (".mean", ".var")
+    exact = flax_arrays(CONFIG)
+    rounded = {n: a if n.endswith(statistics) else a.astype(dtype) for n, a in exact.items()}
+    for given, computation, values in (
+        ({"dtype": dtype}, dtype, rounded),
+        ({"dtype": dtype, "param_dtype": jnp.float32}, dtype, exact),
+        ({"param_dtype": dtype}, jnp.float32, rounded),
+    ):
+        model = from_pretrained(source, **given)
+        assert model.dtype == computation
+        assert_same(arrays_of(model), values)
+
+
+@pytest.mark.parametrize(
+    ("given", "params"),
+    [({}, jnp.bfloat16), ({"param_dtype": jnp.float32}, jnp.float32)],
+    ids=["half parameters", "half computation"],
+)
+def test_fresh_parameters_have_the_dtype_of_the_computation_unless_said_otherwise(
+    given, params
+) -> None:
+    for name, array in arrays_of(create_model(CONFIG, dtype=jnp.bfloat16, **given)).items():
+        assert array.dtype == (np.float32 if name.endswith((".mean", ".var")) else params), name
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_parameters_are_exact(tmp_path) -> None:
+    model = from_pretrained(write(tmp_path / "hf", "hf"), dtype=jnp.float64)
+    assert_same(arrays_of(model), {n: np.float64(a) for n, a in flax_arrays(CONFIG).items()})
+
+
+def test_a_wrong_name_lists_the_closest() -> None:
+    for name in ("internimage_t_1k", "OpenGVLab/internimage_t_1k", "InternImage_T_1K_224"):
+        for function in (from_pretrained, create_model):
+            with pytest.raises(ValueError, match=r"unknown model '.*'; closest: .*_t_1k_224"):
+                function(name)
+
+
+@pytest.mark.parametrize(
+    "path", ["models/internimage_t_1k_224", "weights.pth", "model.safetensors", "x.bin", "x.json"]
+)
+def test_a_path_that_is_not_there_is_no_misspelt_name(path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^{path}: no such file or folder$"):
+        from_pretrained(path)
+
+
+def test_another_model_than_named_is_an_error(tmp_path) -> None:
+    source = write(tmp_path / "hf", "hf")
+    with pytest.raises(ValueError, match="another model than internimage_t_1k_224: channels 8"):
+        from_pretrained(source, model="internimage_t_1k_224")
+
+
+# ---- create_model
+
+
+@pytest.mark.parametrize("prefix", ["", "OpenGVLab/"])
+def test_a_released_model_is_made_by_its_name(prefix, monkeypatch) -> None:
+    name = "internimage_h_22kto1k_640"
+    small = RELEASED[name].config.replace(
+        channels=16, depths=(1, 1, 2, 1), groups=(2, 4, 8, 16), level2_post_norm_block_ids=(1,)
+    )
+    released = type(RELEASED[name])(name, small, 640, "none", None)
+    monkeypatch.setitem(RELEASED, name, released)
+    model = create_model(prefix + name, num_classes=5)
+    assert model.name == name
+    assert model.preprocessing == Preprocessing(640)
+    assert model.config == small.replace(num_classes=5)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others() -> None:
+    first, again, other = (arrays_of(create_model(CONFIG, seed=seed)) for seed in (0, 0, 1))
+    assert_same(first, again)
+    for name, array in first.items():
+        constant = array.min() == array.max()
+        assert constant == np.array_equal(array, other[name]), name
+
+
+def test_no_two_parameters_have_the_same_draws() -> None:
+    arrays = [a.ravel()[:16] for a in arrays_of(create_model(CONFIG)).values() if a.std() > 0]
+    firsts = {tuple(np.sort(np.abs(a / np.abs(a).max())).round(5)) for a in arrays if a.size == 16}
+    assert len(firsts) == sum(a.size == 16 for a in arrays)
+
+
+def test_fresh_weights_are_distributed_as_the_official_ones() -> None:
+    config = InternImageConfig(
+        channels=64, depths=(1, 1, 1, 1), groups=(4, 8, 16, 32), layer_scale=1e-5
+    )
+    arrays = arrays_of(create_model(config.replace(center_feature_scale=True)))
+    block = "levels.0.blocks.0."
+
+    def assert_uniform(name: str, bound: float) -> None:
+        array = arrays[name]
+        assert np.abs(array).max() <= bound
+        assert abs(array.std() - bound / 3**0.5) < 0.05 * bound, name
+        assert abs(array.mean()) < 0.1 * bound
+
+    # Convolutions: PyTorch's default, uniform within 1 / sqrt(fan-in); biases too.
+    assert_uniform("patch_embed.conv2.kernel", (9 * 32) ** -0.5)
+    assert_uniform("levels.0.downsample.conv.kernel", (9 * 64) ** -0.5)
+    assert_uniform(block + "dcn.dw_conv.conv.kernel", 9**-0.5)
+    assert_uniform("conv_head.conv.kernel", 512**-0.5)
+    assert np.abs(arrays["patch_embed.conv2.bias"]).max() <= (9 * 32) ** -0.5
+    assert arrays["patch_embed.conv2.bias"].std() > 0
+    # The projections of DCNv3: Xavier's uniform distribution.
+    assert_uniform(block + "dcn.input_proj.kernel", (6 / 128) ** 0.5)
+    assert_uniform(block + "dcn.output_proj.kernel", (6 / 128) ** 0.5)
+    # Other linear layers: normal with a deviation of 0.02.
+    for name in (block + "mlp.fc1.kernel", block + "mlp.fc2.kernel", "head.kernel"):
+        assert abs(arrays[name].std() - 0.02) < 0.001
+        assert np.abs(arrays[name]).max() > 0.06
+    # DCNv3 starts with equal weights, on its grid.
+    for name in ("offset", "mask", "center_feature_scale_proj"):
+        assert not arrays[f"{block}dcn.{name}.kernel"].any()
+        assert not arrays[f"{block}dcn.{name}.bias"].any()
+    np.testing.assert_array_equal(arrays[block + "gamma1"], np.full(64, 1e-5, np.float32))
+    for name, array in arrays.items():
+        if name.endswith((".scale", ".var")):
+            np.testing.assert_array_equal(array, np.ones_like(array), err_msg=name)
+        elif name.endswith(".mean") or (name.endswith(".bias") and "conv" not in name):
+            np.testing.assert_array_equal(array, np.zeros_like(array), err_msg=name)
+
+
+def test_a_loaded_and_a_fresh_model_have_the_same_state(tmp_path) -> None:
+    loaded = nnx.state(from_pretrained(write(tmp_path / "hf", "hf")))
+    fresh = nnx.state(create_model(CONFIG))
+    assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(fresh), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert isinstance(a, jax.Array)
+        assert isinstance(b, jax.Array)

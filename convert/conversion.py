@@ -17,6 +17,7 @@ import numpy as np
 from convert.check import FLOATS
 from convert.export import FORMAT, moved_when_done, write_settings, write_weights
 from convert.head import with_classes
+from convert.permute import torch_layout
 from convert.rules import BATCH_COUNTER, Rule, rules
 from convert.source import Source, Weights, check_named, open_source
 from convert.torch_file import CheckpointError
@@ -174,9 +175,7 @@ def _write_torch(path: Path, source: Source, dtype: np.dtype) -> None:
 
     def arrays() -> Iterator[np.ndarray]:
         for rule, array in read_arrays(source, dtype):
-            if rule.axes is not None:
-                array = array.transpose(np.argsort(rule.axes)).reshape(rule.torch_shape)
-            yield array
+            yield torch_layout(array, rule.axes, rule.torch_shape)
             if rule.torch.endswith("running_var"):
                 yield np.zeros((), np.int64)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from convert.check import check, fitting_models
 from convert.export import FORMAT
+from convert.permute import flax_layout
 from convert.rules import Rule, from_huggingface, rules
 from convert.torch_file import CheckpointError, LazyTensor, open_checkpoint
 from internimage_jax.config import RELEASED, InternImageConfig, released_model
@@ -72,16 +73,14 @@ class Source:
         if rule.flax in self.made:
             return self.made[rule.flax]
         array = _finite(self, self.tensors[self.name_of(rule)])
-        if rule.axes is not None and self.layout != "converted":
-            array = array.reshape(array.shape[: len(rule.axes)]).transpose(rule.axes)
-        return array
+        return array if self.layout == "converted" else flax_layout(array, rule.axes)
 
 
 def _finite(source: Source, tensor: LazyTensor) -> np.ndarray:
     array = tensor.read()
     # A sum is one pass without a temporary; only a sum that is not finite needs a closer look.
     with np.errstate(all="ignore"):
-        suspect = not np.isfinite(array.sum(dtype=np.float64))
+        suspect = not np.isfinite(array.sum(dtype=np.result_type(array.dtype, np.float32)))
     if suspect and not np.isfinite(array).all():
         raise CheckpointError(f"{source.path}: {tensor.name} has values that are not finite")
     return array

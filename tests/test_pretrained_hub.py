@@ -72,7 +72,6 @@ def error_of(**options: Any) -> str:
     text = str(caught.value)
     assert text.startswith(f"{NAME}: cannot be fetched from OpenGVLab/{NAME}: ")
     assert len(text.splitlines()) == 1
-    print("MSG", text)
     return text
 
 

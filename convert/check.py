@@ -47,7 +47,7 @@ def check(path: str, wanted: Mapping[str, Shape], tensors: Mapping[str, LazyTens
     ]
     if problems:
         raise CheckpointError(
-            f"{path}: does not fit the model: {'; '.join(problems)}{_hint(wanted, tensors)}"
+            f"{path}: does not fit the model{_hint(wanted, tensors)}: {'; '.join(problems)}"
         )
 
 

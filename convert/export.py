@@ -95,7 +95,7 @@ def _is_running(pid: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except (ValueError, PermissionError):
+    except (ValueError, OverflowError, PermissionError):
         return True  # not ours to remove
     return True
 

@@ -30,8 +30,8 @@ def initial_values(
     """Draws initial values as the official code does.
 
     Convolutions are uniform within 1 / sqrt(fan_in), linear layers normal with a deviation of
-    0.02, DCNv3's projections Xavier-uniform; DCNv3 starts as a convolution with equal weights, its offset,
-    mask and centre-scale products being 0.
+    0.02, DCNv3's projections Xavier-uniform. DCNv3 starts as a convolution with equal weights:
+    the products that make offsets, masks and centre scales are 0.
 
     Args:
         config: The architecture.

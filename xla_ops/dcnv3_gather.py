@@ -68,6 +68,24 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
     return y.reshape(n, out_h, out_w, channels).astype(x.dtype)
 
 
+def dcnv3_fused_gather(x: jax.Array, record: jax.Array, geometry: Geometry) -> jax.Array:
+    """Computes `xla_ops.dcnv3_fused` from checked arguments; see there for the arguments."""
+    n, out_h, out_w, _ = record.shape
+    group, points = geometry.group, len(geometry.points)
+    width = x.shape[-1] // group
+    real = jnp.promote_types(x.dtype, jnp.float32)
+    each = geometry.record.each
+    record = record[..., : group * each].reshape(n, out_h, out_w, group, each).astype(real)
+    offset, logits, center = jnp.split(record[..., : 3 * points + 1], (2 * points, 3 * points), axis=-1)
+    mask = jax.nn.softmax(logits, axis=-1)
+    offset, mask = offset.reshape(n, out_h, out_w, -1), mask.reshape(n, out_h, out_w, -1)
+    y = dcnv3_gather(x.astype(real), offset, mask, geometry)
+    if geometry.center_feature_scale:
+        share = jnp.repeat(jax.nn.sigmoid(center[..., 0]), width, axis=-1)  # (N, H, W, G * D)
+        y = y * (1 - share) + x.astype(real) * share
+    return y.astype(x.dtype)
+
+
 def _lerp(a: jax.Array, b: jax.Array, t: jax.Array, dtype: jnp.dtype) -> jax.Array:
     a, b = a.astype(dtype), b.astype(dtype)
     return a + (b - a) * t

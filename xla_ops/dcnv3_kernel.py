@@ -1,0 +1,167 @@
+"""DCNv3 as a custom call that JAX's transforms pass through.
+
+From the outside in, each layer gives the call one transform:
+
+    custom_vjp            grad: the backward is a custom call of its own
+    platform_dependent    the platform that the program is compiled for picks the kernel or the jnp form
+    custom_vmap           vmap: the mapped axis becomes part of the batch
+    custom_partitioning   jit over a sharded batch: each device computes its part, nothing is gathered
+    ffi_call              the kernel
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xla_ops import _ffi
+from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
+from xla_ops.geometry import Geometry
+
+Arrays = tuple[jax.Array, ...]
+
+
+class _Form(NamedTuple):
+    """What is static about a call: its settings, and whether the jnp form serves other platforms."""
+
+    geometry: Geometry
+    fallback: bool
+
+
+def dcnv3_kernel(
+    x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geometry, *, fallback: bool
+) -> jax.Array:
+    """Computes `xla_ops.dcnv3` from checked arguments by the kernel of the platform.
+
+    With `fallback` the jnp form serves a platform without a kernel; otherwise that is an error when
+    the program is compiled.
+    """
+    return _differentiable(_Form(geometry, fallback), *varying_alike(x, offset, mask))
+
+
+def dcnv3_fused_kernel(
+    x: jax.Array, record: jax.Array, geometry: Geometry, *, fallback: bool
+) -> jax.Array:
+    """Computes `xla_ops.dcnv3_fused` likewise."""
+    return _differentiable(_Form(geometry, fallback), *varying_alike(x, record))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(form: _Form, *operands: jax.Array) -> jax.Array:
+    return _forward(form, *operands)
+
+
+def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[jax.Array, Arrays]:
+    return _forward(form, *operands), operands
+
+
+def _differentiable_backward(form: _Form, operands: Arrays, dy: jax.Array) -> Arrays:
+    return _backward(form, *varying_alike(*operands, dy))
+
+
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+# jit keeps what it traced: the branches are not traced anew for each layer of a model.
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(form: _Form, *operands: jax.Array) -> jax.Array:
+    target = _ffi.FORWARD if len(operands) == 3 else _ffi.FUSED_FORWARD
+    kernel = _custom_call(target, form.geometry)
+    return _dispatch(form, operands, lambda *a: kernel(*a)[0], _gather(form, len(operands)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(form: _Form, *operands: jax.Array) -> Arrays:
+    target = _ffi.BACKWARD if len(operands) == 4 else _ffi.FUSED_BACKWARD
+    gather = _gather(form, len(operands) - 1)
+
+    def by_gather(*operands: jax.Array) -> Arrays:
+        *primals, dy = operands
+        return jax.vjp(gather, *primals)[1](dy)
+
+    return _dispatch(form, operands, _custom_call(target, form.geometry), by_gather)
+
+
+def _dispatch(form: _Form, operands: Arrays, kernel: Callable, gather: Callable):  # noqa: ANN202
+    branches = {name: kernel for name in _ffi.PLATFORMS if _ffi.serves(name)}
+    return lax.platform_dependent(*operands, **branches, default=gather if form.fallback else None)
+
+
+def _gather(form: _Form, operands: int) -> Callable[..., jax.Array]:
+    gather = dcnv3_gather if operands == 3 else dcnv3_fused_gather
+    return lambda *a: gather(*a, form.geometry)
+
+
+@functools.cache
+def _custom_call(target: str, geometry: Geometry) -> Callable[..., Arrays]:
+    """The call of a target, from operands to a tuple of results; all have a leading batch axis."""
+    backward = target in (_ffi.BACKWARD, _ffi.FUSED_BACKWARD)
+
+    def result_types(*operands: jax.Array) -> list[jax.ShapeDtypeStruct]:
+        x, points = operands[:2]
+        kind = jax.typeof(x).manual_axis_type  # which mesh axes of a shard_map the result varies over
+        like = [(a.shape, a.dtype) for a in operands[:-1]]
+        if not backward:
+            like = [((*points.shape[:3], x.shape[3]), x.dtype)]
+        return [jax.ShapeDtypeStruct(*a, manual_axis_type=kind) for a in like]
+
+    def call(*operands: jax.Array) -> Arrays:
+        attributes = _attributes(geometry, fused=target in (_ffi.FUSED_FORWARD, _ffi.FUSED_BACKWARD))
+        return tuple(jax.ffi.ffi_call(target, result_types(*operands))(*operands, **attributes))
+
+    partitioned = custom_partitioning(call)
+
+    def partition(mesh, arguments, results):  # noqa: ANN001, ANN202 - JAX's own types
+        batch = arguments[0].sharding.spec[:1] if arguments[0].sharding.spec else ()
+        sharding = NamedSharding(mesh, PartitionSpec(*batch))
+        return mesh, call, (sharding,) * len(results), (sharding,) * len(arguments)
+
+    operands = {_ffi.FORWARD: 3, _ffi.BACKWARD: 4, _ffi.FUSED_FORWARD: 2, _ffi.FUSED_BACKWARD: 3}[target]
+    arrays = operands + (operands - 1 if backward else 1)
+    axes = [f"n {' '.join(f'{letter}{i}' for letter in 'hwc')}" for i in range(arrays)]
+    whole = tuple(f"{letter}{i}" for i in range(arrays) for letter in "hwc")
+    partitioned.def_partition(
+        partition,
+        sharding_rule=f"{', '.join(axes[:operands])} -> {', '.join(axes[operands:])}",
+        need_replication_factors=whole,
+    )
+
+    mapped = custom_vmap(partitioned)
+
+    @mapped.def_vmap
+    def _(size: int, is_mapped: list[bool], *operands: jax.Array):  # noqa: ANN202
+        def fold(array: jax.Array, has_axis: bool) -> jax.Array:
+            array = array if has_axis else jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        results = mapped(*map(fold, operands, is_mapped))
+        return tuple(a.reshape(size, -1, *a.shape[1:]) for a in results), (True,) * len(results)
+
+    return mapped
+
+
+def _attributes(geometry: Geometry, *, fused: bool) -> dict[str, object]:
+    pairs = (geometry.kernel_size, geometry.stride, geometry.pad, geometry.dilation)
+    numbers = [n for pair in pairs for n in pair]
+    numbers += [geometry.group, int(geometry.remove_center), _ffi.VERSION]
+    attributes = {"geometry": np.array(numbers, np.int64), "offset_scale": np.float64(geometry.offset_scale)}
+    return attributes | ({"center_feature_scale": geometry.center_feature_scale} if fused else {})
+
+
+def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Marks each array as varying over the mesh axes that any of them does, as `shard_map` wants."""
+    kinds = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    axes = frozenset().union(*kinds)
+    return [
+        lax.pcast(a, tuple(axes - kind), to="varying") if axes - kind else a
+        for a, kind in zip(arrays, kinds, strict=True)
+    ]

@@ -53,40 +53,48 @@ DCNV3_HD int64_t step(int64_t a, int64_t kernel, int64_t dilation) {
   return a * dilation - radius(kernel, dilation);
 }
 
+// What `locate` needs of an axis: the last pixel that a pair of neighbours can start at, and 1 if there
+// is a second pixel at all. Reals, made once: a test of integers does not vectorise well.
+template <class Real>
+struct Extent {
+  Real last, second;
+};
+template <class Real>
+DCNV3_HD Extent<Real> extent(int64_t size) {
+  return {size > 1 ? Real(size - 2) : Real(0), size > 1 ? Real(1) : Real(0)};
+}
+
 // A location along one axis: pixels `first` and `first + 1` hold all the weight there is. An axis of
 // one pixel has no second: its weight is zero, and whoever reads it reads the first again.
 template <class Real>
 struct Axis {
-  int32_t first;
-  Real weight0, weight1;
+  Real first, weight0, weight1;
 };
 
 template <class Real>
-DCNV3_HD Axis<Real> locate(Real location, int32_t size) {
-  const Real last = size > 1 ? Real(size - 2) : Real(0);
-  Real low = std::floor(location);
-  low = low > 0 ? low : Real(0);  // also where it is NaN
-  low = low < last ? low : last;
-  const Real t = location - low;  // in [0, 1) inside, below at the first pixel, above at the last
+DCNV3_HD Axis<Real> locate(Real location, const Extent<Real>& extent) {
+  Real first = std::floor(location);
+  first = first > 0 ? first : Real(0);  // also where it is NaN
+  first = first < extent.last ? first : extent.last;
+  const Real t = location - first;  // in [0, 1) inside, below at the first pixel, above at the last
   const Real rise0 = Real(1) + t, fall0 = Real(1) - t, fall1 = Real(2) - t;
   const Real weight0 = rise0 < fall0 ? rise0 : fall0;
   const Real weight1 = t < fall1 ? t : fall1;
-  Axis<Real> axis;
-  axis.first = static_cast<int32_t>(low);
-  axis.weight0 = weight0 > 0 ? weight0 : Real(0);
-  axis.weight1 = weight1 > 0 && size > 1 ? weight1 : Real(0);
-  return axis;
+  return {first, weight0 > 0 ? weight0 : Real(0), (weight1 > 0 ? weight1 : Real(0)) * extent.second};
 }
 
 // Derivatives of the two weights by the location: at a pixel the one to the right, outside zero.
 template <class Real>
-DCNV3_HD void slopes(Real location, const Axis<Real>& axis, int32_t size, Real* slope0, Real* slope1) {
-  const Real t = location - Real(axis.first);
-  const Real inside = t >= 0 && t < 1 ? Real(1) : Real(0);
-  const Real before = t > -1 && t < 0 ? Real(1) : Real(0);
-  const Real after = t >= 1 && t < 2 ? Real(1) : Real(0);
-  *slope0 = before - inside;
-  *slope1 = size > 1 ? inside - after : Real(0);
+struct Slopes {
+  Real weight0, weight1;
+};
+template <class Real>
+DCNV3_HD Slopes<Real> slopes(Real location, const Axis<Real>& axis, const Extent<Real>& extent) {
+  const Real t = location - axis.first;
+  const Real before = (t > -1) & (t < 0) ? Real(1) : Real(0);
+  const Real inside = (t >= 0) & (t < 1) ? Real(1) : Real(0);
+  const Real after = (t >= 1) & (t < 2) ? Real(1) : Real(0);
+  return {before - inside, (inside - after) * extent.second};
 }
 
 // exp(x) for x <= 0 to 1e-7 relative, without branches, so that a compiler can vectorise it; exactly

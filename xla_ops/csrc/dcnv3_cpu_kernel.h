@@ -189,33 +189,36 @@ DCNV3_FN void load(Block<Real>& b) {
   }
 }
 
-// Where point p of lane l falls, given the steps of p along h and w.
+// Where point p of each lane falls.
 template <class Real>
-struct Location {
-  Real h, w;
+struct Locations {
+  DCNV3_TARGET Locations(const Block<Real>& b, int64_t p)
+      : grid_h(b.grid_h), grid_w(b.grid_w), offset(b.number + 2 * p * kBlock), scale(Real(b.s.offset_scale)) {
+    int64_t column, row;
+    point_in_kernel(b.s, p, &column, &row);
+    step_h = Real(step(row, b.s.kernel_h, b.s.dilation_h));
+    step_w = Real(step(column, b.s.kernel_w, b.s.dilation_w));
+  }
+  DCNV3_ALWAYS Real h(int l) const { return grid_h[l] + (step_h + offset[kBlock + l]) * scale; }
+  DCNV3_ALWAYS Real w(int l) const { return grid_w[l] + (step_w + offset[l]) * scale; }
+
+  const Real *grid_h, *grid_w, *offset;
+  Real scale, step_h, step_w;
 };
-template <class Real>
-DCNV3_FN Location<Real> location(const Block<Real>& b, int64_t p, int l) {
-  int64_t column, row;
-  point_in_kernel(b.s, p, &column, &row);
-  const Real scale = Real(b.s.offset_scale);
-  const Real* offset = b.number + 2 * p * kBlock + l;
-  return {b.grid_h[l] + (Real(step(row, b.s.kernel_h, b.s.dilation_h)) + offset[kBlock]) * scale,
-          b.grid_w[l] + (Real(step(column, b.s.kernel_w, b.s.dilation_w)) + offset[0]) * scale};
-}
 
 template <class Real>
 DCNV3_TARGET void weigh(Block<Real>& b) {
-  const int32_t height = int32_t(b.s.height), width = int32_t(b.s.width);
+  const Extent<Real> height = extent<Real>(b.s.height), width = extent<Real>(b.s.width);
+  const int32_t columns = int32_t(b.s.width);
   for (int64_t p = 0; p < b.points; ++p) {
     Real* __restrict tap = b.tap + 4 * p * kBlock;
     int32_t* __restrict pixel = b.pixel.get() + p * kBlock;
-    const Real* weight = b.weight + p * kBlock;
+    const Real *weight = b.weight + p * kBlock, *keep = b.keep;
+    const Locations<Real> at(b, p);
     for (int l = 0; l < kBlock; ++l) {
-      const Location<Real> at = location(b, p, l);
-      const Axis<Real> h = locate(at.h, height), w = locate(at.w, width);
-      const Real mask = weight[l] * b.keep[l];
-      pixel[l] = h.first * width + w.first;
+      const Axis<Real> h = locate(at.h(l), height), w = locate(at.w(l), width);
+      const Real mask = weight[l] * keep[l];
+      pixel[l] = int32_t(h.first) * columns + int32_t(w.first);
       tap[l] = mask * h.weight0 * w.weight0;
       tap[kBlock + l] = mask * h.weight0 * w.weight1;
       tap[2 * kBlock + l] = mask * h.weight1 * w.weight0;
@@ -278,8 +281,8 @@ DCNV3_TARGET void sample_by_definition(const Block<Real>& b, int l) {
     const auto at = [&](int64_t i, int64_t j) DCNV3_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
     Real sum = 0;
     for (int64_t p = 0; p < b.points; ++p) {
-      const Location<Real> where = location(b, p, l);
-      sum += b.weight[p * kBlock + l] * sample_exactly(where.h, where.w, s.height, s.width, at).value;
+      const Locations<Real> where(b, p);
+      sum += b.weight[p * kBlock + l] * sample_exactly(where.h(l), where.w(l), s.height, s.width, at).value;
     }
     if (b.call.centre) sum = b.keep[l] * sum + b.blend[l] * M::load(x + b.own[l] * s.channels() + c);
     M::store(y + c, sum);
@@ -377,22 +380,25 @@ DCNV3_TARGET void spread_by_definition(Block<Real>& b, const Plane<Real>& dx, in
   const T* dy = static_cast<const T*>(b.call.dy) + b.position[l] * s.channels() + b.group[l] * s.depth;
   Real* to = dx.data + (b.group[l] - dx.group0) * s.depth;
   for (int64_t p = 0; p < b.points; ++p) {
-    const Location<Real> where = location(b, p, l);
+    const Locations<Real> where(b, p);
+    const Real where_h = where.h(l), where_w = where.w(l);
     const Real mask = b.weight[p * kBlock + l] * b.keep[l];
-    const Axis<Real> h = locate(where.h, int32_t(s.height)), w = locate(where.w, int32_t(s.width));
+    const Axis<Real> h = locate(where_h, extent<Real>(s.height));
+    const Axis<Real> w = locate(where_w, extent<Real>(s.width));
+    const int64_t first = int64_t(h.first) * s.width + int64_t(w.first);
     Sample<Real> total = {0, 0, 0};
     for (int64_t c = 0; c < s.depth; ++c) {
       const Real g = M::load(dy + c);
       if (values) {
         const auto at = [&](int64_t i, int64_t j) DCNV3_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
-        const Sample<Real> sample = sample_exactly(where.h, where.w, s.height, s.width, at);
+        const Sample<Real> sample = sample_exactly(where_h, where_w, s.height, s.width, at);
         total.value += g * sample.value;
         total.slope_h += g * sample.slope_h;
         total.slope_w += g * sample.slope_w;
       }
       for (int k = 0; pixels && k < 4; ++k) {
         const Real weight = (k / 2 ? h.weight1 : h.weight0) * (k % 2 ? w.weight1 : w.weight0);
-        const int64_t pixel = (h.first + k / 2) * s.width + w.first + k % 2;
+        const int64_t pixel = first + k / 2 * s.width + k % 2;
         if (weight > 0) to[pixel * dx.pixel + c] += weight * mask * g;
       }
     }
@@ -410,22 +416,21 @@ DCNV3_TARGET void spread_by_definition(Block<Real>& b, const Plane<Real>& dx, in
 // From the dots to what the chain rule needs of each point; bad[l] becomes NaN where one is not finite.
 template <class Real>
 DCNV3_TARGET void chain(const Block<Real>& b, Real* __restrict bad) {
-  const int32_t height = int32_t(b.s.height), width = int32_t(b.s.width);
+  const Extent<Real> height = extent<Real>(b.s.height), width = extent<Real>(b.s.width);
   for (int64_t p = 0; p < b.points; ++p) {
     const Real* dot = b.dot + p * kBlock * 4;
     Real* __restrict chained = b.chained + 3 * p * kBlock;
+    const Locations<Real> at(b, p);
     for (int l = 0; l < kBlock; ++l) {
-      const Location<Real> at = location(b, p, l);
-      const Axis<Real> h = locate(at.h, height), w = locate(at.w, width);
-      Real h0, h1, w0, w1;
-      slopes(at.h, h, height, &h0, &h1);
-      slopes(at.w, w, width, &w0, &w1);
+      const Real at_h = at.h(l), at_w = at.w(l);
+      const Axis<Real> h = locate(at_h, height), w = locate(at_w, width);
+      const Slopes<Real> slope_h = slopes(at_h, h, height), slope_w = slopes(at_w, w, width);
       const Real upper = w.weight0 * dot[4 * l] + w.weight1 * dot[4 * l + 1];
       const Real lower = w.weight0 * dot[4 * l + 2] + w.weight1 * dot[4 * l + 3];
       const Real value = h.weight0 * upper + h.weight1 * lower;
-      const Real by_h = h0 * upper + h1 * lower;
-      const Real by_w = h.weight0 * (w0 * dot[4 * l] + w1 * dot[4 * l + 1]) +
-                        h.weight1 * (w0 * dot[4 * l + 2] + w1 * dot[4 * l + 3]);
+      const Real by_h = slope_h.weight0 * upper + slope_h.weight1 * lower;
+      const Real by_w = h.weight0 * (slope_w.weight0 * dot[4 * l] + slope_w.weight1 * dot[4 * l + 1]) +
+                        h.weight1 * (slope_w.weight0 * dot[4 * l + 2] + slope_w.weight1 * dot[4 * l + 3]);
       chained[l] = value;
       chained[kBlock + l] = by_h;
       chained[2 * kBlock + l] = by_w;
@@ -599,4 +604,5 @@ DCNV3_TARGET void backward(const Call& call, int64_t image, int64_t g0, int64_t 
 }
 
 #undef DCNV3_FN
+#undef DCNV3_ALWAYS
 #undef DCNV3_SHUFFLE

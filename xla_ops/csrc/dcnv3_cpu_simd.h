@@ -4,7 +4,8 @@
 //
 // The vector types are GCC's and Clang's: the compiler lowers them to what the target has.
 
-#define DCNV3_FN DCNV3_TARGET static inline __attribute__((always_inline))
+#define DCNV3_ALWAYS DCNV3_TARGET inline __attribute__((always_inline))
+#define DCNV3_FN static DCNV3_ALWAYS
 
 constexpr int kBytes = DCNV3_BYTES;
 

@@ -65,7 +65,8 @@ class BuildExt(build_ext):
         import jax.ffi
         import pybind11
 
-        ext.include_dirs += [jax.ffi.include_dir(), pybind11.get_include()]
+        ext.include_dirs += [pybind11.get_include()]
+        ext.extra_compile_args += ["-isystem", jax.ffi.include_dir()]  # their warnings are theirs
         super().build_extension(ext)
 
     def copy_extensions_to_source(self) -> None:  # of an editable install

@@ -4,7 +4,7 @@ From the outside in, each layer gives the call one transform:
 
     custom_vjp            grad: the backward is a custom call of its own
     platform_dependent    the platform that the program is compiled for picks the kernel or the jnp form
-    custom_vmap           vmap: the mapped axis becomes part of the batch
+    custom_vmap           vmap: the mapped axis becomes one more axis of batch
     custom_partitioning   jit over a sharded batch: each device computes its part, nothing is gathered
     ffi_call              the kernel
 """
@@ -12,8 +12,9 @@ From the outside in, each layer gives the call one transform:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
 from xla_ops.geometry import Geometry
 
 Arrays = tuple[jax.Array, ...]
+Function = Callable[..., Any]
+
+_OPERANDS = {_ffi.FORWARD: 3, _ffi.BACKWARD: 4, _ffi.FUSED_FORWARD: 2, _ffi.FUSED_BACKWARD: 3}
 
 
 class _Form(NamedTuple):
@@ -75,76 +79,90 @@ _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(form: _Form, *operands: jax.Array) -> jax.Array:
     target = _ffi.FORWARD if len(operands) == 3 else _ffi.FUSED_FORWARD
-    kernel = _custom_call(target, form.geometry)
-    return _dispatch(form, operands, lambda *a: kernel(*a)[0], _gather(form, len(operands)))
+    kernel = _custom_call(target, form.geometry, leading=1)
+    x = jax.typeof(operands[0]).sharding
+    y = x.update(spec=PartitionSpec(x.spec[0], None, None, None))
+    return _dispatch(form, operands, lambda *a: kernel(*a)[0], _gather(form, len(operands)), y)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(form: _Form, *operands: jax.Array) -> Arrays:
     target = _ffi.BACKWARD if len(operands) == 4 else _ffi.FUSED_BACKWARD
+    kernel = _custom_call(target, form.geometry, leading=1)
     gather = _gather(form, len(operands) - 1)
 
     def by_gather(*operands: jax.Array) -> Arrays:
         *primals, dy = operands
         return jax.vjp(gather, *primals)[1](dy)
 
-    return _dispatch(form, operands, _custom_call(target, form.geometry), by_gather)
+    gradients = tuple(jax.typeof(a).sharding for a in operands[:-1])
+    return _dispatch(form, operands, kernel, by_gather, gradients)
 
 
-def _dispatch(form: _Form, operands: Arrays, kernel: Callable, gather: Callable):  # noqa: ANN202
+def _dispatch(form: _Form, operands: Arrays, kernel: Function, gather: Function, sharding: Any) -> Any:
+    """Runs the kernel of the platform compiled for; `sharding` is the results' where types have one."""
     branches = {name: kernel for name in _ffi.PLATFORMS if _ffi.serves(name)}
-    return lax.platform_dependent(*operands, **branches, default=gather if form.fallback else None)
+    default = gather if form.fallback else None
+
+    def run(*operands: jax.Array) -> Any:
+        return lax.platform_dependent(*operands, **branches, default=default)
+
+    if jax.typeof(operands[0]).sharding.mesh.explicit_axes:
+        return jax.sharding.auto_axes(run, out_sharding=sharding)(*operands)
+    return run(*operands)
 
 
-def _gather(form: _Form, operands: int) -> Callable[..., jax.Array]:
+def _gather(form: _Form, operands: int) -> Function:
     gather = dcnv3_gather if operands == 3 else dcnv3_fused_gather
     return lambda *a: gather(*a, form.geometry)
 
 
 @functools.cache
-def _custom_call(target: str, geometry: Geometry) -> Callable[..., Arrays]:
-    """The call of a target, from operands to a tuple of results; all have a leading batch axis."""
+def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
+    """The call of a target, from operands to a tuple of results.
+
+    All have `leading` axes of batch; `vmap` puts one more before them, and the handlers take any
+    number. Folding them into one would move data between devices where one of them is sharded.
+    """
     backward = target in (_ffi.BACKWARD, _ffi.FUSED_BACKWARD)
 
-    def result_types(*operands: jax.Array) -> list[jax.ShapeDtypeStruct]:
+    def call(*operands: jax.Array) -> Arrays:
         x, points = operands[:2]
-        kind = jax.typeof(x).manual_axis_type  # which mesh axes of a shard_map the result varies over
         like = [(a.shape, a.dtype) for a in operands[:-1]]
         if not backward:
-            like = [((*points.shape[:3], x.shape[3]), x.dtype)]
-        return [jax.ShapeDtypeStruct(*a, manual_axis_type=kind) for a in like]
-
-    def call(*operands: jax.Array) -> Arrays:
+            like = [((*points.shape[:-1], x.shape[-1]), x.dtype)]
+        t = jax.typeof(x)  # in a shard_map it has the mesh axes that x varies over; results do too
+        kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}
+        results = [jax.ShapeDtypeStruct(*a, **kind) for a in like]
         attributes = _attributes(geometry, fused=target in (_ffi.FUSED_FORWARD, _ffi.FUSED_BACKWARD))
-        return tuple(jax.ffi.ffi_call(target, result_types(*operands))(*operands, **attributes))
+        return tuple(jax.ffi.ffi_call(target, results)(*operands, **attributes))
 
-    partitioned = custom_partitioning(call)
-
-    def partition(mesh, arguments, results):  # noqa: ANN001, ANN202 - JAX's own types
-        batch = arguments[0].sharding.spec[:1] if arguments[0].sharding.spec else ()
+    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        batch = tuple(arguments[0].sharding.spec)[:leading]
         sharding = NamedSharding(mesh, PartitionSpec(*batch))
         return mesh, call, (sharding,) * len(results), (sharding,) * len(arguments)
 
-    operands = {_ffi.FORWARD: 3, _ffi.BACKWARD: 4, _ffi.FUSED_FORWARD: 2, _ffi.FUSED_BACKWARD: 3}[target]
+    partitioned = custom_partitioning(call)
+    operands = _OPERANDS[target]
     arrays = operands + (operands - 1 if backward else 1)
-    axes = [f"n {' '.join(f'{letter}{i}' for letter in 'hwc')}" for i in range(arrays)]
-    whole = tuple(f"{letter}{i}" for i in range(arrays) for letter in "hwc")
+    batch = [f"n{i}" for i in range(leading)]
+    others = [[f"{letter}{i}" for letter in "hwc"] for i in range(arrays)]  # each array its own
+    axes = [" ".join(batch + other) for other in others]
     partitioned.def_partition(
         partition,
         sharding_rule=f"{', '.join(axes[:operands])} -> {', '.join(axes[operands:])}",
-        need_replication_factors=whole,
+        need_replication_factors=tuple(itertools.chain(*others)),
     )
-
     mapped = custom_vmap(partitioned)
 
     @mapped.def_vmap
-    def _(size: int, is_mapped: list[bool], *operands: jax.Array):  # noqa: ANN202
-        def fold(array: jax.Array, has_axis: bool) -> jax.Array:
-            array = array if has_axis else jnp.broadcast_to(array, (size, *array.shape))
-            return array.reshape(-1, *array.shape[2:])
-
-        results = mapped(*map(fold, operands, is_mapped))
-        return tuple(a.reshape(size, -1, *a.shape[1:]) for a in results), (True,) * len(results)
+    def _(size: int, is_mapped: list[bool], *operands: jax.Array) -> tuple[Arrays, tuple[bool, ...]]:
+        whole = [
+            a if has_axis else jnp.broadcast_to(a, (size, *a.shape))
+            for a, has_axis in zip(operands, is_mapped, strict=True)
+        ]
+        results = _custom_call(target, geometry, leading + 1)(*whole)
+        return results, (True,) * len(results)
 
     return mapped
 

@@ -86,18 +86,24 @@ ffi::Error describe(ffi::Span<const int64_t> geometry, double offset_scale, ffi:
   if (geometry.size() != 11 || geometry[10] != kVersion) {
     return invalid("expected attributes of version " + std::to_string(kVersion));
   }
-  const auto xs = x.dimensions(), ps = points.dimensions();
-  if (xs.size() != 4 || ps.size() != 4 || ps[0] != xs[0]) return invalid("expected operands (N, H, W, channels)");
+  // Any number of leading axes is the batch: `vmap` adds to them.
+  const size_t rank = x.dimensions().size();
+  if (rank < 3 || points.dimensions().size() != rank) return invalid("expected operands (..., H, W, channels)");
+  const auto xs = x.dimensions().last(3), ps = points.dimensions().last(3);
   Problem& s = call->problem;
   s.kernel_h = geometry[0], s.kernel_w = geometry[1], s.stride_h = geometry[2], s.stride_w = geometry[3];
   s.pad_h = geometry[4], s.pad_w = geometry[5], s.dilation_h = geometry[6], s.dilation_w = geometry[7];
   s.group = geometry[8], s.remove_center = geometry[9] != 0;
   s.offset_scale = offset_scale;
-  s.batch = xs[0], s.height = xs[1], s.width = xs[2];
-  s.out_height = ps[1], s.out_width = ps[2];
-  if (s.group < 1 || s.height < 1 || s.width < 1 || xs[3] % s.group) return invalid("group does not divide channels");
+  s.batch = 1;
+  for (size_t i = 0; i + 3 < rank; ++i) {
+    if (x.dimensions()[i] != points.dimensions()[i]) return invalid("the batches differ");
+    s.batch *= x.dimensions()[i];
+  }
+  s.height = xs[0], s.width = xs[1], s.out_height = ps[0], s.out_width = ps[1];
+  if (s.group < 1 || s.height < 1 || s.width < 1 || xs[2] % s.group) return invalid("group does not divide channels");
   if (s.height * s.width > INT32_MAX) return invalid("a map of more than 2^31 pixels");
-  s.depth = xs[3] / s.group;
+  s.depth = xs[2] / s.group;
   s.points = s.kernel_h * s.kernel_w - (s.remove_center ? 1 : 0);
   if (!type_of(x.element_type(), &call->type) || !type_of(points.element_type(), &call->points_type)) {
     return invalid("expected float32, float64, bfloat16 or float16");
@@ -115,7 +121,7 @@ ffi::Error separate(ffi::Span<const int64_t> geometry, double offset_scale, ffi:
   if (ffi::Error error = describe(geometry, offset_scale, x, offset, call); error.failure()) return error;
   const Problem& s = call->problem;
   const int64_t n = s.group * s.points, positions = s.batch * s.positions();
-  if (offset.dimensions()[3] != 2 * n || static_cast<int64_t>(mask.element_count()) != positions * n) {
+  if (offset.dimensions().back() != 2 * n || static_cast<int64_t>(mask.element_count()) != positions * n) {
     return invalid("offset or mask does not fit");
   }
   call->offset = {offset.untyped_data(), 2 * n, 2 * s.points};
@@ -127,7 +133,7 @@ ffi::Error fused(ffi::Span<const int64_t> geometry, double offset_scale, bool ce
                  ffi::AnyBuffer record, Call* call) {
   if (ffi::Error error = describe(geometry, offset_scale, x, record, call); error.failure()) return error;
   const Problem& s = call->problem;
-  const int64_t each = (3 * s.points + 1 + 3) / 4 * 4, width = record.dimensions()[3];
+  const int64_t each = (3 * s.points + 1 + 3) / 4 * 4, width = record.dimensions().back();
   if (width != (s.group * each + 7) / 8 * 8) return invalid("the record's width does not fit");
   if (centre && (s.out_height != s.height || s.out_width != s.width)) return invalid("a centre needs equal maps");
   call->fused = true;

@@ -58,7 +58,9 @@ def _load_once(platform: str) -> Status:
         extension = importlib.import_module(f"xla_ops.{name}")
     except ImportError as error:
         reason = Path(__file__).with_name(f"{name}.reason")
-        return Status("gather", reason.read_text().strip() if reason.exists() else f"not built: {error}")
+        return Status(
+            "gather", reason.read_text().strip() if reason.exists() else f"not built: {error}"
+        )
     if extension.version != VERSION:
         return Status("gather", f"built as version {extension.version}, not {VERSION}: rebuild it")
     try:

@@ -142,13 +142,17 @@ def dcnv3_fused(
 
 def _choose(implementation: Implementation | None) -> Implementation:
     if implementation not in ("kernel", "gather", None):
-        raise ValueError(f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}")
+        raise ValueError(
+            f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
+        )
     if implementation == "gather":
         return "gather"
     serving = [platform for platform in _ffi.PLATFORMS if _ffi.serves(platform)]
     if implementation == "kernel" and not serving:
         reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
-        raise ValueError(f"implementation: no 'kernel' to serve here ({reasons}); use 'gather' or None")
+        raise ValueError(
+            f"implementation: no 'kernel' to serve here ({reasons}); use 'gather' or None"
+        )
     return "kernel" if serving else "gather"
 
 
@@ -182,7 +186,9 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
     """Raises unless x and its points, offset and mask or a record, fit together."""
     for name, array in {"x": x, **points}.items():
         if array.ndim != 4:
-            raise ValueError(f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}")
+            raise ValueError(
+                f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"
+            )
     if x.dtype not in _DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
     for name, array in points.items():
@@ -213,7 +219,11 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
         )
     count = len(geometry.points)
     record = geometry.record
-    widths = {"offset": geometry.group * count * 2, "mask": geometry.group * count, "record": record.width}
+    widths = {
+        "offset": geometry.group * count * 2,
+        "mask": geometry.group * count,
+        "record": record.width,
+    }
     for name, array in points.items():
         expected = (n, out_h, out_w, widths[name])
         if array.shape != expected:

@@ -31,7 +31,9 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
     padding = (0, 0), (_BEFORE, _AFTER), (_BEFORE, _AFTER), (0, 0)
     row = w + _BEFORE + _AFTER  # pixels in a row of the padded map
     pixels = jnp.pad(x, padding).reshape(n, -1, group, width)  # (N, H' W', G, D)
-    offset = jnp.moveaxis(offset.reshape(n, out_h, out_w, group, -1, 2), 4, 0)  # (P, N, Ho, Wo, G, 2)
+    offset = jnp.moveaxis(
+        offset.reshape(n, out_h, out_w, group, -1, 2), 4, 0
+    )  # (P, N, Ho, Wo, G, 2)
     mask = jnp.moveaxis(mask.reshape(n, out_h, out_w, group, -1), 4, 0)  # (P, N, Ho, Wo, G)
 
     def grid(extent: int, axis: int) -> jax.Array:
@@ -76,7 +78,9 @@ def dcnv3_fused_gather(x: jax.Array, record: jax.Array, geometry: Geometry) -> j
     real = jnp.promote_types(x.dtype, jnp.float32)
     each = geometry.record.each
     record = record[..., : group * each].reshape(n, out_h, out_w, group, each).astype(real)
-    offset, logits, center = jnp.split(record[..., : 3 * points + 1], (2 * points, 3 * points), axis=-1)
+    offset, logits, center = jnp.split(
+        record[..., : 3 * points + 1], (2 * points, 3 * points), axis=-1
+    )
     mask = jax.nn.softmax(logits, axis=-1)
     offset, mask = offset.reshape(n, out_h, out_w, -1), mask.reshape(n, out_h, out_w, -1)
     y = dcnv3_gather(x.astype(real), offset, mask, geometry)

@@ -99,7 +99,9 @@ def _backward(form: _Form, *operands: jax.Array) -> Arrays:
     return _dispatch(form, operands, kernel, by_gather, gradients)
 
 
-def _dispatch(form: _Form, operands: Arrays, kernel: Function, gather: Function, sharding: Any) -> Any:
+def _dispatch(
+    form: _Form, operands: Arrays, kernel: Function, gather: Function, sharding: Any
+) -> Any:
     """Runs the kernel of the platform compiled for; `sharding` is the results' where types have one."""
     branches = {name: kernel for name in _ffi.PLATFORMS if _ffi.serves(name)}
     default = gather if form.fallback else None
@@ -134,7 +136,9 @@ def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
         t = jax.typeof(x)  # in a shard_map it has the mesh axes that x varies over; results do too
         kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}
         results = [jax.ShapeDtypeStruct(*a, **kind) for a in like]
-        attributes = _attributes(geometry, fused=target in (_ffi.FUSED_FORWARD, _ffi.FUSED_BACKWARD))
+        attributes = _attributes(
+            geometry, fused=target in (_ffi.FUSED_FORWARD, _ffi.FUSED_BACKWARD)
+        )
         return tuple(jax.ffi.ffi_call(target, results)(*operands, **attributes))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
@@ -156,7 +160,9 @@ def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
     mapped = custom_vmap(partitioned)
 
     @mapped.def_vmap
-    def _(size: int, is_mapped: list[bool], *operands: jax.Array) -> tuple[Arrays, tuple[bool, ...]]:
+    def _(
+        size: int, is_mapped: list[bool], *operands: jax.Array
+    ) -> tuple[Arrays, tuple[bool, ...]]:
         whole = [
             a if has_axis else jnp.broadcast_to(a, (size, *a.shape))
             for a, has_axis in zip(operands, is_mapped, strict=True)
@@ -171,7 +177,10 @@ def _attributes(geometry: Geometry, *, fused: bool) -> dict[str, object]:
     pairs = (geometry.kernel_size, geometry.stride, geometry.pad, geometry.dilation)
     numbers = [n for pair in pairs for n in pair]
     numbers += [geometry.group, int(geometry.remove_center), _ffi.VERSION]
-    attributes = {"geometry": np.array(numbers, np.int64), "offset_scale": np.float64(geometry.offset_scale)}
+    attributes = {
+        "geometry": np.array(numbers, np.int64),
+        "offset_scale": np.float64(geometry.offset_scale),
+    }
     return attributes | ({"center_feature_scale": geometry.center_feature_scale} if fused else {})
 
 

@@ -30,7 +30,7 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
 
     padding = (0, 0), (_BEFORE, _AFTER), (_BEFORE, _AFTER), (0, 0)
     row = w + _BEFORE + _AFTER  # pixels in a row of the padded map
-    pixels = jnp.pad(x, padding).reshape(n, -1, group, width)  # (N, H' W', G, D)
+    pixels = jnp.pad(x, padding).reshape(n, (h + 3) * row, group, width)  # (N, H' W', G, D)
     offset = jnp.moveaxis(
         offset.reshape(n, out_h, out_w, group, -1, 2), 4, 0
     )  # (P, N, Ho, Wo, G, 2)

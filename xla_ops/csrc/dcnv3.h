@@ -133,9 +133,14 @@ struct Sample {
   Real value, slope_h, slope_w;
 };
 
+template <class Real>
+DCNV3_HD bool is_inside(Real h, Real w, int64_t height, int64_t width) {
+  return h > -1 && h < Real(height) && w > -1 && w < Real(width);
+}
+
 template <class Real, class At>
 DCNV3_HD Sample<Real> sample_exactly(Real h, Real w, int64_t height, int64_t width, At at) {
-  if (!(h > -1 && h < Real(height) && w > -1 && w < Real(width))) return {0, 0, 0};
+  if (!is_inside(h, w, height, width)) return {0, 0, 0};
   const int64_t i = static_cast<int64_t>(std::floor(h)), j = static_cast<int64_t>(std::floor(w));
   const Real th = h - Real(i), tw = w - Real(j);
   const bool up = i >= 0, down = i + 1 < height, left = j >= 0, right = j + 1 < width;

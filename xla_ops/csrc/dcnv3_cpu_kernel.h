@@ -371,45 +371,55 @@ DCNV3_FN void spread(Block<Real>& b, const Plane<Real>& dx, int l, int64_t c) {
   }
 }
 
-// The same by the definition: `values` takes the dots into b.chained, `pixels` adds to dx.
+// The two halves of that by the definition: what goes to dx, and what the chain rule needs.
 template <class T, class Real>
-DCNV3_TARGET void spread_by_definition(Block<Real>& b, const Plane<Real>& dx, int l, bool values, bool pixels) {
+DCNV3_TARGET void spread_by_definition(const Block<Real>& b, const Plane<Real>& dx, int l) {
   using M = Memory<T, Real, 1>;
   const Problem& s = b.s;
-  const T* x = static_cast<const T*>(b.call.x) + b.plane[l];
   const T* dy = static_cast<const T*>(b.call.dy) + b.position[l] * s.channels() + b.group[l] * s.depth;
   Real* to = dx.data + (b.group[l] - dx.group0) * s.depth;
   for (int64_t p = 0; p < b.points; ++p) {
     const Locations<Real> where(b, p);
-    const Real where_h = where.h(l), where_w = where.w(l);
+    const Axis<Real> h = locate(where.h(l), extent<Real>(s.height));
+    const Axis<Real> w = locate(where.w(l), extent<Real>(s.width));
     const Real mask = b.weight[p * kBlock + l] * b.keep[l];
-    const Axis<Real> h = locate(where_h, extent<Real>(s.height));
-    const Axis<Real> w = locate(where_w, extent<Real>(s.width));
-    const int64_t first = int64_t(h.first) * s.width + int64_t(w.first);
-    Sample<Real> total = {0, 0, 0};
-    for (int64_t c = 0; c < s.depth; ++c) {
-      const Real g = M::load(dy + c);
-      if (values) {
-        const auto at = [&](int64_t i, int64_t j) DCNV3_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
-        const Sample<Real> sample = sample_exactly(where_h, where_w, s.height, s.width, at);
-        total.value += g * sample.value;
-        total.slope_h += g * sample.slope_h;
-        total.slope_w += g * sample.slope_w;
-      }
-      for (int k = 0; pixels && k < 4; ++k) {
-        const Real weight = (k / 2 ? h.weight1 : h.weight0) * (k % 2 ? w.weight1 : w.weight0);
-        const int64_t pixel = first + k / 2 * s.width + k % 2;
-        if (weight > 0) to[pixel * dx.pixel + c] += weight * mask * g;
-      }
-    }
-    if (values) {
-      b.chained[3 * p * kBlock + l] = total.value;
-      b.chained[(3 * p + 1) * kBlock + l] = total.slope_h;
-      b.chained[(3 * p + 2) * kBlock + l] = total.slope_w;
+    for (int k = 0; k < 4; ++k) {
+      const Real weight = (k / 2 ? h.weight1 : h.weight0) * (k % 2 ? w.weight1 : w.weight0);
+      if (!(weight > 0)) continue;
+      const int64_t pixel = (int64_t(h.first) + k / 2) * s.width + int64_t(w.first) + k % 2;
+      for (int64_t c = 0; c < s.depth; ++c) to[pixel * dx.pixel + c] += weight * mask * M::load(dy + c);
     }
   }
-  for (int64_t c = 0; pixels && b.call.centre && c < s.depth; ++c) {
+  for (int64_t c = 0; b.call.centre && c < s.depth; ++c) {
     to[b.own[l] * dx.pixel + c] += b.blend[l] * M::load(dy + c);
+  }
+}
+
+template <class T, class Real>
+DCNV3_TARGET void chain_by_definition(const Block<Real>& b, int l) {
+  using M = Memory<T, Real, 1>;
+  const Problem& s = b.s;
+  const T* x = static_cast<const T*>(b.call.x) + b.plane[l];
+  const T* dy = static_cast<const T*>(b.call.dy) + b.position[l] * s.channels() + b.group[l] * s.depth;
+  for (int64_t p = 0; p < b.points; ++p) {
+    const Locations<Real> where(b, p);
+    const Real h = where.h(l), w = where.w(l);
+    const bool inside = is_inside(h, w, s.height, s.width);
+    Sample<Real> total = {0, 0, 0};
+    for (int64_t c = 0; c < s.depth; ++c) {
+      const auto at = [&](int64_t i, int64_t j) DCNV3_TARGET {
+        return M::load(x + (i * s.width + j) * s.channels() + c);
+      };
+      const Sample<Real> sample = sample_exactly(h, w, s.height, s.width, at);
+      const Real g = M::load(dy + c);
+      total.value += g * sample.value;
+      if (!inside) continue;  // then the location has no gradient, whatever dy is
+      total.slope_h += g * sample.slope_h;
+      total.slope_w += g * sample.slope_w;
+    }
+    b.chained[3 * p * kBlock + l] = total.value;
+    b.chained[(3 * p + 1) * kBlock + l] = total.slope_h;
+    b.chained[(3 * p + 2) * kBlock + l] = total.slope_w;
   }
 }
 
@@ -452,9 +462,10 @@ DCNV3_TARGET void differentiate(Block<Real>& b) {
     Real* __restrict weight = b.weight + p * kBlock;
     const Real* chained = b.chained + 3 * p * kBlock;
     for (int l = 0; l < kBlock; ++l) {
-      const Real mask = weight[l] * b.keep[l];
-      offset[l] = mask * scale * chained[2 * kBlock + l];
-      offset[kBlock + l] = mask * scale * chained[kBlock + l];
+      const Real mask = weight[l] * b.keep[l], factor = mask * scale;
+      const Real by_h = chained[kBlock + l], by_w = chained[2 * kBlock + l];
+      offset[l] = by_w != 0 ? factor * by_w : Real(0);  // zero outside, even where the mask is NaN
+      offset[kBlock + l] = by_h != 0 ? factor * by_h : Real(0);
       weight[l] = b.call.fused ? mask * (chained[l] - mean[l]) : chained[l];
     }
   }
@@ -536,7 +547,7 @@ DCNV3_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64
     watch_operands<T>(b, bad);
     for (int l = 0; l < b.count; ++l) {
       if (bad[l] != 0) {
-        spread_by_definition<T>(b, dx, l, false, true);
+        spread_by_definition<T>(b, dx, l);
       } else if constexpr (D > 0) {
         constexpr int W = D < kLanes ? D : kLanes;
         spread<T, W, D / W, P>(b, dx, l, 0);
@@ -551,7 +562,7 @@ DCNV3_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64
     }
     chain(b, bad);
     for (int l = 0; l < b.count; ++l) {
-      if (bad[l] != 0) spread_by_definition<T>(b, dx, l, true, false);
+      if (bad[l] != 0) chain_by_definition<T>(b, l);
     }
     differentiate(b);
     store(b);

@@ -28,7 +28,10 @@ def cpu_extension() -> Extension:
     # more exact form. Nothing here that would change what NaN, infinity or an order of sums means.
     options = ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"]
     options += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    options += ["-Wno-maybe-uninitialized", "-Wno-unused-local-typedefs"]  # GCC 12 inside its own intrinsics
+    options += [
+        "-Wno-maybe-uninitialized",
+        "-Wno-unused-local-typedefs",
+    ]  # GCC 12 inside its own intrinsics
     return Extension(
         "xla_ops._cpu",
         sources=[str(CSRC / "dcnv3_cpu.cc"), str(CSRC / "cpu_module.cc")],

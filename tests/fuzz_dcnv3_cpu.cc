@@ -1,6 +1,11 @@
 // Runs the CPU kernel over random geometries and holds it against the definition, written out plainly
 // in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it.
-// Arguments: the number of geometries, the seed. Exits with 1 and says what differed.
+// Then computes the last image of a batch with more than 2^31 elements, over memory that is reserved
+// but for that image never touched. Arguments: the number of geometries, the seed. Exits with 1 and
+// says what differed. tests/test_dcnv3_native.py builds it; without -DDCNV3_BASELINE it runs the
+// instruction set that INTERNIMAGE_CPU_ISA names.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -217,6 +222,56 @@ bool one() {
          close("dmask", dmask.values(), expected.dmask, points_tolerance);
 }
 
+// Memory of the given size without a cost until it is touched.
+char* reserve(int64_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
+}
+
+// Whether the last image of a huge batch comes out as it does alone.
+bool huge() {
+  Call alone = {};
+  Problem& s = alone.problem;
+  s.batch = 1, s.group = 32, s.depth = 16, s.points = 9, s.offset_scale = 1;
+  s.height = s.width = s.out_height = s.out_width = 64;
+  s.kernel_h = s.kernel_w = 3;
+  s.stride_h = s.stride_w = s.pad_h = s.pad_w = s.dilation_h = s.dilation_w = 1;
+  alone.type = alone.points_type = Type::kFloat32;
+  alone.fused = alone.centre = true;
+  const int64_t width = 32 * 28, map = 64 * 64 * 512, rows = 64 * 64 * width, last = 1199;
+  static_assert(int64_t{1199} * 64 * 64 * 512 > int64_t{1} << 31, "");
+  std::vector<float> x(map), dy(map), record(rows), y(map), dx(map), drecord(rows);
+  for (float& v : x) v = float(normal());
+  for (float& v : dy) v = float(normal());
+  for (float& v : record) v = float(normal());
+  alone.x = x.data(), alone.dy = dy.data(), alone.y = y.data(), alone.dx = dx.data();
+  alone.doffset = drecord.data(), alone.offset = {record.data(), width, 28};
+  const int64_t pairs = s.positions() * s.group;
+  forward(alone, pairs - 100, pairs);
+  backward(alone, 0, 31, 32);
+
+  Call whole = alone;
+  whole.problem.batch = last + 1;
+  char *maps[4], *records[2];
+  for (char*& m : maps) m = reserve((last + 1) * map * 4);
+  for (char*& m : records) m = reserve((last + 1) * rows * 4);
+  for (char* m : {maps[0], maps[1], maps[2], maps[3], records[0], records[1]}) {
+    if (m == nullptr) return std::printf("no room to reserve; the huge batch was not tried\n"), true;
+  }
+  std::memcpy(maps[0] + last * map * 4, x.data(), map * 4);
+  std::memcpy(maps[1] + last * map * 4, dy.data(), map * 4);
+  std::memcpy(records[0] + last * rows * 4, record.data(), rows * 4);
+  whole.x = maps[0], whole.dy = maps[1], whole.y = maps[2], whole.dx = maps[3];
+  whole.offset.data = records[0], whole.doffset = records[1];
+  forward(whole, (last + 1) * pairs - 100, (last + 1) * pairs);
+  backward(whole, last, 31, 32);
+  const bool same = !std::memcmp(maps[2] + last * map * 4, y.data(), map * 4) &&
+                    !std::memcmp(maps[3] + last * map * 4, dx.data(), map * 4) &&
+                    !std::memcmp(records[1] + last * rows * 4, drecord.data(), rows * 4);
+  if (!same) std::printf("the last image of a huge batch differs\n");
+  return same;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -227,6 +282,7 @@ int main(int argc, char** argv) {
     std::printf("geometry of seed %d\n", seed + i);
     return 1;
   }
+  if (!huge()) return 1;
   std::printf("%d geometries, %s\n", count, dcnv3::cpu::instruction_set());
   return 0;
 }

@@ -32,9 +32,9 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
     row = w + _BEFORE + _AFTER  # pixels in a row of the padded map
     pixels = jnp.pad(x, padding).reshape(n, (h + 3) * row, group, width)  # (N, H' W', G, D)
     offset = jnp.moveaxis(
-        offset.reshape(n, out_h, out_w, group, -1, 2), 4, 0
+        offset.reshape(n, out_h, out_w, group, len(points), 2), 4, 0
     )  # (P, N, Ho, Wo, G, 2)
-    mask = jnp.moveaxis(mask.reshape(n, out_h, out_w, group, -1), 4, 0)  # (P, N, Ho, Wo, G)
+    mask = jnp.moveaxis(mask.reshape(n, out_h, out_w, group, len(points)), 4, 0)  # (P, N, Ho, Wo, G)
 
     def grid(extent: int, axis: int) -> jax.Array:
         start = geometry.radius[axis] - geometry.pad[axis]
@@ -82,7 +82,8 @@ def dcnv3_fused_gather(x: jax.Array, record: jax.Array, geometry: Geometry) -> j
         record[..., : 3 * points + 1], (2 * points, 3 * points), axis=-1
     )
     mask = jax.nn.softmax(logits, axis=-1)
-    offset, mask = offset.reshape(n, out_h, out_w, -1), mask.reshape(n, out_h, out_w, -1)
+    offset = offset.reshape(n, out_h, out_w, group * points * 2)
+    mask = mask.reshape(n, out_h, out_w, group * points)
     y = dcnv3_gather(x.astype(real), offset, mask, geometry)
     if geometry.center_feature_scale:
         share = jnp.repeat(jax.nn.sigmoid(center[..., 0]), width, axis=-1)  # (N, H, W, G * D)

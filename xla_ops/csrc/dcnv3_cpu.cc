@@ -7,7 +7,7 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DCNV3_BASELINE)
 #include <immintrin.h>
 #endif
 
@@ -71,7 +71,7 @@ namespace baseline {
 #undef DCNV3_BYTES
 }  // namespace baseline
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DCNV3_BASELINE)
 namespace avx2 {
 #define DCNV3_TARGET __attribute__((target("avx2,fma,f16c")))
 #define DCNV3_BYTES 32
@@ -94,7 +94,7 @@ namespace avx512 {
 Kernels choose() {
   const char* wanted = std::getenv("INTERNIMAGE_CPU_ISA");
   const auto allowed = [wanted](const char* name) { return !wanted || !std::strcmp(wanted, name); };
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DCNV3_BASELINE)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");

@@ -28,10 +28,7 @@ def cpu_extension() -> Extension:
     # more exact form. Nothing here that would change what NaN, infinity or an order of sums means.
     options = ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"]
     options += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    options += [
-        "-Wno-maybe-uninitialized",
-        "-Wno-unused-local-typedefs",
-    ]  # GCC 12 inside its own intrinsics
+    options += ["-Wno-maybe-uninitialized"]  # GCC 12 finds some in its own intrinsics
     return Extension(
         "xla_ops._cpu",
         sources=[str(CSRC / "dcnv3_cpu.cc"), str(CSRC / "cpu_module.cc")],
@@ -39,7 +36,7 @@ def cpu_extension() -> Extension:
         include_dirs=[str(CSRC)],
         extra_compile_args=options,
         language="c++",
-        optional=True,
+        optional=wanted("INTERNIMAGE_CPU") != "1",
     )
 
 
@@ -52,13 +49,13 @@ class BuildExt(build_ext):
         reason.parent.mkdir(parents=True, exist_ok=True)
         reason.unlink(missing_ok=True)
         variable = f"INTERNIMAGE{name.upper()}"
-        if wanted(variable) == "0":
+        if wanted(variable) == "0":  # an extension left over from another build would still load
             reason.write_text(f"not built: {variable}=0\n")
             return
         try:
             self._build(ext)
-        except (Exception, SystemExit) as error:
-            if wanted(variable) == "1":
+        except Exception as error:
+            if not ext.optional:
                 raise
             message = f"not built: {type(error).__name__}: {error}".splitlines()[0]
             reason.write_text(message + "\n")
@@ -83,4 +80,5 @@ class BuildExt(build_ext):
                 self.copy_file(str(built.with_name(name)), str(here))
 
 
+# xla_ops._cuda joins here: INTERNIMAGE_CUDA=0|1|auto, INTERNIMAGE_CUDA_ARCHS.
 setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": BuildExt})

@@ -20,6 +20,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,14 @@ STAGES = {
     "H3": (40, 1280, 40),
 }
 POINTS = 9
-Runner = Callable[[], None]
+
+
+class Contestant(NamedTuple):
+    """What an implementation computes (y and three gradients), and what to time."""
+
+    results: list[np.ndarray]
+    forward: Callable[[], object]
+    both: Callable[[], object]
 
 
 def inputs(batch: int, side: int, channels: int, group: int, spread: float) -> list[np.ndarray]:
@@ -49,8 +57,9 @@ def inputs(batch: int, side: int, channels: int, group: int, spread: float) -> l
     return [normal(channels), spread * normal(group * POINTS * 2), mask, normal(channels)]
 
 
-def ours(implementation: str, group: int, arrays: list[np.ndarray], dtype: str):  # noqa: ANN201
-    """Outputs and gradients, and functions that run the forward, and both ways."""
+def ours(
+    implementation: xla_ops.Implementation, group: int, arrays: list[np.ndarray], dtype: str
+) -> Contestant:
     *operands, dy = [jnp.asarray(a, dtype) for a in arrays]
     function = functools.partial(xla_ops.dcnv3, group=group, implementation=implementation)
 
@@ -61,10 +70,11 @@ def ours(implementation: str, group: int, arrays: list[np.ndarray], dtype: str):
 
     forward = jax.jit(function)
     run = lambda f: lambda: jax.block_until_ready(f(*operands))  # noqa: E731
-    return [np.asarray(a, np.float32) for a in both(*operands)], run(forward), run(both)
+    results = [np.asarray(a, np.float32) for a in both(*operands)]
+    return Contestant(results, run(forward), run(both))
 
 
-def fused(group: int, arrays: list[np.ndarray], dtype: str):  # noqa: ANN201
+def fused(group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
     """The fused form on the same points; timed only (the tests compare it)."""
     x, offset, mask, dy = arrays
     record = xla_ops.Record(group, POINTS)
@@ -81,20 +91,21 @@ def fused(group: int, arrays: list[np.ndarray], dtype: str):  # noqa: ANN201
 
     forward = jax.jit(function)
     run = lambda f: lambda: jax.block_until_ready(f(*operands))  # noqa: E731
-    return None, run(forward), run(both)
+    return Contestant([], run(forward), run(both))
 
 
 def official_function(checkout: Path) -> Callable:
     """The official code's CPU form, imported without its CUDA extension."""
-    extension, resources = types.ModuleType("DCNv3"), types.ModuleType("pkg_resources")
-    resources.get_distribution = lambda name: types.SimpleNamespace(version="1.1")
-    sys.modules.setdefault("DCNv3", extension)
+    resources = types.ModuleType("pkg_resources")
+    version = types.SimpleNamespace(version="1.1")
+    vars(resources)["get_distribution"] = lambda name: version
+    sys.modules.setdefault("DCNv3", types.ModuleType("DCNv3"))
     sys.modules.setdefault("pkg_resources", resources)
     sys.path.insert(0, str(checkout / "classification" / "ops_dcnv3"))
     return importlib.import_module("functions.dcnv3_func").dcnv3_core_pytorch
 
 
-def official(function: Callable, group: int, arrays: list[np.ndarray], dtype: str):  # noqa: ANN201
+def official(function: Callable, group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
     import torch
 
     x, offset, mask, dy = [torch.from_numpy(a).to(getattr(torch, dtype)) for a in arrays]
@@ -113,10 +124,10 @@ def official(function: Callable, group: int, arrays: list[np.ndarray], dtype: st
         y = forward()
         return y.detach(), *torch.autograd.grad(y, (x, offset, mask), dy)
 
-    return [a.float().numpy() for a in both()], forward_alone, both
+    return Contestant([a.float().numpy() for a in both()], forward_alone, both)
 
 
-def medians(contestants: dict[str, Runner], seconds: float) -> dict[str, float]:
+def medians(contestants: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Milliseconds of each, taking turns for about `seconds` a contestant."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for run in contestants.values():
@@ -139,12 +150,12 @@ def compare(name: str, got: list[np.ndarray], expected: list[np.ndarray], tolera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times DCNv3 against other implementations.")
     parser.add_argument("--official", type=Path, help="a checkout of the official repository")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of offsets, pixels")
+    parser.add_argument("--spread", type=float, default=1.0, help="of the offsets, in pixels")
     parser.add_argument("--seconds", type=float, default=1.0, help="a contestant and measurement")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
@@ -155,24 +166,26 @@ def main() -> None:
         side, channels, group = STAGES[stage]
         for batch in options.batches if stage.startswith("T") else options.batches[:1]:
             arrays = inputs(batch, side, channels, group, options.spread)
-            forms = {form: ours(form, group, arrays, options.dtype) for form in ("kernel", "gather")}
+            forms = {f: ours(f, group, arrays, options.dtype) for f in ("kernel", "gather")}
             if function:
                 forms["official"] = official(function, group, arrays, options.dtype)
             tolerance = 1e-4 if options.dtype == "float32" else 5e-2
             for form in forms:
-                compare(f"{stage} {form}", forms["kernel"][0], forms[form][0], tolerance)
+                compare(f"{stage} {form}", forms["kernel"].results, forms[form].results, tolerance)
             forms["fused"] = fused(group, arrays, options.dtype)
-            for direction, index in (("forward", 1), ("both", 2)):
-                times = medians({form: f[index] for form, f in forms.items()}, options.seconds)
-                row = {"stage": stage, "batch": batch, "dtype": options.dtype, "direction": direction}
+            for direction in ("forward", "both"):
+                runs = {form: getattr(f, direction) for form, f in forms.items()}
+                times = medians(runs, options.seconds)
+                row = {"stage": stage, "batch": batch, "dtype": options.dtype}
+                row["direction"] = direction
                 row |= {f"{form}_ms": round(value, 4) for form, value in times.items()}
                 row |= {
                     f"{form}/kernel": round(times[form] / times["kernel"], 1)
                     for form in ("gather", "official")
                     if form in times
                 }
-                print(json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()))
-                sys.stdout.flush()
+                line = "  ".join(f"{key} {value}" for key, value in row.items())
+                print(json.dumps(row) if options.json else line, flush=True)
 
 
 if __name__ == "__main__":

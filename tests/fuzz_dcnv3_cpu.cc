@@ -24,8 +24,12 @@ using Values = std::vector<double>;
 namespace {
 
 std::mt19937 engine;
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-double normal() { return std::normal_distribution<double>()(engine); }
+int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(engine);
+}
+double normal() {
+  return std::normal_distribution<double>()(engine);
+}
 
 // A buffer of a dtype and its values after rounding to it. Half precision is bfloat16.
 struct Buffer {
@@ -63,9 +67,10 @@ struct Outcome {
 };
 
 // The definition for masks as they are; `blend` is each pair's share of the pixel at its position.
-Outcome definition(const Problem& s, const Values& x, const Values& offset, const Values& mask, const Values& blend,
-                   const Values& dy, bool centre) {
-  Outcome out{Values(dy.size()), Values(x.size()), Values(offset.size()), Values(mask.size()), Values(blend.size())};
+Outcome definition(const Problem& s, const Values& x, const Values& offset, const Values& mask,
+                   const Values& blend, const Values& dy, bool centre) {
+  Outcome out{Values(dy.size()), Values(x.size()), Values(offset.size()), Values(mask.size()),
+              Values(blend.size())};
   const int64_t channels = s.group * s.depth;
   for (int64_t pair = 0; pair < s.batch * s.positions() * s.group; ++pair) {
     const int64_t position = pair / s.group, g = pair % s.group, image = position / s.positions();
@@ -74,14 +79,17 @@ Outcome definition(const Problem& s, const Values& x, const Values& offset, cons
     for (int64_t p = 0; p < s.points; ++p) {
       const int64_t q = p + (s.remove_center && p >= s.kernel_h * s.kernel_w / 2);
       const int64_t rh = s.dilation_h * (s.kernel_h - 1) / 2, rw = s.dilation_w * (s.kernel_w - 1) / 2;
-      const double h = i * s.stride_h - s.pad_h + rh +
-                       (q % s.kernel_h * s.dilation_h - rh + offset[(pair * s.points + p) * 2 + 1]) * s.offset_scale;
-      const double w = j * s.stride_w - s.pad_w + rw +
-                       (q / s.kernel_h * s.dilation_w - rw + offset[(pair * s.points + p) * 2]) * s.offset_scale;
+      const double h =
+          i * s.stride_h - s.pad_h + rh +
+          (q % s.kernel_h * s.dilation_h - rh + offset[(pair * s.points + p) * 2 + 1]) * s.offset_scale;
+      const double w =
+          j * s.stride_w - s.pad_w + rw +
+          (q / s.kernel_h * s.dilation_w - rw + offset[(pair * s.points + p) * 2]) * s.offset_scale;
       if (!(h > -1 && h < s.height && w > -1 && w < s.width)) continue;
       const double m = mask[pair * s.points + p] * keep, fh = h - std::floor(h), fw = w - std::floor(w);
       for (int k = 0; k < 4; ++k) {
-        const int64_t row = static_cast<int64_t>(std::floor(h)) + k / 2, col = static_cast<int64_t>(std::floor(w)) + k % 2;
+        const int64_t row = static_cast<int64_t>(std::floor(h)) + k / 2,
+                      col = static_cast<int64_t>(std::floor(w)) + k % 2;
         if (row < 0 || row >= s.height || col < 0 || col >= s.width) continue;
         const double th = k / 2 ? fh : 1 - fh, tw = k % 2 ? fw : 1 - fw;
         for (int64_t c = 0; c < s.depth; ++c) {
@@ -90,7 +98,8 @@ Outcome definition(const Problem& s, const Values& x, const Values& offset, cons
           out.y[pair * s.depth + c] += m * th * tw * x[at];
           out.dx[at] += m * th * tw * grad;
           out.doffset[(pair * s.points + p) * 2] += m * s.offset_scale * th * (k % 2 ? 1 : -1) * x[at] * grad;
-          out.doffset[(pair * s.points + p) * 2 + 1] += m * s.offset_scale * tw * (k / 2 ? 1 : -1) * x[at] * grad;
+          out.doffset[(pair * s.points + p) * 2 + 1] +=
+              m * s.offset_scale * tw * (k / 2 ? 1 : -1) * x[at] * grad;
           out.dmask[pair * s.points + p] += th * tw * x[at] * grad;
         }
       }
@@ -197,7 +206,8 @@ bool one() {
     std::copy_n(row, s.points * 2, &offset[pair * s.points * 2]);
     double total = 0;
     for (int64_t p = 0; p < s.points; ++p) total += std::exp(row[2 * s.points + p]);
-    for (int64_t p = 0; p < s.points; ++p) mask[pair * s.points + p] = std::exp(row[2 * s.points + p]) / total;
+    for (int64_t p = 0; p < s.points; ++p)
+      mask[pair * s.points + p] = std::exp(row[2 * s.points + p]) / total;
     if (call.centre) blend[pair] = 1 / (1 + std::exp(-row[3 * s.points]));
   }
   const Values gradient = bdy.values();
@@ -206,7 +216,8 @@ bool one() {
   for (int64_t pair = 0; call.fused && pair < pairs; ++pair) {
     double* row = &drecord[pair / s.group * width + pair % s.group * each];
     double mean = 0;
-    for (int64_t p = 0; p < s.points; ++p) mean += mask[pair * s.points + p] * expected.dmask[pair * s.points + p];
+    for (int64_t p = 0; p < s.points; ++p)
+      mean += mask[pair * s.points + p] * expected.dmask[pair * s.points + p];
     std::copy_n(&expected.doffset[pair * s.points * 2], s.points * 2, row);
     for (int64_t p = 0; p < s.points; ++p) {
       const int64_t at = pair * s.points + p;
@@ -214,9 +225,12 @@ bool one() {
     }
     if (call.centre) row[3 * s.points] = blend[pair] * (1 - blend[pair]) * (expected.dcentre[pair] - mean);
   }
-  const double tolerance = call.type == Type::kFloat64 ? 1e-11 : call.type == Type::kFloat32 ? 1e-5 : 1.0 / 128;
+  const double tolerance = call.type == Type::kFloat64   ? 1e-11
+                           : call.type == Type::kFloat32 ? 1e-5
+                                                         : 1.0 / 128;
   const double points_tolerance = call.points_type == Type::kFloat32 ? 1e-5 : tolerance;
-  bool good = close("y", y.values(), expected.y, tolerance) && close("dx", dx.values(), expected.dx, tolerance);
+  bool good =
+      close("y", y.values(), expected.y, tolerance) && close("dx", dx.values(), expected.dx, tolerance);
   if (call.fused) return good && close("drecord", doffset.values(), drecord, points_tolerance);
   return good && close("doffset", doffset.values(), expected.doffset, points_tolerance) &&
          close("dmask", dmask.values(), expected.dmask, points_tolerance);
@@ -224,7 +238,8 @@ bool one() {
 
 // Memory of the given size without a cost until it is touched.
 char* reserve(int64_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
 }
 

@@ -22,9 +22,9 @@ import xla_ops
 REFERENCE = Path(__file__).parent / "reference"
 CASES = {case.pop("name"): case for case in json.loads((REFERENCE / "dcnv3_op.json").read_text())}
 GRADIENTS = ("grad_x", "grad_offset", "grad_mask")
-# Of the largest magnitude of the recorded array. Half precision is held to the rounding of its inputs.
+# Of the largest magnitude of the recorded array.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
-HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # unit roundoff
+HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # unit roundoff; held to twice that
 
 pytestmark = pytest.mark.skipif(
     xla_ops.status()["cpu"].implementation != "kernel",
@@ -85,7 +85,7 @@ def test_kernel_gives_the_recorded_outputs_and_gradients(name: str, dtype: str) 
 
 def problem(
     seed: int, dtype: str, geometry: dict, size: tuple[int, int, int], depth: int, spread=1.5
-):  # noqa: ANN001, ANN201
+):
     """Random x, offset, mask, dy; offsets whose location is never close to a pixel."""
     random = np.random.RandomState(seed)
     n, h, w = size
@@ -104,7 +104,7 @@ def problem(
 
 
 @st.composite
-def geometries(draw) -> tuple[dict, tuple[int, int, int], int]:  # noqa: ANN001
+def geometries(draw) -> tuple[dict, tuple[int, int, int], int]:
     small = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     kernel = (small(1, 5), small(1, 5))
     remove = kernel[0] == kernel[1] and kernel[0] in (3, 5) and draw(st.booleans())
@@ -131,7 +131,7 @@ def test_any_geometry_and_dtype_agrees_with_the_gather_form(case: tuple, dtype: 
         arrays = problem(0, dtype, geometry, size, depth)
         exact = [a.astype("float64") for a in arrays]
         got = value_and_gradients("kernel", *arrays, **geometry)
-        # float64, by the kernel that the recorded outputs hold to 1e-11, from the same rounded inputs
+        # In float64, of the same rounded inputs; the kernel itself serves, held to 1e-11 above.
         form = "gather" if dtype == "float64" else "kernel"
         expected = value_and_gradients(form, *exact, **geometry)
         tolerance = TOLERANCE.get(dtype) or 2 * HALF[dtype]

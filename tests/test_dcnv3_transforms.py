@@ -187,7 +187,7 @@ def test_pmap(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_mode_is_refused_with_what_to_use(form: str) -> None:
     arrays = operands(form)
-    with pytest.raises(ValueError, match="no forward mode .* use 'gather'"):
+    with pytest.raises(ValueError, match=r"no forward mode .* use 'gather'"):
         jax.jvp(operator(form, None), arrays, arrays)
     gather = operator(form, "gather")
     jax.jit(lambda *a: jax.jvp(gather, a, a))(*arrays)

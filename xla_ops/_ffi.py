@@ -11,7 +11,7 @@ import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -91,8 +91,8 @@ def _try(platform: str) -> None:
         FUSED_FORWARD: (one,),
         FUSED_BACKWARD: (one, record),
     }
-    attributes = {"geometry": np.array([1, 1, 1, 1, 0, 0, 1, 1, 1, 0, VERSION], np.int64)}
-    attributes["offset_scale"] = np.float64(1)
+    geometry = np.array([1, 1, 1, 1, 0, 0, 1, 1, 1, 0, VERSION], np.int64)
+    attributes: dict[str, Any] = {"geometry": geometry, "offset_scale": np.float64(1)}
     with jax.default_device(device):
         for target, (operands, expected) in cases.items():
             shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results[target]]

@@ -42,15 +42,16 @@ def dcnv3(
         loc_w = j * stride_w - pad_w + r_w + (a * dilation_w - r_w + offset_x) * offset_scale
 
     and loc_h likewise from i, b and offset_y, in pixels of the unpadded input, with
-    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b: points run along x slowest. A neighbour
-    outside the map counts as zero, and so does a point at or beyond one pixel outside, at infinity
-    or at NaN. The derivative by an offset at an integer location is that of the cell to the right.
+    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b: points run along x slowest. A
+    neighbour outside the map counts as zero, and so does a point at or beyond one pixel outside, at
+    infinity or at NaN. The derivative by an offset at an integer location is that of the cell to
+    the right.
 
     Args:
         x: Features (N, H, W, G * D), float32, bfloat16, float16 or float64.
         offset: (N, Ho, Wo, G * P * 2) in pixels, pairs (x, y), of x's dtype.
-        mask: Weight of each point (N, Ho, Wo, G * P), used as it is (InternImage passes a softmax over
-            the P points), of x's dtype.
+        mask: Weight of each point (N, Ho, Wo, G * P), used as it is (InternImage passes a softmax
+            over the P points), of x's dtype.
         group: Number of groups G; each has offsets and weights of its own.
         kernel_size: Points along (h, w); like stride, pad and dilation, an int serves both axes.
         stride: Pixels between output positions along (h, w).
@@ -66,8 +67,8 @@ def dcnv3(
 
     Returns:
         (N, Ho, Wo, G * D) of x's dtype, where
-        Ho = (H + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1. Locations, bilinear
-        weights and sums are float32 for bfloat16 and float16, and of x's dtype otherwise.
+        Ho = (H + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1. Locations,
+        bilinear weights and sums are float32 for bfloat16 and float16, and of x's dtype otherwise.
 
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
@@ -104,7 +105,7 @@ def dcnv3_fused(
     center_feature_scale: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Computes `dcnv3` from what one matrix product makes: offsets and logits of all groups in a row.
+    """Computes `dcnv3` from what one matrix product makes: offsets and logits of all groups.
 
     The mask is the softmax of a group's P logits. With `center_feature_scale` a group's result is
     blended with the features at its position, s the sigmoid of its centre-scale logit:
@@ -120,8 +121,8 @@ def dcnv3_fused(
     The other arguments, the result and its errors are those of `dcnv3`; the targets to name for
     `jax.export` are "internimage_dcnv3_fused_forward" and "internimage_dcnv3_fused_backward".
 
-    Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1; the blend is that
-    of the released models H and G.
+    Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1; the blend is
+    that of the released models H and G.
     """
     geometry = Geometry(
         kernel_size=_pair("kernel_size", kernel_size, at_least=1),
@@ -228,6 +229,6 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
         expected = (n, out_h, out_w, widths[name])
         if array.shape != expected:
             raise ValueError(
-                f"{name}: expected shape {expected} for x of shape {x.shape}, {geometry.group} groups "
-                f"and {count} points, got {array.shape}"
+                f"{name}: expected shape {expected} for x of shape {x.shape}, {geometry.group} "
+                f"groups and {count} points, got {array.shape}"
             )

@@ -30,11 +30,12 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
 
     padding = (0, 0), (_BEFORE, _AFTER), (_BEFORE, _AFTER), (0, 0)
     row = w + _BEFORE + _AFTER  # pixels in a row of the padded map
-    pixels = jnp.pad(x, padding).reshape(n, (h + 3) * row, group, width)  # (N, H' W', G, D)
-    offset = jnp.moveaxis(
-        offset.reshape(n, out_h, out_w, group, len(points), 2), 4, 0
-    )  # (P, N, Ho, Wo, G, 2)
-    mask = jnp.moveaxis(mask.reshape(n, out_h, out_w, group, len(points)), 4, 0)  # (P, N, Ho, Wo, G)
+    pixels = jnp.pad(x, padding)
+    pixels = pixels.reshape(n, (h + _BEFORE + _AFTER) * row, group, width)  # (N, H' W', G, D)
+    offset = offset.reshape(n, out_h, out_w, group, len(points), 2)
+    offset = jnp.moveaxis(offset, 4, 0)  # (P, N, Ho, Wo, G, 2)
+    mask = mask.reshape(n, out_h, out_w, group, len(points))
+    mask = jnp.moveaxis(mask, 4, 0)  # (P, N, Ho, Wo, G)
 
     def grid(extent: int, axis: int) -> jax.Array:
         start = geometry.radius[axis] - geometry.pad[axis]
@@ -97,7 +98,7 @@ def _lerp(a: jax.Array, b: jax.Array, t: jax.Array, dtype: jnp.dtype) -> jax.Arr
 
 
 def _take(pixels: jax.Array, index: jax.Array) -> jax.Array:
-    """Picks, in each image and group of `pixels` (N, H' W', G, D), the pixels `index` (N, Ho, Wo, G).
+    """Picks, in each image and group of `pixels` (N, H' W', G, D), pixels `index` (N, Ho, Wo, G).
 
     N and G are batch axes of the gather, so an index never leaves its plane and 32 bits are enough.
     """

@@ -3,9 +3,9 @@
 From the outside in, each layer gives the call one transform:
 
     custom_vjp            grad: the backward is a custom call of its own
-    platform_dependent    the platform that the program is compiled for picks the kernel or the jnp form
+    platform_dependent    the platform that the program is compiled for picks kernel or jnp form
     custom_vmap           vmap: the mapped axis becomes one more axis of batch
-    custom_partitioning   jit over a sharded batch: each device computes its part, nothing is gathered
+    custom_partitioning   jit over a sharded batch: each device computes its part, nothing moves
     ffi_call              the kernel
 """
 
@@ -35,7 +35,7 @@ _OPERANDS = {_ffi.FORWARD: 3, _ffi.BACKWARD: 4, _ffi.FUSED_FORWARD: 2, _ffi.FUSE
 
 
 class _Form(NamedTuple):
-    """What is static about a call: its settings, and whether the jnp form serves other platforms."""
+    """What is static about a call: settings, and whether the jnp form serves other platforms."""
 
     geometry: Geometry
     fallback: bool
@@ -102,7 +102,7 @@ def _backward(form: _Form, *operands: jax.Array) -> Arrays:
 def _dispatch(
     form: _Form, operands: Arrays, kernel: Function, gather: Function, sharding: Any
 ) -> Any:
-    """Runs the kernel of the platform compiled for; `sharding` is the results' where types have one."""
+    """Runs the kernel of the platform; `sharding` is the results' where it is part of types."""
     branches = {name: kernel for name in _ffi.PLATFORMS if _ffi.serves(name)}
     default = gather if form.fallback else None
 
@@ -173,11 +173,11 @@ def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
     return mapped
 
 
-def _attributes(geometry: Geometry, *, fused: bool) -> dict[str, object]:
+def _attributes(geometry: Geometry, *, fused: bool) -> dict[str, Any]:
     pairs = (geometry.kernel_size, geometry.stride, geometry.pad, geometry.dilation)
     numbers = [n for pair in pairs for n in pair]
     numbers += [geometry.group, int(geometry.remove_center), _ffi.VERSION]
-    attributes = {
+    attributes: dict[str, Any] = {
         "geometry": np.array(numbers, np.int64),
         "offset_scale": np.float64(geometry.offset_scale),
     }
@@ -185,7 +185,7 @@ def _attributes(geometry: Geometry, *, fused: bool) -> dict[str, object]:
 
 
 def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Marks each array as varying over the mesh axes that any of them does, as `shard_map` wants."""
+    """Marks each array as varying over the mesh axes that any of them does, for `shard_map`."""
     kinds = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     axes = frozenset().union(*kinds)
     return [

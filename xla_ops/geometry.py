@@ -57,10 +57,10 @@ class Record(NamedTuple):
     """Columns of the fused form's rows, which hold all learned numbers of an output position.
 
     The numbers of a group lie together, 3P + 1 of them padded to a multiple of 4 (28 for the nine
-    points of 3x3, without padding): P pairs (x, y) of offsets, P mask logits, the centre-scale logit.
-    The row is padded to a multiple of 8. So a thread that owns a (position, group) reads its numbers
-    in aligned pieces of four, and the place of the centre logit stays where it is without one.
-    Padding, and the centre logit where there is none, is not read, and its gradient is zero.
+    points of 3x3, without padding): P pairs (x, y) of offsets, P mask logits, the centre-scale
+    logit. The row is padded to a multiple of 8. So a thread that owns a (position, group) reads its
+    numbers in aligned pieces of four, and a model without centre-feature scale has the same layout:
+    what is padding, or a centre logit unused, does not count, and its gradient is zero.
     """
 
     group: int

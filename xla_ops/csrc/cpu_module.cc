@@ -17,7 +17,7 @@ namespace ffi = xla::ffi;
 namespace dcnv3::cpu {
 namespace {
 
-constexpr int64_t kVersion = 1;             // of the attributes and layouts, as in xla_ops/_ffi.py
+constexpr int64_t kVersion = 1;               // of the attributes and layouts, as in xla_ops/_ffi.py
 constexpr int64_t kSmall = int64_t{1} << 17;  // multiply-adds that one thread does at once: 20 us
 
 ffi::Error invalid(const std::string& message) {
@@ -71,11 +71,20 @@ int64_t pieces_of(const ffi::ThreadPool& pool, int64_t units, double cost) {
 
 bool type_of(ffi::DataType dtype, Type* type) {
   switch (dtype) {
-    case ffi::F32: *type = Type::kFloat32; return true;
-    case ffi::F64: *type = Type::kFloat64; return true;
-    case ffi::BF16: *type = Type::kBFloat16; return true;
-    case ffi::F16: *type = Type::kFloat16; return true;
-    default: return false;
+    case ffi::F32:
+      *type = Type::kFloat32;
+      return true;
+    case ffi::F64:
+      *type = Type::kFloat64;
+      return true;
+    case ffi::BF16:
+      *type = Type::kBFloat16;
+      return true;
+    case ffi::F16:
+      *type = Type::kFloat16;
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -88,7 +97,8 @@ ffi::Error describe(ffi::Span<const int64_t> geometry, double offset_scale, ffi:
   }
   // Any number of leading axes is the batch: `vmap` adds to them.
   const size_t rank = x.dimensions().size();
-  if (rank < 3 || points.dimensions().size() != rank) return invalid("expected operands (..., H, W, channels)");
+  if (rank < 3 || points.dimensions().size() != rank)
+    return invalid("expected operands (..., H, W, channels)");
   const auto xs = x.dimensions().last(3), ps = points.dimensions().last(3);
   Problem& s = call->problem;
   s.kernel_h = geometry[0], s.kernel_w = geometry[1], s.stride_h = geometry[2], s.stride_w = geometry[3];
@@ -101,7 +111,8 @@ ffi::Error describe(ffi::Span<const int64_t> geometry, double offset_scale, ffi:
     s.batch *= x.dimensions()[i];
   }
   s.height = xs[0], s.width = xs[1], s.out_height = ps[0], s.out_width = ps[1];
-  if (s.group < 1 || s.height < 1 || s.width < 1 || xs[2] % s.group) return invalid("group does not divide channels");
+  if (s.group < 1 || s.height < 1 || s.width < 1 || xs[2] % s.group)
+    return invalid("group does not divide channels");
   if (s.height * s.width > INT32_MAX) return invalid("a map of more than 2^31 pixels");
   s.depth = xs[2] / s.group;
   s.points = s.kernel_h * s.kernel_w - (s.remove_center ? 1 : 0);
@@ -135,7 +146,8 @@ ffi::Error fused(ffi::Span<const int64_t> geometry, double offset_scale, bool ce
   const Problem& s = call->problem;
   const int64_t each = (3 * s.points + 1 + 3) / 4 * 4, width = record.dimensions().back();
   if (width != (s.group * each + 7) / 8 * 8) return invalid("the record's width does not fit");
-  if (centre && (s.out_height != s.height || s.out_width != s.width)) return invalid("a centre needs equal maps");
+  if (centre && (s.out_height != s.height || s.out_width != s.width))
+    return invalid("a centre needs equal maps");
   call->fused = true;
   call->centre = centre;
   call->offset = {record.untyped_data(), width, each};
@@ -157,7 +169,8 @@ ffi::Future start_forward(ffi::ThreadPool& pool, Call call, ffi::Result<ffi::Any
   });
 }
 
-ffi::Future start_backward(ffi::ThreadPool& pool, Call call, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer>& dx) {
+ffi::Future start_backward(ffi::ThreadPool& pool, Call call, ffi::AnyBuffer dy,
+                           ffi::Result<ffi::AnyBuffer>& dx) {
   const Problem& s = call.problem;
   if (static_cast<int64_t>(dy.element_count()) != s.batch * s.positions() * s.channels() ||
       static_cast<int64_t>(dx->element_count()) != s.batch * s.height * s.width * s.channels()) {
@@ -178,18 +191,20 @@ ffi::Future start_backward(ffi::ThreadPool& pool, Call call, ffi::AnyBuffer dy, 
 using Geometry = ffi::Span<const int64_t>;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
-ffi::Future forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer mask,
-                            Result y, Geometry geometry, double offset_scale) {
+ffi::Future forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset,
+                            ffi::AnyBuffer mask, Result y, Geometry geometry, double offset_scale) {
   Call call = {};
-  if (auto error = separate(geometry, offset_scale, x, offset, mask, &call); error.failure()) return failed(error);
+  if (auto error = separate(geometry, offset_scale, x, offset, mask, &call); error.failure())
+    return failed(error);
   return start_forward(pool, call, y);
 }
 
-ffi::Future backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset, ffi::AnyBuffer mask,
-                             ffi::AnyBuffer dy, Result dx, Result doffset, Result dmask, Geometry geometry,
-                             double offset_scale) {
+ffi::Future backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer offset,
+                             ffi::AnyBuffer mask, ffi::AnyBuffer dy, Result dx, Result doffset, Result dmask,
+                             Geometry geometry, double offset_scale) {
   Call call = {};
-  if (auto error = separate(geometry, offset_scale, x, offset, mask, &call); error.failure()) return failed(error);
+  if (auto error = separate(geometry, offset_scale, x, offset, mask, &call); error.failure())
+    return failed(error);
   if (doffset->element_count() != offset.element_count() || dmask->element_count() != mask.element_count()) {
     return failed(invalid("the gradients do not fit"));
   }
@@ -201,20 +216,25 @@ ffi::Future backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
 ffi::Future fused_forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer record, Result y,
                                   Geometry geometry, double offset_scale, bool centre) {
   Call call = {};
-  if (auto error = fused(geometry, offset_scale, centre, x, record, &call); error.failure()) return failed(error);
+  if (auto error = fused(geometry, offset_scale, centre, x, record, &call); error.failure())
+    return failed(error);
   return start_forward(pool, call, y);
 }
 
-ffi::Future fused_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer record, ffi::AnyBuffer dy,
-                                   Result dx, Result drecord, Geometry geometry, double offset_scale, bool centre) {
+ffi::Future fused_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer record,
+                                   ffi::AnyBuffer dy, Result dx, Result drecord, Geometry geometry,
+                                   double offset_scale, bool centre) {
   Call call = {};
-  if (auto error = fused(geometry, offset_scale, centre, x, record, &call); error.failure()) return failed(error);
+  if (auto error = fused(geometry, offset_scale, centre, x, record, &call); error.failure())
+    return failed(error);
   if (drecord->element_count() != record.element_count()) return failed(invalid("the gradients do not fit"));
   call.doffset = drecord->untyped_data();
   return start_backward(pool, call, dy, dx);
 }
 
-auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+auto bind() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>();
+}
 
 XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
                        bind()

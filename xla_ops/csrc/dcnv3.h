@@ -26,9 +26,9 @@ namespace dcnv3 {
 // A call's sizes and settings. Points run x first: point p has column p / kernel_h and row
 // p % kernel_h, the middle one left out with remove_center.
 struct Problem {
-  int64_t batch, height, width;        // N, H, W
-  int64_t out_height, out_width;       // Ho, Wo
-  int64_t group, depth, points;        // G, D channels a group, P
+  int64_t batch, height, width;   // N, H, W
+  int64_t out_height, out_width;  // Ho, Wo
+  int64_t group, depth, points;   // G, D channels a group, P
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   double offset_scale;
   bool remove_center;
@@ -45,7 +45,9 @@ DCNV3_HD void point_in_kernel(const Problem& s, int64_t p, int64_t* column, int6
 }
 
 // location = grid(position) + (step(point) + offset) * offset_scale, along one axis.
-DCNV3_HD int64_t radius(int64_t kernel, int64_t dilation) { return dilation * (kernel - 1) / 2; }
+DCNV3_HD int64_t radius(int64_t kernel, int64_t dilation) {
+  return dilation * (kernel - 1) / 2;
+}
 DCNV3_HD int64_t grid(int64_t i, int64_t stride, int64_t pad, int64_t kernel, int64_t dilation) {
   return i * stride - pad + radius(kernel, dilation);
 }
@@ -118,7 +120,9 @@ DCNV3_HD float exp_nonpositive(float x) {
   std::memcpy(&scale, &bits, sizeof scale);
   return x < -87.0f ? 0.0f : e * scale;
 }
-DCNV3_HD double exp_nonpositive(double x) { return std::exp(x); }
+DCNV3_HD double exp_nonpositive(double x) {
+  return std::exp(x);
+}
 
 template <class Real>
 DCNV3_HD Real sigmoid(Real x) {

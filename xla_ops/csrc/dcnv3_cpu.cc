@@ -65,29 +65,20 @@ struct Kernels {
 namespace baseline {
 #define DCNV3_TARGET
 #define DCNV3_BYTES 16
-#include "dcnv3_cpu_simd.h"
 #include "dcnv3_cpu_kernel.h"
-#undef DCNV3_TARGET
-#undef DCNV3_BYTES
 }  // namespace baseline
 
 #if defined(__x86_64__) && !defined(DCNV3_BASELINE)
 namespace avx2 {
 #define DCNV3_TARGET __attribute__((target("avx2,fma,f16c")))
 #define DCNV3_BYTES 32
-#include "dcnv3_cpu_simd.h"
 #include "dcnv3_cpu_kernel.h"
-#undef DCNV3_TARGET
-#undef DCNV3_BYTES
 }  // namespace avx2
 
 namespace avx512 {
 #define DCNV3_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")))
 #define DCNV3_BYTES 64
-#include "dcnv3_cpu_simd.h"
 #include "dcnv3_cpu_kernel.h"
-#undef DCNV3_TARGET
-#undef DCNV3_BYTES
 }  // namespace avx512
 #endif
 
@@ -96,8 +87,8 @@ Kernels choose() {
   const auto allowed = [wanted](const char* name) { return !wanted || !std::strcmp(wanted, name); };
 #if defined(__x86_64__) && !defined(DCNV3_BASELINE)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq");
@@ -115,12 +106,16 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void forward(const Call& call, int64_t begin, int64_t end) { kernels().forward(call, begin, end); }
+void forward(const Call& call, int64_t begin, int64_t end) {
+  kernels().forward(call, begin, end);
+}
 
 void backward(const Call& call, int64_t image, int64_t begin, int64_t end) {
   kernels().backward(call, image, begin, end);
 }
 
-const char* instruction_set() { return kernels().name; }
+const char* instruction_set() {
+  return kernels().name;
+}
 
 }  // namespace dcnv3::cpu

@@ -1,6 +1,5 @@
-// Vectors of a fixed number of lanes, loads and stores of the four dtypes. Included once for each
-// instruction set, inside a namespace of its own, with DCNV3_TARGET and DCNV3_BYTES defined; no
-// include guard for that reason.
+// Vectors of a fixed number of lanes, loads and stores of the four dtypes. Part of dcnv3_cpu_kernel.h,
+// included with it.
 //
 // The vector types are GCC's and Clang's: the compiler lowers them to what the target has.
 
@@ -39,10 +38,11 @@ DCNV3_FN To bits(From from) {
   return to;
 }
 
+// Lanes of four of R taken from a and b. Older GCC has another name for it.
 #if defined(__clang__) || __GNUC__ >= 12
-#define DCNV3_SHUFFLE(a, b, I, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define DCNV3_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define DCNV3_SHUFFLE(a, b, I, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#define DCNV3_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vec<Index<R>, 4>{__VA_ARGS__})
 #endif
 
 template <class T, class R, int W>
@@ -67,7 +67,7 @@ struct Memory<BFloat16, float, W> {
   }
   DCNV3_FN void store(BFloat16* p, Vec<float, W> v) {
     U u = bits<U>(v);
-    const U even = u + 0x7fffu + ((u >> 16) & 1u);  // to nearest, ties to even
+    const U even = u + 0x7fffu + ((u >> 16) & 1u);                               // to nearest, ties to even
     const U rounded = (u & 0x7fffffffu) > 0x7f800000u ? (u | 0x400000u) : even;  // NaN stays NaN
     if constexpr (W == 1) {
       p->bits = uint16_t(rounded >> 16);
@@ -114,10 +114,9 @@ DCNV3_FN Vec<R, 4> sums(Vec<R, W> a, Vec<R, W> b, Vec<R, W> c, Vec<R, W> d) {
   } else if constexpr (W == 2) {
     return V4{a[0], b[0], c[0], d[0]} + V4{a[1], b[1], c[1], d[1]};
   } else if constexpr (W == 4) {
-    using I = Vec<Index<R>, 4>;
-    const V4 ab = DCNV3_SHUFFLE(a, b, I, 0, 4, 1, 5) + DCNV3_SHUFFLE(a, b, I, 2, 6, 3, 7);
-    const V4 cd = DCNV3_SHUFFLE(c, d, I, 0, 4, 1, 5) + DCNV3_SHUFFLE(c, d, I, 2, 6, 3, 7);
-    return DCNV3_SHUFFLE(ab, cd, I, 0, 1, 4, 5) + DCNV3_SHUFFLE(ab, cd, I, 2, 3, 6, 7);
+    const V4 ab = DCNV3_SHUFFLE(a, b, 0, 4, 1, 5) + DCNV3_SHUFFLE(a, b, 2, 6, 3, 7);
+    const V4 cd = DCNV3_SHUFFLE(c, d, 0, 4, 1, 5) + DCNV3_SHUFFLE(c, d, 2, 6, 3, 7);
+    return DCNV3_SHUFFLE(ab, cd, 0, 1, 4, 5) + DCNV3_SHUFFLE(ab, cd, 2, 3, 6, 7);
   } else {
     struct Halves {
       Vec<R, W / 2> low, high;
@@ -131,11 +130,10 @@ DCNV3_FN Vec<R, 4> sums(Vec<R, W> a, Vec<R, W> b, Vec<R, W> c, Vec<R, W> d) {
 template <class R>
 DCNV3_FN void transpose(Vec<R, 4>& a, Vec<R, 4>& b, Vec<R, 4>& c, Vec<R, 4>& d) {
   using V4 = Vec<R, 4>;
-  using I = Vec<Index<R>, 4>;
-  const V4 ab_low = DCNV3_SHUFFLE(a, b, I, 0, 4, 1, 5), ab_high = DCNV3_SHUFFLE(a, b, I, 2, 6, 3, 7);
-  const V4 cd_low = DCNV3_SHUFFLE(c, d, I, 0, 4, 1, 5), cd_high = DCNV3_SHUFFLE(c, d, I, 2, 6, 3, 7);
-  a = DCNV3_SHUFFLE(ab_low, cd_low, I, 0, 1, 4, 5);
-  b = DCNV3_SHUFFLE(ab_low, cd_low, I, 2, 3, 6, 7);
-  c = DCNV3_SHUFFLE(ab_high, cd_high, I, 0, 1, 4, 5);
-  d = DCNV3_SHUFFLE(ab_high, cd_high, I, 2, 3, 6, 7);
+  const V4 ab_low = DCNV3_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = DCNV3_SHUFFLE(a, b, 2, 6, 3, 7);
+  const V4 cd_low = DCNV3_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = DCNV3_SHUFFLE(c, d, 2, 6, 3, 7);
+  a = DCNV3_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+  b = DCNV3_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+  c = DCNV3_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+  d = DCNV3_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }

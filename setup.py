@@ -57,7 +57,7 @@ class BuildExt(build_ext):
         except Exception as error:
             if not ext.optional:
                 raise
-            message = f"not built: {type(error).__name__}: {error}".splitlines()[0]
+            message = f"not built: {type(error).__name__}: {error}".splitlines()[0][:200]
             reason.write_text(message + "\n")
             self.warn(f"{ext.name} {message}; the jnp form serves")
 

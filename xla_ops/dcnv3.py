@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from xla_ops.dcnv3_gather import dcnv3_gather
-from xla_ops.geometry import Geometry
+from xla_ops import _ffi
+from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
+from xla_ops.dcnv3_kernel import dcnv3_fused_kernel, dcnv3_kernel
+from xla_ops.geometry import Geometry, at_least_float32
 
 Implementation = Literal["kernel", "gather"]
 
@@ -38,15 +42,16 @@ def dcnv3(
         loc_w = j * stride_w - pad_w + r_w + (a * dilation_w - r_w + offset_x) * offset_scale
 
     and loc_h likewise from i, b and offset_y, in pixels of the unpadded input, with
-    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b: points run along x slowest. A neighbour
-    outside the map counts as zero, and so does a point at or beyond one pixel outside, at infinity
-    or at NaN. The derivative by an offset at an integer location is that of the cell to the right.
+    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b: points run along x slowest. A
+    neighbour outside the map counts as zero, and so does a point at or beyond one pixel outside, at
+    infinity or at NaN. The derivative by an offset at an integer location is that of the cell to
+    the right.
 
     Args:
         x: Features (N, H, W, G * D), float32, bfloat16, float16 or float64.
         offset: (N, Ho, Wo, G * P * 2) in pixels, pairs (x, y), of x's dtype.
-        mask: Weight of each point (N, Ho, Wo, G * P), used as it is (InternImage passes a softmax over
-            the P points), of x's dtype.
+        mask: Weight of each point (N, Ho, Wo, G * P), used as it is (InternImage passes a softmax
+            over the P points), of x's dtype.
         group: Number of groups G; each has offsets and weights of its own.
         kernel_size: Points along (h, w); like stride, pad and dilation, an int serves both axes.
         stride: Pixels between output positions along (h, w).
@@ -54,13 +59,16 @@ def dcnv3(
         dilation: Pixels between points along (h, w).
         offset_scale: Factor on both the offsets and the grid of points itself.
         remove_center: Leaves out the middle point; square odd kernels only.
-        implementation: "gather" is jnp and runs anywhere; "kernel" is the compiled custom call; None
-            takes the best there is.
+        implementation: "gather" is jnp: it runs anywhere, and `jvp` and `jax.export` go through it;
+            "kernel" is the custom call of the platform that the program is compiled for; None takes
+            the kernel where `xla_ops.status()` has one, and the jnp form elsewhere. A program with
+            the kernel is exported with
+            `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("internimage_dcnv3_forward")]`.
 
     Returns:
         (N, Ho, Wo, G * D) of x's dtype, where
-        Ho = (H + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1. Locations, bilinear
-        weights and sums are float32 for bfloat16 and float16, and of x's dtype otherwise.
+        Ho = (H + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1. Locations,
+        bilinear weights and sums are float32 for bfloat16 and float16, and of x's dtype otherwise.
 
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
@@ -76,14 +84,90 @@ def dcnv3(
         offset_scale=float(offset_scale),
         remove_center=bool(remove_center),
     )
-    _check(x, offset, mask, geometry)
-    if implementation not in ("gather", None):
-        if implementation != "kernel":
-            raise ValueError(
-                f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
-            )
-        raise ValueError("implementation: 'kernel' is not part of this build; use 'gather' or None")
-    return dcnv3_gather(x, offset, mask, geometry)
+    _check(geometry, x, offset=offset, mask=mask)
+    if _choose(implementation) == "gather":
+        return dcnv3_gather(x, offset, mask, geometry)
+    with _refusing_forward_mode():
+        return dcnv3_kernel(x, offset, mask, geometry, fallback=implementation is None)
+
+
+def dcnv3_fused(
+    x: jax.Array,
+    record: jax.Array,
+    *,
+    group: int,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    pad: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    center_feature_scale: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Computes `dcnv3` from what one matrix product makes: offsets and logits of all groups.
+
+    The mask is the softmax of a group's P logits. With `center_feature_scale` a group's result is
+    blended with the features at its position, s the sigmoid of its centre-scale logit:
+
+        y[n, i, j, g] = (1 - s) * dcnv3(x, offset, softmax(logits))[n, i, j, g] + s * x[n, i, j, g]
+
+    Args:
+        x: Features (N, H, W, G * D), float32, bfloat16, float16 or float64.
+        record: (N, Ho, Wo, R); `xla_ops.Record(group, P)` says which column holds what, and the
+            width R. Of x's dtype, or float32 where x is bfloat16 or float16.
+        center_feature_scale: Blends with x at the position; the output is then of x's size.
+
+    The other arguments, the result and its errors are those of `dcnv3`; the targets to name for
+    `jax.export` are "internimage_dcnv3_fused_forward" and "internimage_dcnv3_fused_backward".
+
+    Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1; the blend is
+    that of the released models H and G.
+    """
+    geometry = Geometry(
+        kernel_size=_pair("kernel_size", kernel_size, at_least=1),
+        stride=_pair("stride", stride, at_least=1),
+        pad=_pair("pad", pad, at_least=0),
+        dilation=_pair("dilation", dilation, at_least=1),
+        group=_integer("group", group, at_least=1),
+        offset_scale=float(offset_scale),
+        remove_center=bool(remove_center),
+        center_feature_scale=bool(center_feature_scale),
+    )
+    _check(geometry, x, record=record)
+    if _choose(implementation) == "gather":
+        return dcnv3_fused_gather(x, record, geometry)
+    with _refusing_forward_mode():
+        return dcnv3_fused_kernel(x, record, geometry, fallback=implementation is None)
+
+
+def _choose(implementation: Implementation | None) -> Implementation:
+    if implementation not in ("kernel", "gather", None):
+        raise ValueError(
+            f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
+        )
+    if implementation == "gather":
+        return "gather"
+    serving = [platform for platform in _ffi.PLATFORMS if _ffi.serves(platform)]
+    if implementation == "kernel" and not serving:
+        reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
+        raise ValueError(
+            f"implementation: no 'kernel' to serve here ({reasons}); use 'gather' or None"
+        )
+    return "kernel" if serving else "gather"
+
+
+@contextlib.contextmanager
+def _refusing_forward_mode() -> Iterator[None]:
+    """Says what to do in place of the message that JAX has for `jvp` of any `custom_vjp`."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(
+            "implementation: the kernel has no forward mode (jvp, jacfwd, hessian); use 'gather'"
+        ) from None
 
 
 def _integer(name: str, value: int, *, at_least: int) -> int:
@@ -99,18 +183,20 @@ def _pair(name: str, value: int | tuple[int, int], *, at_least: int) -> tuple[in
     return _integer(name, pair[0], at_least=at_least), _integer(name, pair[1], at_least=at_least)
 
 
-def _check(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geometry) -> None:
-    arrays = {"x": x, "offset": offset, "mask": mask}
-    for name, array in arrays.items():
+def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
+    """Raises unless x and its points, offset and mask or a record, fit together."""
+    for name, array in {"x": x, **points}.items():
         if array.ndim != 4:
             raise ValueError(
                 f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"
             )
     if x.dtype not in _DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
-    for name, array in arrays.items():
-        if array.dtype != x.dtype:
-            raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {array.dtype}")
+    for name, array in points.items():
+        real = at_least_float32(x.dtype)
+        if array.dtype != x.dtype and (name != "record" or array.dtype != real):
+            also = f" or {real}" if name == "record" and real != x.dtype else ""
+            raise ValueError(f"{name}: expected the dtype of x, {x.dtype}{also}, got {array.dtype}")
 
     kernel_h, kernel_w = geometry.kernel_size
     if geometry.remove_center and (kernel_h != kernel_w or kernel_h % 2 == 0):
@@ -128,11 +214,21 @@ def _check(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geometry)
             f"x: a map of {h}x{w} is too small for kernel_size {geometry.kernel_size}, "
             f"dilation {geometry.dilation} and pad {geometry.pad}"
         )
-    points = len(geometry.points)
-    for name, array, each in (("offset", offset, 2), ("mask", mask, 1)):
-        expected = (n, out_h, out_w, geometry.group * points * each)
+    if geometry.center_feature_scale and (out_h, out_w) != (h, w):
+        raise ValueError(
+            f"center_feature_scale: expected an output of x's size {h}x{w}, got {out_h}x{out_w}"
+        )
+    count = len(geometry.points)
+    record = geometry.record
+    widths = {
+        "offset": geometry.group * count * 2,
+        "mask": geometry.group * count,
+        "record": record.width,
+    }
+    for name, array in points.items():
+        expected = (n, out_h, out_w, widths[name])
         if array.shape != expected:
             raise ValueError(
-                f"{name}: expected shape {expected} for x of shape {x.shape}, {geometry.group} groups "
-                f"and {points} points, got {array.shape}"
+                f"{name}: expected shape {expected} for x of shape {x.shape}, {geometry.group} "
+                f"groups and {count} points, got {array.shape}"
             )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xla_ops.geometry import Geometry
+from xla_ops.geometry import Geometry, at_least_float32
 
 _BEFORE, _AFTER = 1, 2  # width of the border of zeros
 
@@ -26,19 +26,16 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
     group, points = geometry.group, geometry.points
     width = channels // group
     # Half precision serves storage only: locations, weights and sums are float32.
-    real = jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype
+    real = at_least_float32(x.dtype)
 
     padding = (0, 0), (_BEFORE, _AFTER), (_BEFORE, _AFTER), (0, 0)
     row = w + _BEFORE + _AFTER  # pixels in a row of the padded map
-    pixels = jnp.pad(x, padding).reshape(
-        n, (h + _BEFORE + _AFTER) * row, group, width
-    )  # (N, H' W', G, D)
-    offset = jnp.moveaxis(
-        offset.reshape(n, out_h, out_w, group, len(points), 2), 4, 0
-    )  # (P, N, Ho, Wo, G, 2)
-    mask = jnp.moveaxis(
-        mask.reshape(n, out_h, out_w, group, len(points)), 4, 0
-    )  # (P, N, Ho, Wo, G)
+    pixels = jnp.pad(x, padding)
+    pixels = pixels.reshape(n, (h + _BEFORE + _AFTER) * row, group, width)  # (N, H' W', G, D)
+    offset = offset.reshape(n, out_h, out_w, group, len(points), 2)
+    offset = jnp.moveaxis(offset, 4, 0)  # (P, N, Ho, Wo, G, 2)
+    mask = mask.reshape(n, out_h, out_w, group, len(points))
+    mask = jnp.moveaxis(mask, 4, 0)  # (P, N, Ho, Wo, G)
 
     def grid(extent: int, axis: int) -> jax.Array:
         start = geometry.radius[axis] - geometry.pad[axis]
@@ -74,13 +71,34 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
     return y.reshape(n, out_h, out_w, channels).astype(x.dtype)
 
 
+def dcnv3_fused_gather(x: jax.Array, record: jax.Array, geometry: Geometry) -> jax.Array:
+    """Computes `xla_ops.dcnv3_fused` from checked arguments; see there for the arguments."""
+    n, out_h, out_w, _ = record.shape
+    group, points = geometry.group, len(geometry.points)
+    width = x.shape[-1] // group
+    real = at_least_float32(x.dtype)
+    each = geometry.record.each
+    record = record[..., : group * each].reshape(n, out_h, out_w, group, each).astype(real)
+    offset, logits, center = jnp.split(
+        record[..., : 3 * points + 1], (2 * points, 3 * points), axis=-1
+    )
+    mask = jax.nn.softmax(logits, axis=-1)
+    offset = offset.reshape(n, out_h, out_w, group * points * 2)
+    mask = mask.reshape(n, out_h, out_w, group * points)
+    y = dcnv3_gather(x.astype(real), offset, mask, geometry)
+    if geometry.center_feature_scale:
+        share = jnp.repeat(jax.nn.sigmoid(center[..., 0]), width, axis=-1)  # (N, H, W, G * D)
+        y = y * (1 - share) + x.astype(real) * share
+    return y.astype(x.dtype)
+
+
 def _lerp(a: jax.Array, b: jax.Array, t: jax.Array, dtype: jnp.dtype) -> jax.Array:
     a, b = a.astype(dtype), b.astype(dtype)
     return a + (b - a) * t
 
 
 def _take(pixels: jax.Array, index: jax.Array) -> jax.Array:
-    """Picks, in each image and group of `pixels` (N, H' W', G, D), the pixels `index` (N, Ho, Wo, G).
+    """Picks, in each image and group of `pixels` (N, H' W', G, D), pixels `index` (N, Ho, Wo, G).
 
     N and G are batch axes of the gather, so an index never leaves its plane and 32 bits are enough.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Geometry(NamedTuple):
     """What of a DCNv3 call is known before any array is; pairs are (h, w)."""
@@ -15,6 +17,7 @@ class Geometry(NamedTuple):
     group: int
     offset_scale: float
     remove_center: bool
+    center_feature_scale: bool = False  # fused form only
 
     @property
     def radius(self) -> tuple[int, int]:
@@ -35,6 +38,11 @@ class Geometry(NamedTuple):
             points.remove((kernel_h // 2, kernel_w // 2))
         return points
 
+    @property
+    def record(self) -> Record:
+        """Where the fused form has the learned numbers."""
+        return Record(self.group, len(self.points))
+
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the output for an input of `size` (h, w); below 1 where none fits."""
 
@@ -43,3 +51,50 @@ class Geometry(NamedTuple):
             return (extent + 2 * self.pad[axis] - span) // self.stride[axis] + 1
 
         return out(size[0], 0), out(size[1], 1)
+
+
+class Record(NamedTuple):
+    """Columns of the fused form's rows, which hold all learned numbers of an output position.
+
+    The numbers of a group lie together, 3P + 1 of them padded to a multiple of 4 (28 for the nine
+    points of 3x3, without padding): P pairs (x, y) of offsets, P mask logits, the centre-scale
+    logit. The row is padded to a multiple of 8. So a thread that owns a (position, group) reads its
+    numbers in aligned pieces of four, and a model without centre-feature scale has the same layout:
+    what is padding, or a centre logit unused, does not count, and its gradient is zero.
+    """
+
+    group: int
+    points: int
+
+    @property
+    def each(self) -> int:
+        """Numbers of a group, with padding."""
+        return -(-(3 * self.points + 1) // 4) * 4
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row, with padding."""
+        return -(-self.group * self.each // 8) * 8
+
+    @property
+    def offset(self) -> np.ndarray:
+        """Columns of the offsets, in the order of `dcnv3`'s argument (G * P * 2)."""
+        return self._columns(0, 2 * self.points)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Columns of the mask logits, in the order of `dcnv3`'s argument (G * P)."""
+        return self._columns(2 * self.points, 3 * self.points)
+
+    @property
+    def center(self) -> np.ndarray:
+        """Columns of the centre-scale logits (G)."""
+        return self._columns(3 * self.points, 3 * self.points + 1)
+
+    def _columns(self, begin: int, end: int) -> np.ndarray:
+        return (np.arange(self.group)[:, None] * self.each + np.arange(begin, end)).ravel()
+
+
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """The dtype of locations, weights and sums: half precision serves storage only."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype

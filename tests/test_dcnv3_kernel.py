@@ -1,0 +1,296 @@
+"""The kernel against recorded outputs of the official code, and against the jnp form."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import xla_ops
+
+REFERENCE = Path(__file__).parent / "reference" / "goldens"
+CASES = {case.pop("name"): case for case in json.loads((REFERENCE / "dcnv3_op.json").read_text())}
+GRADIENTS = ("grad_x", "grad_offset", "grad_mask")
+# Of the largest magnitude of the recorded array.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
+HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # unit roundoff; held to twice that
+
+pytestmark = pytest.mark.skipif(
+    xla_ops.status()["cpu"].implementation != "kernel",
+    reason=f"no kernel for CPU: {xla_ops.status()['cpu'].detail}",
+)
+
+
+@functools.cache
+def goldens() -> dict[str, np.ndarray]:
+    with np.load(REFERENCE / "dcnv3_op.npz") as arrays:
+        return dict(arrays)
+
+
+def settings_of(case: dict) -> dict:
+    names = ("stride", "pad", "dilation", "group", "offset_scale", "remove_center")
+    return {name: case[name] for name in names} | {
+        "kernel_size": (case["kernel_h"], case["kernel_w"])
+    }
+
+
+@functools.cache
+def compiled(operator: str, options: tuple) -> Callable:
+    """From operands and dy to the output and the gradients; one program, not an op at a time."""
+    function = functools.partial(getattr(xla_ops, operator), **dict(options))
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        y, pullback = jax.vjp(function, *arrays[:-1])
+        return y, *pullback(arrays[-1])
+
+    return jax.jit(run)
+
+
+def value_and_gradients(implementation: str, *arrays: jax.Array, **options: object) -> tuple:
+    """Of `dcnv3` for x, offset, mask and dy, or of `dcnv3_fused` for x, record and dy."""
+    operator = "dcnv3" if len(arrays) == 4 else "dcnv3_fused"
+    options["implementation"] = implementation
+    return compiled(operator, tuple(sorted(options.items())))(*arrays)
+
+
+def difference(a: jax.Array, b: jax.Array) -> float:
+    """Largest difference, in units of b's largest magnitude."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_gives_the_recorded_outputs_and_gradients(name: str, dtype: str) -> None:
+    recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
+    dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(a, dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
+        got = value_and_gradients("kernel", *arrays, **settings_of(CASES[name]))
+        for key, array in zip(("output", *GRADIENTS), got, strict=True):
+            if key in recorded:
+                assert difference(array, recorded[key]) < TOLERANCE[dtype], key
+
+
+def problem(
+    seed: int, dtype: str, geometry: dict, size: tuple[int, int, int], depth: int, spread=1.5
+):
+    """Random x, offset, mask, dy; offsets whose location is never close to a pixel."""
+    random = np.random.RandomState(seed)
+    n, h, w = size
+    g = geometry["group"]
+    (kh, kw), s, p, d = (geometry[k] for k in ("kernel_size", "stride", "pad", "dilation"))
+    points = kh * kw - geometry["remove_center"]
+    out = [(e + 2 * p - d * (k - 1) - 1) // s + 1 for e, k in ((h, kh), (w, kw))]
+    whole = np.round(random.standard_normal((n, *out, g * points * 2)) * spread)
+    offset = (whole + random.uniform(0.1, 0.9, whole.shape)) / geometry["offset_scale"]
+    mask = random.standard_normal((n, *out, g * points))
+    x, dy = (
+        random.standard_normal((n, h, w, g * depth)),
+        random.standard_normal((n, *out, g * depth)),
+    )
+    return [jnp.asarray(a, dtype) for a in (x, offset, mask, dy)]
+
+
+@st.composite
+def geometries(draw) -> tuple[dict, tuple[int, int, int], int]:
+    small = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    kernel = (small(1, 5), small(1, 5))
+    remove = kernel[0] == kernel[1] and kernel[0] in (3, 5) and draw(st.booleans())
+    geometry = {
+        "group": small(1, 4),
+        "kernel_size": kernel,
+        "stride": small(1, 3),
+        "pad": small(0, 3),
+        "dilation": small(1, 3),
+        "offset_scale": draw(st.sampled_from([1.0, 2.0, 0.5])),
+        "remove_center": remove,
+    }
+    span = [geometry["dilation"] * (k - 1) + 1 - 2 * geometry["pad"] for k in kernel]
+    size = (small(0, 3), *(small(max(1, s), max(1, s) + 8) for s in span))
+    return geometry, size, draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 19, 32, 33]))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(geometries(), st.sampled_from(["float32", "float64", "bfloat16", "float16"]))
+def test_any_geometry_and_dtype_agrees_with_the_gather_form(case: tuple, dtype: str) -> None:
+    # A few, through JAX; fuzz_dcnv3_cpu.cc runs many.
+    geometry, size, depth = case
+    with jax.enable_x64(True):
+        arrays = problem(0, dtype, geometry, size, depth)
+        exact = [a.astype("float64") for a in arrays]
+        got = value_and_gradients("kernel", *arrays, **geometry)
+        # In float64, of the same rounded inputs; the kernel itself serves, held to 1e-11 above.
+        form = "gather" if dtype == "float64" else "kernel"
+        expected = value_and_gradients(form, *exact, **geometry)
+        tolerance = TOLERANCE.get(dtype) or 2 * HALF[dtype]
+        for name, a, b in zip(("y", *GRADIENTS), got, expected, strict=True):
+            assert a.dtype == arrays[0].dtype and a.shape == b.shape
+            assert a.size == 0 or difference(a, b) < tolerance, name
+
+
+DEPTHS = (5, 16, 32)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32",) * 2, ("float64",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
+)
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("center", [False, True], ids=["", "center"])
+def test_fused_kernel_agrees_with_its_definition(
+    depth: int, dtypes: tuple[str, str], center: bool
+) -> None:
+    group = 3
+    record = xla_ops.Record(group, 9)
+    geometry = {"group": group, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
+    geometry |= {"offset_scale": 1.0, "remove_center": False}
+    with jax.enable_x64(True):
+        x, offset, mask, dy = problem(1, dtypes[0], geometry, (2, 5, 6), depth)
+        rows = np.random.RandomState(2).standard_normal((*offset.shape[:3], record.width))
+        rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
+        rows = jnp.asarray(rows, dtypes[1])
+        options = {"group": group, "center_feature_scale": center}
+        got = value_and_gradients("kernel", x, rows, dy, **options)
+        exact = [a.astype("float64") for a in (x, rows, dy)]
+        expected = value_and_gradients("gather", *exact, **options)
+        tolerance = TOLERANCE.get(dtypes[0]) or 2 * HALF[dtypes[0]]
+        for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
+            assert difference(a, b) < tolerance, name
+        padding = np.ones(record.width, bool)
+        used = [record.offset, record.mask] + [record.center] * center
+        padding[np.concatenate(used)] = False
+        assert not np.asarray(got[2])[..., padding].any()
+
+
+def test_fused_form_is_softmax_then_the_operator() -> None:
+    record = xla_ops.Record(2, 9)
+    random = np.random.RandomState(3)
+    x = jnp.asarray(random.standard_normal((1, 4, 5, 32)), "float32")
+    rows = jnp.asarray(random.standard_normal((1, 4, 5, record.width)), "float32")
+    mask = jax.nn.softmax(rows[..., record.mask].reshape(1, 4, 5, 2, 9)).reshape(1, 4, 5, 18)
+    y = xla_ops.dcnv3(x, rows[..., record.offset], mask, group=2)
+    share = jnp.repeat(jax.nn.sigmoid(rows[..., record.center]), 16, axis=-1)
+    assert difference(xla_ops.dcnv3_fused(x, rows, group=2), y) < 1e-6
+    blended = xla_ops.dcnv3_fused(x, rows, group=2, center_feature_scale=True)
+    assert difference(blended, y * (1 - share) + x * share) < 1e-6
+
+
+def test_logits_of_any_size_give_a_softmax() -> None:
+    record = xla_ops.Record(1, 9)
+    x = jnp.ones((1, 6, 6, 16))
+    for scale in (1e4, 1e30, 3e38):
+        rows = scale * np.sign(np.random.RandomState(4).standard_normal((1, 6, 6, record.width)))
+        rows[..., record.offset] = 0
+        y = xla_ops.dcnv3_fused(x, jnp.asarray(rows, "float32"), group=1, implementation="kernel")
+        assert float(jnp.abs(y[:, 1:-1, 1:-1] - 1).max()) < 1e-6
+
+
+@pytest.mark.parametrize("extreme", [np.nan, np.inf, -np.inf, 1e30, -1e30, 3e9, -(2.0**31)])
+def test_extreme_offsets_count_as_outside(extreme: float) -> None:
+    geometry = settings_of(CASES["plain"])
+    x, offset, mask, dy = problem(5, "float32", geometry, (2, 6, 7), 16)
+    hit = np.random.RandomState(6).uniform(size=offset.shape) < 0.2
+    offset = jnp.where(hit, extreme, offset)
+    got = value_and_gradients("kernel", x, offset, mask, dy, **geometry)
+    expected = value_and_gradients("gather", x, offset, mask, dy, **geometry)
+    for a, b in zip(got, expected, strict=True):
+        assert np.isfinite(a).all() and difference(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("operand", [0, 2, 3], ids=["x", "mask", "dy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_no_further_than_in_the_gather_form(
+    value: float, operand: int, depth: int
+) -> None:
+    geometry = settings_of(CASES["plain"])
+    arrays = problem(7, "float32", geometry, (1, 6, 7), depth)
+    # The corners are what a clamped index would read for points outside.
+    arrays[operand] = arrays[operand].at[0, 0, 0, 0].set(value).at[0, -1, -1, -1].set(value)
+    got = value_and_gradients("kernel", *arrays, **geometry)
+    expected = value_and_gradients("gather", *arrays, **geometry)
+    for name, a, b in zip(("y", *GRADIENTS), got, expected, strict=True):
+        spoilt = ~np.isfinite(b)
+        assert not (~np.isfinite(a) & ~spoilt).any(), name
+        np.testing.assert_allclose(np.where(spoilt, 0, a), np.where(spoilt, 0, b), atol=1e-4)
+    assert not np.isfinite(got[0] if operand != 3 else got[1]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 4096), (1, 4096, 1), (0, 4, 4), (1, 2, 2)])
+def test_maps_of_extreme_shapes(size: tuple[int, int, int]) -> None:
+    geometry = settings_of(CASES["plain"])
+    arrays = problem(8, "float32", geometry, size, 16)
+    got = value_and_gradients("kernel", *arrays, **geometry)
+    expected = value_and_gradients("gather", *arrays, **geometry)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.size == 0 or difference(a, b) < 1e-5
+
+
+PROGRAM = """
+import hashlib, jax, numpy as np, xla_ops
+random = np.random.RandomState(9)
+n, h, w, group = 2, 20, 21, 3
+record = xla_ops.Record(group, 9)
+for depth, dtype in ((16, "float32"), (5, "float32"), (32, "bfloat16")):
+    x, dy = (random.standard_normal((n, h, w, group * depth)).astype(dtype) for _ in range(2))
+    rows = random.standard_normal((n, h, w, record.width)).astype("float32")
+    function = lambda *a: xla_ops.dcnv3_fused(*a, group=group, implementation="kernel")
+    y, pullback = jax.vjp(function, x, rows)
+    for array in (y, *pullback(dy)):
+        print(hashlib.sha256(np.asarray(array).tobytes()).hexdigest())
+print(xla_ops.status()["cpu"].detail)
+"""
+
+
+def run_program(**environment: str) -> list[str]:
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    # XLA's pool has as many threads as the process may use processors, or as this variable says.
+    one, many = (run_program(NPROC=count) for count in ("1", "7"))
+    assert one == many
+
+
+@pytest.mark.skipif(
+    xla_ops.status()["cpu"].detail == "baseline",
+    reason="this processor has one instruction set only",
+)
+@pytest.mark.parametrize("name", ["baseline", "avx2"])
+def test_other_instruction_sets_compute_the_same(name: str) -> None:
+    test = f"{__file__}::test_kernel_gives_the_recorded_outputs_and_gradients"
+    environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "plain or odd or wide", test]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_missing_kernel_is_an_error_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xla_ops import _ffi
+
+    reason = _ffi.Status("gather", "not built: no compiler")
+    monkeypatch.setattr(_ffi, "_load", lambda platform: reason)
+    x, offset, mask, _ = problem(0, "float32", settings_of(CASES["plain"]), (1, 3, 3), 4)
+    with pytest.raises(
+        ValueError, match=r"no 'kernel' to serve here \(cpu: not built: no compiler\)"
+    ):
+        xla_ops.dcnv3(x, offset, mask, group=2, implementation="kernel")
+    xla_ops.dcnv3(x, offset, mask, group=2)
+    assert xla_ops.status()["cpu"] == reason

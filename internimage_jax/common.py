@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -106,7 +105,7 @@ def _drop(x: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, ..
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, shape)
-    return x * (kept / np.float32(1 - rate)).astype(x.dtype)
+    return x * (kept.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -114,8 +113,9 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def along_channels(vector: nnx.Param, x: jax.Array) -> jax.Array:
+def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:
     """The parameter (C,) as (1, ..., 1, C), to be combined with `x` (..., C), and in its dtype."""
+    assert vector is not None  # a bias that flax may leave out, and this model never does
     return vector[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 

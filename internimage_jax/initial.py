@@ -58,24 +58,24 @@ def _value(
     if leaf in ("gamma1", "gamma2"):
         return np.full(shape, config.layer_scale, dtype)
     if leaf in ("kernel", "bias") and _CONVOLUTION.fullmatch(module):
-        return _draw(key, shape, dtype) * math.prod(shapes[f"{module}.kernel"][:-1]) ** -0.5
+        return _draw(key, shape, dtype, math.prod(shapes[f"{module}.kernel"][:-1]) ** -0.5)
     if leaf == "kernel" and _XAVIER.fullmatch(module):
-        return _draw(key, shape, dtype) * (6 / sum(shape)) ** 0.5
+        return _draw(key, shape, dtype, (6 / sum(shape)) ** 0.5)
     if leaf == "kernel" and not _ZERO.fullmatch(module):
-        return _draw(key, shape, dtype, normal=True) * 0.02
+        return _draw(key, shape, dtype, 0.02, normal=True)
     return np.full(shape, leaf == "scale", dtype)
 
 
 def _draw(
-    key: _Key, shape: Shape, dtype: np.dtype, *, normal: bool = False
+    key: _Key, shape: Shape, dtype: np.dtype, scale: float, *, normal: bool = False
 ) -> jax.Array | np.ndarray:
-    """Standard normal values, or uniform ones in [-1, 1)."""
+    """Normal values of deviation `scale`, or uniform ones within it."""
     size = math.prod(shape)
     padded = 1 << (size - 1).bit_length()  # a model has 60 shapes but 20 of these to compile for
     values = (_normal if normal else _uniform)(*key, padded, dtype)
     with contextlib.suppress(jax.errors.TracerArrayConversionError):
         values = np.asarray(values)  # no more to compile
-    return values[:size].reshape(shape)
+    return (values[:size].reshape(shape) * scale).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -335,6 +335,10 @@ class InternImage(nnx.Module):
         if not self.config.num_classes:
             return InternImageOutput(None, None, maps, maps[-1])
         if self.config.use_clip_projector:
+            if any(side % 32 for side in images.shape[1:3]):
+                raise ValueError(
+                    f"images: this head needs sides that are multiples of 32, got {images.shape}"
+                )
             pooled = self.clip_head(maps[2], maps[3])
         else:
             pooled = self.conv_head(maps[3], train=train)
@@ -361,16 +365,7 @@ class InternImage(nnx.Module):
             raise ValueError(f"images: expected normalised floats, got {images.dtype}")
         if 0 in images.shape[1:3]:
             raise ValueError(f"images: expected sides of at least 1, got {images.shape}")
-        config = self.config
-        if (
-            config.num_classes
-            and config.use_clip_projector
-            and any(s % 32 for s in images.shape[1:3])
-        ):
-            raise ValueError(
-                f"images: this head needs sides that are multiples of 32, got {images.shape}"
-            )
-        if train and key is None and (config.drop_rate or config.drop_path_rate):
+        if train and key is None and (self.config.drop_rate or self.config.drop_path_rate):
             raise ValueError(
                 "key: training with drop_rate or drop_path_rate needs a PRNG key, got None"
             )

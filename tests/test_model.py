@@ -33,8 +33,8 @@ WITH_GRADIENTS = (
 )
 # Models whose golden was recorded in float32: it is itself 1e-5 of its rms away from exact.
 FLOAT32_GOLDENS = [n for n in RELEASED if "22k_384" in n or n[12] in "hg"]
-# A constant added to all keys does not change the softmax: in exact arithmetic these gradients are 0,
-# so they are held to the size of those of the values.
+# A constant added to all keys does not change the softmax: in exact arithmetic these gradients
+# are 0, so they are held to the size of those of the values.
 CANCELLING = {
     "clip_projector.norm1_k.0.bias": "clip_projector.norm1_v.0.bias",
     "clip_projector.cross_dcn.k_bias": "clip_projector.cross_dcn.v_bias",

@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
         implementation=options.implementation,
     )
     fill(model, {path: value.astype(options.dtype) for path, value in values.items()})
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(model.fused())
     leaves, tree = jax.tree.flatten(state)
     images = np.random.RandomState(1).standard_normal((batch_size, side, side, 3))
     images = jnp.asarray(images, options.dtype)

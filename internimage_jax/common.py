@@ -77,6 +77,22 @@ class Context(NamedTuple):
         return nnx.Param(_shape_only(None, (channels,), self.param_dtype))
 
 
+def linear_of(kernel: jax.Array, bias: jax.Array, dtype: DTypeLike) -> nnx.Linear:
+    """A linear layer with the parameters given."""
+    layer = nnx.Linear(
+        *kernel.shape,
+        dtype=dtype,
+        param_dtype=kernel.dtype,
+        kernel_init=_shape_only,
+        bias_init=_shape_only,
+        rngs=_NoKeys(),  # type: ignore[arg-type]
+    )
+    layer.kernel.set_value(kernel)
+    assert layer.bias is not None
+    layer.bias.set_value(bias)
+    return layer
+
+
 def normalize(norm: nnx.LayerNorm | nnx.BatchNorm, x: jax.Array, train: bool) -> jax.Array:
     """Applies `norm`; a BatchNorm uses and updates the batch's statistics in training only."""
     return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)

@@ -24,6 +24,7 @@ from internimage_jax.common import (
     at_least_float32,
     drop_path,
     dropout,
+    linear_of,
     normalize,
     split,
 )
@@ -118,30 +119,45 @@ class DCNv3(nnx.Module):
             self.center_feature_scale_proj = ctx.linear(channels, group)
         self.center_feature_scale = config.center_feature_scale
         self.group = group
+        self.dtype = ctx.dtype
         self.offset_scale = float(config.offset_scale)
         self.remove_center = config.remove_center
         self.implementation: xla_ops.Implementation | None = ctx.implementation
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        n, h, w, channels = x.shape
         features = self.dw_conv(x, train=train)
-        logits = self.mask(features).reshape(n, h, w, self.group, 9 - self.remove_center)
-        mask = jax.nn.softmax(at_least_float32(logits))
         x = self.input_proj(x)
-        y = xla_ops.dcnv3(
+        y = xla_ops.dcnv3_fused(
             x,
-            self.offset(features),
-            mask.astype(x.dtype).reshape(n, h, w, logits.shape[3] * logits.shape[4]),
+            self._record()(features),
             group=self.group,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
+            center_feature_scale=self.center_feature_scale,
             implementation=self.implementation,
         )
-        if self.center_feature_scale:
-            scale = jax.nn.sigmoid(self.center_feature_scale_proj(features))  # (N, H, W, G)
-            scale = jnp.repeat(scale, channels // self.group, axis=-1)  # (N, H, W, C)
-            y = y * (1 - scale) + x * scale
         return self.output_proj(y)
+
+    def fuse(self) -> None:
+        """Joins the products that offsets, masks and centre scales are made by, for good."""
+        if hasattr(self, "record"):
+            return
+        self.record = self._record()
+        del self.offset, self.mask
+        if self.center_feature_scale:
+            del self.center_feature_scale_proj
+
+    def _record(self) -> nnx.Linear:
+        """The products that make offsets, mask logits and centre-scale logits, as one."""
+        if hasattr(self, "record"):
+            return self.record
+        layout = xla_ops.Record(self.group, 9 - self.remove_center)
+        parts = [self.offset, self.mask]
+        if self.center_feature_scale:
+            parts.append(self.center_feature_scale_proj)
+        kernel = layout.join(*(part.kernel[...] for part in parts))  # (C, width)
+        bias = layout.join(*(part.bias[...] for part in parts))  # pyright: ignore[reportOptionalSubscript]
+        return linear_of(kernel, bias, self.dtype)
 
 
 class InternImageLayer(nnx.Module):
@@ -357,6 +373,19 @@ class InternImage(nnx.Module):
             x = self.levels[i - 1].downsample(maps[-1], train=train)
             maps.append(self.levels[i](x, train=train, key=keys[i + 1]))
         return tuple(maps)
+
+    def fused(self) -> InternImage:
+        """Returns the model as it is best run: the same function, with fewer and larger products.
+
+        Training and files want the parameters as the released models have them, and a model that
+        has them so joins some of them on each call. This does it once. The two share all other
+        parameters.
+        """
+        fused = nnx.merge(*nnx.split(self))
+        for level in fused.levels:
+            for block in level.blocks:
+                block.dcn.fuse()
+        return fused
 
     def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:
         if images.ndim != 4 or images.shape[-1] != 3:

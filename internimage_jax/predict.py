@@ -85,7 +85,7 @@ class Predictor:
 
         # Compiled by hand, and called with a plain list of arrays: a call then costs no walk over
         # the model's modules, and another shape would be an error instead of a second compilation.
-        graph, state = nnx.split(model)
+        graph, state = nnx.split(model.fused())
         self._parameters, tree = jax.tree.flatten(state)
 
         def top_classes(

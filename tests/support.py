@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,29 @@ def recipe_model(
 ) -> InternImage:
     """The Flax model with the recipe's weights."""
     model = InternImage(config, dtype=dtype, param_dtype=dtype, **settings)
-    values = {}
-    for rule in rules(config):
-        array = recipe_tensor(rule.torch, rule.torch_shape).astype(dtype)
-        if rule.axes is not None:
-            array = array.reshape(array.shape[: len(rule.axes)]).transpose(rule.axes)
-        values[rule.flax] = array
-    fill(model, values)
+    fill(model, _Recipe(config, dtype))
     return model
+
+
+class _Recipe(Mapping):
+    """The recipe's weights by Flax path, each made when it is asked for: G has 12 GB of them."""
+
+    def __init__(self, config: InternImageConfig, dtype: Any):
+        self._rules = {rule.flax: rule for rule in rules(config)}
+        self._dtype = dtype
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        rule = self._rules[path]
+        array = recipe_tensor(rule.torch, rule.torch_shape).astype(self._dtype)
+        if rule.axes is None:
+            return array
+        return array.reshape(array.shape[: len(rule.axes)]).transpose(rule.axes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
 
 
 def golden_input(golden: Any) -> np.ndarray:

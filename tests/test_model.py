@@ -51,9 +51,10 @@ def outputs(model: InternImage, x):
     return jax.jit(lambda state, x: nnx.merge(graphdef, state).outputs(x))(state, x)
 
 
-def assert_matches_golden(name: str, dtype=np.float32) -> None:
+def assert_matches_golden(name: str, *, fused: bool) -> None:
     golden = np.load(reference(f"goldens/{name}.npz"))
-    got = outputs(recipe_model(reference_config(name), dtype), golden_input(golden).astype(dtype))
+    model = recipe_model(reference_config(name))
+    got = outputs(model.fused() if fused else model, golden_input(golden))
     tolerance = f"model, golden in {'float32' if name in FLOAT32_GOLDENS else 'float64'}"
     assert_close(got.logits, golden["logits"], tolerance)
     assert_close(got.pooler_output, golden["pooler_output"], tolerance)
@@ -71,7 +72,7 @@ def assert_matches_golden(name: str, dtype=np.float32) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_models_match_the_official_model(name):
-    assert_matches_golden(name)
+    assert_matches_golden(name, fused=True)  # unfused: those with gradients, below
 
 
 @pytest.mark.parametrize("name", ["tiny_h_like", "tiny_bn_relu"])
@@ -86,13 +87,13 @@ def test_a_model_in_float64_matches_far_closer(name, x64):
 
 @pytest.mark.parametrize("name", [n for n in RELEASED if n[12] in "tsb"])
 def test_released_models_match_the_official_model(name):
-    assert_matches_golden(name)
+    assert_matches_golden(name, fused=False)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("name", [n for n in RELEASED if n[12] not in "tsb"])
 def test_large_released_models_match_the_official_model(name):
-    assert_matches_golden(name)
+    assert_matches_golden(name, fused=False)
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
@@ -313,6 +314,21 @@ def test_the_clip_head_names_the_sides_it_needs():
     with pytest.raises(ValueError, match=r"multiples of 32, got \(1, 48, 64, 3\)"):
         model(images(1, 48, 64))
     assert [m.shape[0] for m in model.features(images(1, 48, 64))] == [1] * 4
+
+
+def test_a_fused_model_shares_all_parameters_but_those_it_joins():
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    once, twice = (
+        {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(m))}
+        for m in (model.fused(), model.fused().fused())
+    )
+    assert list(once) == list(twice)
+    mine = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
+    assert {path.split(".dcn.")[1] for path in once.keys() - mine.keys()} == {
+        "record.kernel",
+        "record.bias",
+    }
+    assert all(once[path] is mine[path] for path in once.keys() & mine.keys())
 
 
 def test_what_is_not_used_is_not_computed():

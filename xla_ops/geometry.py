@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -91,8 +93,32 @@ class Record(NamedTuple):
         """Columns of the centre-scale logits (G)."""
         return self._columns(3 * self.points, 3 * self.points + 1)
 
+    def join(
+        self, offset: jax.Array, mask: jax.Array, center: jax.Array | None = None
+    ) -> jax.Array:
+        """Puts columns that were made apart into rows of the fused form.
+
+        Args:
+            offset: (..., G * P * 2) in the order of `dcnv3`'s argument: offsets, or the kernel or
+                bias of the product that makes them.
+            mask: (..., G * P) likewise for the mask logits.
+            center: (..., G) likewise for the centre-scale logits; None for zeros.
+
+        Returns:
+            (..., width); padding is zero.
+        """
+        if center is None:
+            center = jnp.zeros((*mask.shape[:-1], self.group), mask.dtype)
+        parts = [a.reshape(*a.shape[:-1], self.group, -1) for a in (offset, mask, center)]
+        row = _padded(jnp.concatenate(parts, axis=-1), self.each)  # (..., G, each)
+        return _padded(row.reshape(*row.shape[:-2], -1), self.width)
+
     def _columns(self, begin: int, end: int) -> np.ndarray:
         return (np.arange(self.group)[:, None] * self.each + np.arange(begin, end)).ravel()
+
+
+def _padded(a: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from internimage_jax.cache import keep_compiled_programs
 from internimage_jax.commands import demo, info, models, predict
 
 COMMANDS = {"predict": predict, "list": models, "info": info, "demo": demo}
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: `argv` is no valid command line (status 2), or asks for help (0).
     """
     args = _parser().parse_args(argv)
+    if not args.no_compilation_cache:
+        keep_compiled_programs()
     try:
         args.run(args)
         sys.stdout.flush()
@@ -47,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--traceback", action="store_true", help="after an error, show where it came from"
+    )
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile anew; otherwise compiled programs are kept in the user's cache folder",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():

@@ -85,12 +85,12 @@ def _parse_classes(text: str, name: str) -> tuple[ImageClass, ...]:
         raise ValueError(f"{name}: {len(lines)} classes, expected {NUM_CLASSES_1K}")
     classes: dict[str, ImageClass] = {}
     for index, line in enumerate(lines):
-        match = re.fullmatch(rf"{index}\t(n\d{{8}})\t(\S(?:[^\t]*\S)?)", line)
-        if match is None:
+        match = re.fullmatch(r"(\d+)\t(n\d{8})\t(\S(?:[^\t]*\S)?)", line)
+        if match is None or match[1] != str(index):
             raise ValueError(
                 f"{name}, line {index + 2}: got {line!r}, expected {index}, a WordNet id and a name"
             )
-        wnid, class_name = match.groups()
+        wnid, class_name = match[2], match[3]
         if wnid in classes:
             raise ValueError(
                 f"{name}, line {index + 2}: {wnid} is also the id of {classes[wnid].index}"

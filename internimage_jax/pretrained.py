@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 import xla_ops
 from convert import convert, open_model, read_arrays
 from convert.source import Weights
+from internimage_jax.cache import cache_folder
 from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
 from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
@@ -139,19 +140,13 @@ def _locate(source: str | os.PathLike[str]) -> str:
     return str(_fetched(released_model(name)))
 
 
-def _cache() -> Path:
-    if "INTERNIMAGE_CACHE" in os.environ:
-        return Path(os.environ["INTERNIMAGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internimage_jax"
-
-
 def _fetched(model: ReleasedModel) -> Path:
     """The converted folder of a released model; fetches and converts where it is not there yet."""
     snapshot = _download(model, _WEIGHTS[0])
     if not any(snapshot.glob("*.safetensors*")):
         snapshot = _download(model, _WEIGHTS[1])
     # The snapshot's name is the commit, so a new release is converted anew.
-    converted = _cache() / f"{model.name}-{snapshot.name[:12]}"
+    converted = cache_folder() / f"{model.name}-{snapshot.name[:12]}"
     if not (converted / "config.json").exists():
         from filelock import FileLock  # comes with huggingface_hub
 

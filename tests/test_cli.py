@@ -307,6 +307,24 @@ def test_info_says_why_there_is_no_device() -> None:
     assert "nothing" in found["devices_error"]
 
 
+# what is kept between runs
+
+
+def test_compiled_programs_are_kept_unless_told_otherwise(checkpoint: str, tmp_path: Path) -> None:
+    def predict(*options: str, **variables: str) -> list[Path]:
+        environment = os.environ | {"INTERNIMAGE_CACHE": str(tmp_path)} | variables
+        command = ("-m", "internimage_jax", *options, "predict", CAT, "--model", checkpoint)
+        process = run_python(*command, env=environment)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        return sorted(tmp_path.rglob("*-cache"))
+
+    assert not predict("--no-compilation-cache")
+    kept = predict()
+    assert kept
+    assert predict() == kept
+
+
 # demo
 
 

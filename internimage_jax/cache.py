@@ -1,0 +1,31 @@
+"""Where converted models and compiled programs are kept between runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Returns INTERNIMAGE_CACHE, or else our folder in the user's cache folder."""
+    if "INTERNIMAGE_CACHE" in os.environ:
+        return Path(os.environ["INTERNIMAGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internimage_jax"
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles, and take from there what it has compiled before.
+
+    By the environment, which JAX reads when it is imported: a command that needs no JAX stays
+    quick. Settings that the user made are left alone, and so is a process that has JAX already.
+    """
+    if "jax" in sys.modules:
+        return
+    folder = cache_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that is read only: JAX would warn of each program
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

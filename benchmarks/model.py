@@ -47,6 +47,29 @@ def random_values(config: InternImageConfig) -> dict[str, np.ndarray]:
     return values
 
 
+def compiled_forward(
+    config: InternImageConfig,
+    batch_size: int,
+    height: int,
+    width: int,
+    *,
+    dtype: str = "float32",
+    implementation: Any = None,
+) -> tuple[Callable[[list[jax.Array], jax.Array], jax.Array], list[jax.Array], jax.Array]:
+    """The compiled forward of a model with random weights, its parameters and images for it."""
+    model = InternImage(config, dtype=dtype, param_dtype=dtype, implementation=implementation)
+    fill(model, {path: value.astype(dtype) for path, value in random_values(config).items()})
+    graphdef, state = nnx.split(model.fused())
+    leaves, tree = jax.tree.flatten(state)
+    images = np.random.RandomState(1).standard_normal((batch_size, height, width, 3))
+
+    def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(images)
+
+    images = jnp.asarray(images, dtype)
+    return jax.jit(forward).lower(leaves, images).compile(), leaves, images
+
+
 def interleaved(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each call, the functions taking turns for about `seconds`."""
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,0 +1,154 @@
+"""Puts measured figures into docs/performance.md: tables between its markers, plots beside it.
+
+    python -m benchmarks.page benchmarks/results/*.jsonl
+
+A result is a line of JSON that a benchmark has printed. The page's text is written by hand; what
+stands between `<!-- table NAME -->` and `<!-- end -->` is made here. Plots need matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PLOTS = PAGE.parent / "plots"
+
+Row = dict[str, Any]
+# Heading and what stands below it; a row for which one raises KeyError is left out of the table.
+Columns = dict[str, Callable[[Row], str]]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _with_range(row: Row, name: str) -> str:
+    low, high = row[f"{name}_ms_range"]
+    return f"{_number(row[f'{name}_ms'])} ({_number(low)} to {_number(high)})"
+
+
+def _cell(key: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row[key]
+        return _number(value) if isinstance(value, float) else str(value)
+
+    return cell
+
+
+MODEL: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch_size"),
+    "DCNv3": _cell("implementation"),
+    "ours, ms": lambda row: _with_range(row, "ours"),
+    "official, ms": lambda row: _with_range(row, "official"),
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+    "part of the 2048-cube rate": lambda row: f"{row['part_of_matmul_rate']:.2f}",
+    "largest difference": lambda row: f"{row['difference']:.0e}",
+    "temporaries, MB": _cell("temporary_megabytes"),
+}
+OPERATOR: Columns = {
+    "stage": _cell("stage"),
+    "batch": _cell("batch"),
+    "": lambda row: {"forward": "forward", "both": "forward and backward"}[row["direction"]],
+    "kernel, ms": _cell("kernel_ms"),
+    "fused kernel, ms": _cell("fused_ms"),
+    "jnp form / kernel": _cell("gather/kernel"),
+    "official / kernel": _cell("official/kernel"),
+    "official / fused": lambda row: _number(row["official_ms"] / row["fused_ms"]),
+}
+STARTUP: Columns = {
+    "import beyond jax and flax, s": lambda row: (
+        f"{row['import_internimage_jax_too'] - row['import_jax_and_flax']:.2f}"
+    ),
+    "convert T, s": _cell("convert"),
+    "first prediction, cold, s": _cell("predict_cold"),
+    "first prediction, warm, s": _cell("predict_warm"),
+    "trace T, s": _cell("trace_t"),
+    "compile T, s": _cell("compile_t"),
+    "trace G, s": _cell("trace_g"),
+    "compile G, s": _cell("compile_g"),
+    "Python's share of a call, us": _cell("python_microseconds"),
+}
+SIZES: Columns = {
+    "model": _cell("model"),
+    "image side": _cell("image_size"),
+    "ms": _cell("ms"),
+    "GFLOP/s": _cell("gflops"),
+}
+DEVICES: Columns = {
+    "devices": _cell("devices"),
+    "cores": _cell("cores"),
+    "ms": _cell("ms"),
+    "ms a device": _cell("ms_per_device"),
+    "collectives": _cell("collectives"),
+}
+
+# Of each table: its columns, and which results are its rows.
+TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
+    "model": (MODEL, lambda row: "part_of_matmul_rate" in row),
+    "operator": (OPERATOR, lambda row: "direction" in row),
+    "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),
+    "sizes": (SIZES, lambda row: row.get("series") == "model"),
+    "devices": (DEVICES, lambda row: row.get("series") == "devices"),
+}
+
+
+def table(columns: Columns, rows: Sequence[Row]) -> str:
+    lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
+    for row in rows:
+        try:
+            lines.append(" | ".join(cell(row) for cell in columns.values()))
+        except KeyError:
+            continue
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def plot(rows: Sequence[Row]) -> None:
+    """Draws time an image against batch size and against pixels."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "internimage"  # the same file from the same figures
+    for series, x, label in (
+        ("batch", lambda row: row["batch_size"], "batch size"),
+        ("side", lambda row: row["image_size"] ** 2 / 1e3, "pixels, thousands"),
+    ):
+        points = [(x(row), row["ms_per_image"]) for row in rows if row.get("series") == series]
+        if not points:
+            continue
+        figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+        axes.loglog(*zip(*points, strict=True), "o-", color="#2a6f97", markersize=4)
+        axes.set_xlabel(label)
+        axes.set_ylabel("ms an image")
+        axes.grid(which="both", color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        PLOTS.mkdir(exist_ok=True)
+        figure.savefig(PLOTS / f"{series}.svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="files of JSON lines")
+    options = parser.parse_args()
+    rows = [json.loads(line) for path in options.results for line in path.read_text().splitlines()]
+    page = PAGE.read_text()
+    for name, (columns, wanted) in TABLES.items():
+        made = table(columns, [row for row in rows if wanted(row)])
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], page, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"{PAGE.name}: {count} places for table {name}, expected 1")
+    PAGE.write_text(page)
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()

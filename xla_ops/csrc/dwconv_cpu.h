@@ -25,8 +25,8 @@ struct Call {
   void* y;
   const void* dy;
   void* dx;
-  void* partial;  // (N, chunks, K * K + 3, C), float64 for float64 and float32 otherwise: a chunk's part
-                  // of the gradients of kernel, bias, scale and offset
+  void* partial;  // (N, chunks, 3 + K * K, C), float64 for float64 and float32 otherwise: a chunk's part
+                  // of the gradients of offset, scale, bias and kernel
 };
 
 // Computes y of the rows [begin, end) of N * H.

@@ -93,8 +93,8 @@ ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Opera
       dx->element_count() != x.element_count() || dx->element_type() != x.element_type()) {
     return failed(invalid("dy or dx does not fit"));
   }
-  const auto dims = partial->dimensions();  // (..., N, chunks, K * K + 3, C)
-  const int64_t each = (call.size * call.size + 3) * call.channels;
+  const auto dims = partial->dimensions();  // (..., N, chunks, 3 + K * K, C)
+  const int64_t each = (3 + call.size * call.size) * call.channels;
   call.chunks = dims.size() < 3 ? 0 : dims[dims.size() - 3];
   const ffi::DataType real = call.type == Type::kFloat64 ? ffi::F64 : ffi::F32;
   if (call.chunks < 1 || static_cast<int64_t>(partial->element_count()) != call.batch * call.chunks * each ||

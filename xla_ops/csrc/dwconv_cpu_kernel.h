@@ -195,17 +195,17 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
-// A chunk's sums over its pixels, and the rows that it needs.
+// A chunk's sums over its pixels: the gradients of the parameters, in the order of `partial`.
 template <class Real>
 struct Gradients {
   explicit Gradients(const Layer<Real>& a)
-      : storage((a.call.size * a.call.size + 3) * a.channels),
-        kernel(storage.data),
-        bias(kernel + a.call.size * a.call.size * a.channels),
-        scale(bias + a.channels),
-        offset(scale + a.channels) {}
+      : storage((3 + a.call.size * a.call.size) * a.channels),
+        offset(storage.data),
+        scale(offset + a.channels),
+        bias(scale + a.channels),
+        kernel(bias + a.channels) {}
   Scratch<Real> storage;
-  Real *kernel, *bias, *scale, *offset;
+  Real *offset, *scale, *bias, *kernel;
 };
 
 // From v and dy of a pixel to the gradient by v, in place of v; sums those of the norm's parameters.
@@ -215,7 +215,8 @@ CPU_FN void differentiate(const Layer<Real>& a, const T* dy, Real* v, Real* slop
   constexpr int kLanes = Layer<Real>::kLanes;
   const Real factor = center(a, v), count = Real(a.call.channels);
   V mean = {}, dot = {};
-  widen(dy, a.call.channels, slope);  // the channels that fill up stay zero
+  widen(dy, a.call.channels, slope);
+  for (int64_t c = a.call.channels; c < a.channels; ++c) slope[c] = 0;
   for (int64_t c = 0; c < a.channels; c += kLanes) {
     const V u = load_raw<V>(v + c) * factor, scale = load_raw<V>(a.scale + c);
     const V dz = load_raw<V>(slope + c) * gelu_slope<Real, kLanes>(u * scale + load_raw<V>(a.offset + c));
@@ -323,7 +324,7 @@ CPU_TARGET void backward_of(const Call& call, int64_t piece) {
     }
   }
 
-  const int64_t rows = call.size * call.size + 3;
+  const int64_t rows = 3 + call.size * call.size;
   Real* partial = static_cast<Real*>(call.partial) + piece * rows * call.channels;
   for (int64_t k = 0; k < rows; ++k) {
     std::memcpy(partial + k * call.channels, sums.storage.data + k * a.channels,

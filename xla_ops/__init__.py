@@ -3,6 +3,7 @@
 from xla_ops._ffi import Status, status
 from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
+from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Status",
     "dcnv3",
     "dcnv3_fused",
+    "depthwise_convolution",
     "dwconv_norm_gelu",
     "status",
 ]

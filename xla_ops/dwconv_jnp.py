@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xla_ops.dcnv3_gather import varying_like
 from xla_ops.geometry import at_least_float32
 
 
@@ -50,11 +51,18 @@ def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    size, (_, h, w, _) = kernel.shape[0], x.shape
+    """Walks the taps one by one: unrolled, the gradient takes XLA seconds to compile."""
+    size, (_, h, w, c) = kernel.shape[0], x.shape
     side = (size // 2,) * 2
     padded = jnp.pad(x, ((0, 0), side, side, (0, 0)))
-    return sum(
-        padded[:, i : i + h, j : j + w] * kernel[i, j][None, None, None]
-        for i in range(size)
-        for j in range(size)
-    )
+
+    @jax.checkpoint  # the shifted maps of all taps would be kept otherwise
+    def contribution(padded, tap, weight):
+        shifted = lax.dynamic_slice_in_dim(padded, tap // size, h, axis=1)
+        return lax.dynamic_slice_in_dim(shifted, tap % size, w, axis=2) * weight[None, None, None]
+
+    def step(y, tap):
+        return y + contribution(padded, *tap), None
+
+    taps = jnp.arange(size * size), kernel.reshape(size * size, c)
+    return lax.scan(step, varying_like(jnp.zeros(x.shape, x.dtype), x, kernel), taps)[0]

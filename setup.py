@@ -31,7 +31,7 @@ def cpu_extension() -> Extension:
     options += ["-Wno-maybe-uninitialized"]  # GCC 12 finds some in its own intrinsics
     return Extension(
         "xla_ops._cpu",
-        sources=[str(CSRC / "dcnv3_cpu.cc"), str(CSRC / "cpu_module.cc")],
+        sources=[str(path) for path in sorted(CSRC.glob("*.cc")) if "cuda" not in path.name],
         depends=[str(path) for path in CSRC.glob("*.h")],
         include_dirs=[str(CSRC)],
         extra_compile_args=options,

@@ -135,6 +135,12 @@ def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:
     return vector[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def in_dtype_of(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
+    """The parameter's value in the dtype of `x`, or in float32 if that is more precise."""
+    assert parameter is not None  # as above
+    return parameter[...].astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def split(key: jax.Array | None, count: int) -> list[Any]:
     """`count` keys from one; none from none."""
     return [None] * count if key is None else list(jax.random.split(key, count))

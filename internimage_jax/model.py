@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 import xla_ops
@@ -24,6 +23,7 @@ from internimage_jax.common import (
     at_least_float32,
     drop_path,
     dropout,
+    in_dtype_of,
     linear_of,
     normalize,
     split,
@@ -84,24 +84,21 @@ class DepthwiseLayer(nnx.Module):
         self.conv = ctx.conv(channels, channels, size, feature_group_count=channels)
         self.norm = ctx.norm(channels, ctx.config.norm_layer)
         self.activation = activation(ctx.config)
+        # As one operator where it is the released models' kind.
+        self.fused = (ctx.config.norm_layer, ctx.config.act_layer) == ("LN", "GELU")
+        self.implementation = "jnp" if ctx.implementation == "gather" else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        # On a CPU, XLA's depthwise convolution is some thirty times slower than the sum.
-        x = lax.platform_dependent(x, cpu=self._sum_of_shifts, default=self.conv)
-        return self.activation(normalize(self.norm, x, train))
-
-    def _sum_of_shifts(self, x: jax.Array) -> jax.Array:
-        """Computes `self.conv(x)`."""
         x = x.astype(self.conv.dtype)
-        kernel = self.conv.kernel[...].astype(x.dtype)  # (size, size, 1, C)
-        size, (_, h, w, _) = kernel.shape[0], x.shape
-        sides = (size // 2, size // 2)
-        padded = jnp.pad(x, ((0, 0), sides, sides, (0, 0)))
-        y = jnp.broadcast_to(along_channels(self.conv.bias, x), x.shape)
-        for i in range(size):
-            for j in range(size):
-                y += padded[:, i : i + h, j : j + w] * kernel[None, i, None, j]
-        return y
+        kernel = in_dtype_of(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
+        bias = in_dtype_of(x, self.conv.bias)
+        if self.fused:
+            scale, offset = in_dtype_of(x, self.norm.scale), in_dtype_of(x, self.norm.bias)
+            return xla_ops.dwconv_norm_gelu(
+                x, kernel, bias, scale, offset, implementation=self.implementation
+            )
+        x = xla_ops.depthwise_convolution(x, kernel.astype(x.dtype))
+        return self.activation(normalize(self.norm, x + along_channels(self.conv.bias, x), train))
 
 
 class DCNv3(nnx.Module):

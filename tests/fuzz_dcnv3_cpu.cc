@@ -2,7 +2,7 @@
 // in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it.
 // Then computes the last image of a batch with more than 2^31 elements, over memory that is reserved
 // but for that image never touched. Arguments: the number of geometries, the seed. Exits with 1 and
-// says what differed. tests/test_dcnv3_native.py builds it; without -DDCNV3_BASELINE it runs the
+// says what differed. tests/test_dcnv3_native.py builds it; without -DCPU_BASELINE it runs the
 // instruction set that INTERNIMAGE_CPU_ISA names.
 #include <sys/mman.h>
 

@@ -17,7 +17,7 @@ COMPILER = os.environ.get("CXX", "c++")
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}")
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path: Path) -> None:
     program = tmp_path / "fuzz"
-    options = ["-std=c++17", "-O0", "-DDCNV3_BASELINE", "-w", f"-I{CSRC}"]
+    options = ["-std=c++17", "-O0", "-DCPU_BASELINE", "-w", f"-I{CSRC}"]
     options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [str(TESTS / "fuzz_dcnv3_cpu.cc"), str(CSRC / "dcnv3_cpu.cc")]
     command = [COMPILER, *options, *sources, "-o", str(program)]

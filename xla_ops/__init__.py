@@ -1,7 +1,18 @@
-"""DCNv3, the operator of InternImage, for JAX."""
+"""The operators of InternImage for JAX: DCNv3, and the depthwise layer before its offsets."""
 
 from xla_ops._ffi import Status, status
 from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
+from xla_ops.dwconv import dwconv_norm_gelu
+from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
 
-__all__ = ["Implementation", "Record", "Status", "dcnv3", "dcnv3_fused", "status"]
+__all__ = [
+    "Implementation",
+    "Record",
+    "Status",
+    "dcnv3",
+    "dcnv3_fused",
+    "depthwise_convolution",
+    "dwconv_norm_gelu",
+    "status",
+]

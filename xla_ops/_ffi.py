@@ -22,7 +22,8 @@ FORWARD = "internimage_dcnv3_forward"
 BACKWARD = "internimage_dcnv3_backward"
 FUSED_FORWARD = "internimage_dcnv3_fused_forward"
 FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
-TARGETS = (FORWARD, BACKWARD, FUSED_FORWARD, FUSED_BACKWARD)
+DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
+DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 
 PLATFORMS = ("cpu",)  # as XLA names them; the module with a platform's handlers is `_cpu`
 
@@ -41,14 +42,19 @@ def status() -> dict[str, Status]:
     return {platform: _load(platform) for platform in PLATFORMS}
 
 
-def serves(platform: str) -> bool:
-    """Whether the kernel of a platform is there and passed its trial."""
-    return _load(platform).implementation == "kernel"
+def serves(platform: str, target: str) -> bool:
+    """Whether a platform has a kernel of that name, which passed its trial."""
+    return _load(platform).implementation == "kernel" and target in _targets(platform)
 
 
 def _load(platform: str) -> Status:
     with _lock:
         return _load_once(platform)
+
+
+@functools.cache
+def _targets(platform: str) -> frozenset[str]:
+    return frozenset(importlib.import_module(f"xla_ops._{platform}").targets())
 
 
 @functools.cache
@@ -77,28 +83,27 @@ def _load_once(platform: str) -> Status:
 def _try(platform: str) -> None:
     """Calls each target on one pixel, whose sample in the middle of the kernel is the pixel."""
     device = jax.local_devices(backend=platform)[0]
-    one = np.ones((1, 1, 1, 1), np.float32)
+    one, pair = np.ones((1, 1, 1, 1), np.float32), np.zeros((1, 1, 1, 2), np.float32)
     record = np.zeros((1, 1, 1, 8), np.float32)
-    cases = {
-        FORWARD: ((one * 3, np.zeros((1, 1, 1, 2), np.float32), one * 2), [6.0]),
-        BACKWARD: ((one * 3, np.zeros((1, 1, 1, 2), np.float32), one * 2, one), [2.0, -6.0, 3.0]),
-        FUSED_FORWARD: ((one * 3, record), [3.0]),
-        FUSED_BACKWARD: ((one * 3, record, one), [1.0, -3.0]),
-    }
-    results = {
-        FORWARD: (one,),
-        BACKWARD: (one, np.zeros((1, 1, 1, 2), np.float32), one),
-        FUSED_FORWARD: (one,),
-        FUSED_BACKWARD: (one, record),
-    }
+    layer = (one * 3, one[0], one[0, 0, 0], one[0, 0, 0], one[0, 0, 0] * 13)  # to gelu(0 + 13)
     geometry = np.array([1, 1, 1, 1, 0, 0, 1, 1, 1, 0, VERSION], np.int64)
-    attributes: dict[str, Any] = {"geometry": geometry, "offset_scale": np.float64(1)}
+    plain: dict[str, Any] = {"geometry": geometry, "offset_scale": np.float64(1)}
+    fused = plain | {"center_feature_scale": False}
+    dwconv: dict[str, Any] = {"epsilon": np.float64(1e-6), "version": np.int64(VERSION)}
+    cases = {  # operands, attributes, arrays like the results, and how these begin
+        FORWARD: ((one * 3, pair, one * 2), plain, (one,), [6.0]),
+        BACKWARD: ((one * 3, pair, one * 2, one), plain, (one, pair, one), [2.0, -6.0, 3.0]),
+        FUSED_FORWARD: ((one * 3, record), fused, (one,), [3.0]),
+        FUSED_BACKWARD: ((one * 3, record, one), fused, (one, record), [1.0, -3.0]),
+        DWCONV_FORWARD: (layer, dwconv, (one,), [13.0]),
+        DWCONV_BACKWARD: ((*layer, one), dwconv, (one, np.zeros((1, 1, 4, 1), "f")), [0.0, 1.0]),
+    }
     with jax.default_device(device):
-        for target, (operands, expected) in cases.items():
-            shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results[target]]
-            extra = {"center_feature_scale": False} if "fused" in target else {}
+        for target in _targets(platform):
+            operands, attributes, results, expected = cases[target]
+            shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results]
             call = jax.ffi.ffi_call(target, shapes)
-            got = jax.jit(functools.partial(call, **attributes, **extra))(*operands)
+            got = jax.jit(functools.partial(call, **attributes))(*operands)
             first = [float(array.ravel()[0]) for array in got]
             if first != expected:
                 raise RuntimeError(f"{target} gave {first}, expected {expected}")

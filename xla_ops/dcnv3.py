@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
-from xla_ops import _ffi
-from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
-from xla_ops.dcnv3_kernel import dcnv3_fused_kernel, dcnv3_kernel
-from xla_ops.geometry import Geometry, at_least_float32
+from xla_ops.custom_call import call
+from xla_ops.dcnv3_kernel import DCNv3
+from xla_ops.geometry import DTYPES, Geometry, at_least_float32
 
 Implementation = Literal["kernel", "gather"]
-
-_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16", "float64"))
 
 
 def dcnv3(
@@ -85,10 +79,7 @@ def dcnv3(
         remove_center=bool(remove_center),
     )
     _check(geometry, x, offset=offset, mask=mask)
-    if _choose(implementation) == "gather":
-        return dcnv3_gather(x, offset, mask, geometry)
-    with _refusing_forward_mode():
-        return dcnv3_kernel(x, offset, mask, geometry, fallback=implementation is None)
+    return call(DCNv3(geometry, fused=False), implementation, x, offset, mask)
 
 
 def dcnv3_fused(
@@ -135,39 +126,7 @@ def dcnv3_fused(
         center_feature_scale=bool(center_feature_scale),
     )
     _check(geometry, x, record=record)
-    if _choose(implementation) == "gather":
-        return dcnv3_fused_gather(x, record, geometry)
-    with _refusing_forward_mode():
-        return dcnv3_fused_kernel(x, record, geometry, fallback=implementation is None)
-
-
-def _choose(implementation: Implementation | None) -> Implementation:
-    if implementation not in ("kernel", "gather", None):
-        raise ValueError(
-            f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
-        )
-    if implementation == "gather":
-        return "gather"
-    serving = [platform for platform in _ffi.PLATFORMS if _ffi.serves(platform)]
-    if implementation == "kernel" and not serving:
-        reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
-        raise ValueError(
-            f"implementation: no 'kernel' to serve here ({reasons}); use 'gather' or None"
-        )
-    return "kernel" if serving else "gather"
-
-
-@contextlib.contextmanager
-def _refusing_forward_mode() -> Iterator[None]:
-    """Says what to do in place of the message that JAX has for `jvp` of any `custom_vjp`."""
-    try:
-        yield
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise ValueError(
-            "implementation: the kernel has no forward mode (jvp, jacfwd, hessian); use 'gather'"
-        ) from None
+    return call(DCNv3(geometry, fused=True), implementation, x, record)
 
 
 def _integer(name: str, value: int, *, at_least: int) -> int:
@@ -190,8 +149,8 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
             raise ValueError(
                 f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"
             )
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
     for name, array in points.items():
         real = at_least_float32(x.dtype)
         if array.dtype != x.dtype and (name != "record" or array.dtype != real):

@@ -67,7 +67,7 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
         return y + contribution(pixels, *point), None
 
     zeros = jnp.zeros((n, out_h, out_w, group, width), real)
-    y, _ = lax.scan(body, _varying_like(zeros, x, offset, mask), (step(0), step(1), offset, mask))
+    y, _ = lax.scan(body, varying_like(zeros, x, offset, mask), (step(0), step(1), offset, mask))
     return y.reshape(n, out_h, out_w, channels).astype(x.dtype)
 
 
@@ -113,7 +113,7 @@ def _take(pixels: jax.Array, index: jax.Array) -> jax.Array:
     return lax.gather(pixels, index[..., None], dims, sizes, mode="promise_in_bounds")
 
 
-def _varying_like(value: jax.Array, *arrays: jax.Array) -> jax.Array:
+def varying_like(value: jax.Array, *arrays: jax.Array) -> jax.Array:
     """Marks `value` as varying over the mesh axes that `arrays` vary over, as `shard_map` wants."""
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
     return lax.pcast(value, tuple(axes), to="varying") if axes else value

@@ -1,4 +1,4 @@
-"""The shape arithmetic of DCNv3, shared by every implementation of it."""
+"""The shape arithmetic of DCNv3, and the dtypes that the operators take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16", "float64"))
 
 
 class Geometry(NamedTuple):

@@ -3,11 +3,12 @@
 
 #include <cstdint>
 
+#include "cpu_types.h"
 #include "dcnv3.h"
 
 namespace dcnv3::cpu {
 
-enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+using ::cpu::Type;
 
 // The learned numbers of each (position, group), n values in a row: those of position q (counted over
 // the whole batch) and group g start at element q * row + g * group.
@@ -39,9 +40,5 @@ void forward(const Call& call, int64_t begin, int64_t end);
 // Computes all gradients of groups [begin, end) of one image. Every element of a gradient is the
 // work of one such call, in an order that does not depend on how the groups are divided.
 void backward(const Call& call, int64_t image, int64_t begin, int64_t end);
-
-// The instruction set in use: the best of this processor among "avx512", "avx2" and "baseline", or
-// the lesser one that the environment variable INTERNIMAGE_CPU_ISA names.
-const char* instruction_set();
 
 }  // namespace dcnv3::cpu

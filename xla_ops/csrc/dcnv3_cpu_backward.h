@@ -10,7 +10,7 @@ struct Plane {
 
 // Spreads dy over dx for the pair in lane l, and takes the dots of dy with the pixels.
 template <class T, int W, int NV, int P, class Real>
-DCNV3_FN void spread(Block<Real>& b, const Plane<Real>& dx, int l, int64_t c) {
+CPU_FN void spread(Block<Real>& b, const Plane<Real>& dx, int l, int64_t c) {
   using M = Memory<T, Real, W>;
   using R = Memory<Real, Real, W>;
   using V = Vec<Real, W>;
@@ -55,7 +55,7 @@ DCNV3_FN void spread(Block<Real>& b, const Plane<Real>& dx, int l, int64_t c) {
 
 // The two halves of that by the definition: what goes to dx, and what the chain rule needs.
 template <class T, class Real>
-DCNV3_TARGET void spread_by_definition(const Block<Real>& b, const Plane<Real>& dx, int l) {
+CPU_TARGET void spread_by_definition(const Block<Real>& b, const Plane<Real>& dx, int l) {
   using M = Memory<T, Real, 1>;
   const Problem& s = b.s;
   const T* dy = static_cast<const T*>(b.call.dy) + b.position[l] * s.channels() + b.group[l] * s.depth;
@@ -78,7 +78,7 @@ DCNV3_TARGET void spread_by_definition(const Block<Real>& b, const Plane<Real>& 
 }
 
 template <class T, class Real>
-DCNV3_TARGET void chain_by_definition(const Block<Real>& b, int l) {
+CPU_TARGET void chain_by_definition(const Block<Real>& b, int l) {
   using M = Memory<T, Real, 1>;
   const Problem& s = b.s;
   const T* x = static_cast<const T*>(b.call.x) + b.plane[l];
@@ -90,7 +90,7 @@ DCNV3_TARGET void chain_by_definition(const Block<Real>& b, int l) {
     Sample<Real> total = {0, 0, 0};
     for (int64_t c = 0; c < s.depth; ++c) {
       const auto at = [&](int64_t i, int64_t j)
-                          DCNV3_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
+                          CPU_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
       const Sample<Real> sample = sample_exactly(h, w, s.height, s.width, at);
       const Real g = M::load(dy + c);
       total.value += g * sample.value;
@@ -106,7 +106,7 @@ DCNV3_TARGET void chain_by_definition(const Block<Real>& b, int l) {
 
 // From the dots to what the chain rule needs of each point; bad[l] becomes NaN where one is not finite.
 template <class Real>
-DCNV3_TARGET void chain(const Block<Real>& b, Real* __restrict bad) {
+CPU_TARGET void chain(const Block<Real>& b, Real* __restrict bad) {
   const Extent<Real> height = extent<Real>(b.s.height), width = extent<Real>(b.s.width);
   for (int64_t p = 0; p < b.points; ++p) {
     const Real* dot = b.dot + p * kBlock * 4;
@@ -132,7 +132,7 @@ DCNV3_TARGET void chain(const Block<Real>& b, Real* __restrict bad) {
 
 // Turns the numbers of the block into their gradients, in place.
 template <class Real>
-DCNV3_TARGET void differentiate(Block<Real>& b) {
+CPU_TARGET void differentiate(Block<Real>& b) {
   const Real scale = Real(b.s.offset_scale);
   alignas(64) Real mean[kBlock] = {};  // of <dy, sample> over the softmax
   for (int64_t p = 0; p < b.points; ++p) {
@@ -158,8 +158,8 @@ DCNV3_TARGET void differentiate(Block<Real>& b) {
 }
 
 template <class Real>
-DCNV3_TARGET void store(const Block<Real>& b) {
-  with_points_type<Real>(b.call.points_type, [&b](auto r) DCNV3_TARGET {
+CPU_TARGET void store(const Block<Real>& b) {
+  with_points_type<Real>(b.call.points_type, [&b](auto r) CPU_TARGET {
     using R = decltype(r);
     const Columns& offset = b.call.offset;
     if (!b.call.fused) {
@@ -180,13 +180,13 @@ DCNV3_TARGET void store(const Block<Real>& b) {
 
 // NaN in bad[l] where the pair in lane l has a weight or an element of dy that is not finite.
 template <class T, class Real>
-DCNV3_TARGET void watch_operands(const Block<Real>& b, Real* __restrict bad) {
+CPU_TARGET void watch_operands(const Block<Real>& b, Real* __restrict bad) {
   constexpr int kLanes = kBytes / int(sizeof(Real));
   for (int l = 0; l < kBlock; ++l) bad[l] = b.blend[l] * Real(0);
   for (int64_t p = 0; p < b.points; ++p) {
     for (int l = 0; l < kBlock; ++l) bad[l] += b.weight[p * kBlock + l] * Real(0);
   }
-  const auto dy = [&b](int l) DCNV3_TARGET {
+  const auto dy = [&b](int l) CPU_TARGET {
     return static_cast<const T*>(b.call.dy) + b.position[l] * b.s.channels() + b.group[l] * b.s.depth;
   };
   Real poison[kLanes] = {};
@@ -202,7 +202,7 @@ DCNV3_TARGET void watch_operands(const Block<Real>& b, Real* __restrict bad) {
 }
 
 template <class T, int D, int P>
-DCNV3_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64_t g1) {
+CPU_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64_t g1) {
   using Real = RealOf<T>;
   constexpr int kLanes = kBytes / int(sizeof(Real));
   const Problem& s = call.problem;

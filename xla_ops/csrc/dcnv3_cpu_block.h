@@ -41,7 +41,7 @@ struct Block {
 
 // Fills the lanes with pairs [first, end) of `groups` groups from g0 on, positions from p0 on.
 template <class Real>
-DCNV3_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, int64_t first, int64_t end) {
+CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, int64_t first, int64_t end) {
   const Problem& s = b.s;
   b.count = int(end - first < kBlock ? end - first : kBlock);
   int64_t position = p0 + first / groups, g = first % groups;
@@ -67,7 +67,7 @@ DCNV3_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, 
 
 // Rows [0, n) of `rows` from n values a pair; the last four columns may be read twice.
 template <class R, class Real>
-DCNV3_TARGET void load_columns(const Block<Real>& b, const Columns& from, int64_t n, Real* rows) {
+CPU_TARGET void load_columns(const Block<Real>& b, const Columns& from, int64_t n, Real* rows) {
   using M = Memory<R, Real, 4>;
   const R* data = static_cast<const R*>(from.data);
   for (int l = 0; l < kBlock; l += 4) {
@@ -94,7 +94,7 @@ DCNV3_TARGET void load_columns(const Block<Real>& b, const Columns& from, int64_
 }
 
 template <class R, class Real>
-DCNV3_TARGET void store_columns(const Block<Real>& b, const Real* rows, int64_t n, void* data,
+CPU_TARGET void store_columns(const Block<Real>& b, const Real* rows, int64_t n, void* data,
                                 const Columns& like) {
   using M = Memory<R, Real, 4>;
   for (int l = 0; l < b.count; l += 4) {
@@ -123,7 +123,7 @@ DCNV3_TARGET void store_columns(const Block<Real>& b, const Real* rows, int64_t 
 
 // Calls f with a value of the type in which the points are stored.
 template <class Real, class F>
-DCNV3_FN void with_points_type(Type type, F f) {
+CPU_FN void with_points_type(Type type, F f) {
   if constexpr (std::is_same_v<Real, double>) {
     f(double());
   } else {
@@ -134,7 +134,7 @@ DCNV3_FN void with_points_type(Type type, F f) {
 }
 
 template <class Real>
-DCNV3_TARGET void soften(Block<Real>& b) {
+CPU_TARGET void soften(Block<Real>& b) {
   alignas(64) Real top[kBlock], total[kBlock];
   Real* __restrict weight = b.weight;
   for (int l = 0; l < kBlock; ++l) top[l] = weight[l], total[l] = 0;
@@ -161,8 +161,8 @@ DCNV3_TARGET void soften(Block<Real>& b) {
 }
 
 template <class Real>
-DCNV3_FN void load(Block<Real>& b) {
-  with_points_type<Real>(b.call.points_type, [&b](auto r) DCNV3_TARGET {
+CPU_FN void load(Block<Real>& b) {
+  with_points_type<Real>(b.call.points_type, [&b](auto r) CPU_TARGET {
     using R = decltype(r);
     if (b.call.fused) {
       load_columns<R>(b, b.call.offset, b.columns, b.number);
@@ -181,22 +181,22 @@ DCNV3_FN void load(Block<Real>& b) {
 // Where point p of each lane falls.
 template <class Real>
 struct Locations {
-  DCNV3_TARGET Locations(const Block<Real>& b, int64_t p)
+  CPU_TARGET Locations(const Block<Real>& b, int64_t p)
       : grid_h(b.grid_h), grid_w(b.grid_w), offset(b.number + 2 * p * kBlock), scale(Real(b.s.offset_scale)) {
     int64_t column, row;
     point_in_kernel(b.s, p, &column, &row);
     step_h = Real(step(row, b.s.kernel_h, b.s.dilation_h));
     step_w = Real(step(column, b.s.kernel_w, b.s.dilation_w));
   }
-  DCNV3_ALWAYS Real h(int l) const { return grid_h[l] + (step_h + offset[kBlock + l]) * scale; }
-  DCNV3_ALWAYS Real w(int l) const { return grid_w[l] + (step_w + offset[l]) * scale; }
+  CPU_ALWAYS Real h(int l) const { return grid_h[l] + (step_h + offset[kBlock + l]) * scale; }
+  CPU_ALWAYS Real w(int l) const { return grid_w[l] + (step_w + offset[l]) * scale; }
 
   const Real *grid_h, *grid_w, *offset;
   Real scale, step_h, step_w;
 };
 
 template <class Real>
-DCNV3_TARGET void weigh(Block<Real>& b) {
+CPU_TARGET void weigh(Block<Real>& b) {
   const Extent<Real> height = extent<Real>(b.s.height), width = extent<Real>(b.s.width);
   const int32_t columns = int32_t(b.s.width);
   for (int64_t p = 0; p < b.points; ++p) {

@@ -2,11 +2,11 @@
 
 // Adds the lanes of v times zero to *poison: NaN from then on if one of them is not finite.
 template <class V, class Real>
-DCNV3_FN void watch(V v, Real* poison) {
+CPU_FN void watch(V v, Real* poison) {
   store_raw(poison, load_raw<V>(poison) + v * Real(0));
 }
 template <class Real>
-DCNV3_FN bool poisoned(const Real* poison, int n) {
+CPU_FN bool poisoned(const Real* poison, int n) {
   Real sum = 0;
   for (int i = 0; i < n; ++i) sum += poison[i];
   return sum != 0;
@@ -14,7 +14,7 @@ DCNV3_FN bool poisoned(const Real* poison, int n) {
 
 // Samples NV vectors of W channels from channel c on, for the pair in lane l; P points, or b.points.
 template <class T, int W, int NV, int P, class Real>
-DCNV3_FN void sample(const Block<Real>& b, int l, int64_t c, Real* poison) {
+CPU_FN void sample(const Block<Real>& b, int l, int64_t c, Real* poison) {
   using M = Memory<T, Real, W>;
   using V = Vec<Real, W>;
   constexpr int kSums = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // apart, to hide the latency of an addition
@@ -45,14 +45,14 @@ DCNV3_FN void sample(const Block<Real>& b, int l, int64_t c, Real* poison) {
 
 // The same by the definition.
 template <class T, class Real>
-DCNV3_TARGET void sample_by_definition(const Block<Real>& b, int l) {
+CPU_TARGET void sample_by_definition(const Block<Real>& b, int l) {
   using M = Memory<T, Real, 1>;
   const Problem& s = b.s;
   const T* x = static_cast<const T*>(b.call.x) + b.plane[l];
   T* y = static_cast<T*>(b.call.y) + b.position[l] * s.channels() + b.group[l] * s.depth;
   for (int64_t c = 0; c < s.depth; ++c) {
     const auto at = [&](int64_t i, int64_t j)
-                        DCNV3_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
+                        CPU_TARGET { return M::load(x + (i * s.width + j) * s.channels() + c); };
     Real sum = 0;
     for (int64_t p = 0; p < b.points; ++p) {
       const Locations<Real> where(b, p);
@@ -64,7 +64,7 @@ DCNV3_TARGET void sample_by_definition(const Block<Real>& b, int l) {
 }
 
 template <class T, int D, int P>
-DCNV3_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
+CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
   constexpr int kLanes = kBytes / int(sizeof(Real));
   Block<Real> b(call);

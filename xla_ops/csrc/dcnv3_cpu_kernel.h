@@ -1,5 +1,5 @@
 // The kernels for one instruction set. Included once for each, inside a namespace of its own, with
-// DCNV3_TARGET and DCNV3_BYTES defined; no include guard for that reason.
+// CPU_TARGET and CPU_BYTES defined; no include guard for that reason.
 //
 // Work goes in blocks of kBlock (position, group) pairs, and a lane of a vector owns a pair:
 //   load    the pairs' learned numbers, transposed: row r holds number r of every pair
@@ -14,28 +14,28 @@
 // A cell at the map's edge has a pixel of weight zero. Zero times infinity is NaN, so a pair whose
 // operands are not finite (it shows in the result) is done again by the definition.
 
-#include "dcnv3_cpu_simd.h"
+#include "cpu_simd.h"
 #include "dcnv3_cpu_block.h"
 #include "dcnv3_cpu_forward.h"
 #include "dcnv3_cpu_backward.h"
 
 // Picks the form compiled for this depth and number of points, or the one that takes any.
 template <class T>
-DCNV3_TARGET void forward_any(const Call& call, int64_t begin, int64_t end) {
+CPU_TARGET void forward_any(const Call& call, int64_t begin, int64_t end) {
   const bool nine = call.problem.points == 9 && !std::is_same_v<T, double>;
   if (nine && call.problem.depth == 16) return forward_of<T, 16, 9>(call, begin, end);
   if (nine && call.problem.depth == 32) return forward_of<T, 32, 9>(call, begin, end);
   forward_of<T, 0, 0>(call, begin, end);
 }
 template <class T>
-DCNV3_TARGET void backward_any(const Call& call, int64_t image, int64_t g0, int64_t g1) {
+CPU_TARGET void backward_any(const Call& call, int64_t image, int64_t g0, int64_t g1) {
   const bool nine = call.problem.points == 9 && !std::is_same_v<T, double>;
   if (nine && call.problem.depth == 16) return backward_of<T, 16, 9>(call, image, g0, g1);
   if (nine && call.problem.depth == 32) return backward_of<T, 32, 9>(call, image, g0, g1);
   backward_of<T, 0, 0>(call, image, g0, g1);
 }
 
-DCNV3_TARGET void forward(const Call& call, int64_t begin, int64_t end) {
+CPU_TARGET void forward(const Call& call, int64_t begin, int64_t end) {
   switch (call.type) {
     case Type::kFloat32:
       return forward_any<float>(call, begin, end);
@@ -47,7 +47,7 @@ DCNV3_TARGET void forward(const Call& call, int64_t begin, int64_t end) {
       return forward_any<Float16>(call, begin, end);
   }
 }
-DCNV3_TARGET void backward(const Call& call, int64_t image, int64_t g0, int64_t g1) {
+CPU_TARGET void backward(const Call& call, int64_t image, int64_t g0, int64_t g1) {
   switch (call.type) {
     case Type::kFloat32:
       return backward_any<float>(call, image, g0, g1);
@@ -60,8 +60,8 @@ DCNV3_TARGET void backward(const Call& call, int64_t image, int64_t g0, int64_t 
   }
 }
 
-#undef DCNV3_FN
-#undef DCNV3_ALWAYS
-#undef DCNV3_SHUFFLE
-#undef DCNV3_TARGET
-#undef DCNV3_BYTES
+#undef CPU_FN
+#undef CPU_ALWAYS
+#undef CPU_SHUFFLE
+#undef CPU_TARGET
+#undef CPU_BYTES

@@ -1,12 +1,12 @@
-// Vectors of a fixed number of lanes, loads and stores of the four dtypes. Part of dcnv3_cpu_kernel.h,
-// included with it.
+// Vectors of a fixed number of lanes, loads and stores of the four dtypes. Included once for each
+// instruction set, as part of an operator's kernels, with CPU_TARGET and CPU_BYTES defined.
 //
 // The vector types are GCC's and Clang's: the compiler lowers them to what the target has.
 
-#define DCNV3_ALWAYS DCNV3_TARGET inline __attribute__((always_inline))
-#define DCNV3_FN static DCNV3_ALWAYS
+#define CPU_ALWAYS CPU_TARGET inline __attribute__((always_inline))
+#define CPU_FN static CPU_ALWAYS
 
-constexpr int kBytes = DCNV3_BYTES;
+constexpr int kBytes = CPU_BYTES;
 
 // Vec<R, W>: W lanes of R; a plain R where W is 1, so that one code serves the channels left over.
 template <class R, int W>
@@ -21,17 +21,17 @@ template <class R, int W>
 using Vec = typename VecOf<R, W>::type;
 
 template <class V, class P>
-DCNV3_FN V load_raw(const P* p) {
+CPU_FN V load_raw(const P* p) {
   V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 template <class V, class P>
-DCNV3_FN void store_raw(P* p, V v) {
+CPU_FN void store_raw(P* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 template <class To, class From>
-DCNV3_FN To bits(From from) {
+CPU_FN To bits(From from) {
   To to;
   static_assert(sizeof to == sizeof from);
   __builtin_memcpy(&to, &from, sizeof to);
@@ -40,9 +40,9 @@ DCNV3_FN To bits(From from) {
 
 // Lanes of four of R taken from a and b. Older GCC has another name for it.
 #if defined(__clang__) || __GNUC__ >= 12
-#define DCNV3_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define CPU_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define DCNV3_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vec<Index<R>, 4>{__VA_ARGS__})
+#define CPU_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vec<Index<R>, 4>{__VA_ARGS__})
 #endif
 
 template <class T, class R, int W>
@@ -50,22 +50,22 @@ struct Memory;  // loads and stores W values of T as R
 
 template <class R, int W>
 struct Memory<R, R, W> {
-  DCNV3_FN Vec<R, W> load(const R* p) { return load_raw<Vec<R, W>>(p); }
-  DCNV3_FN void store(R* p, Vec<R, W> v) { store_raw(p, v); }
+  CPU_FN Vec<R, W> load(const R* p) { return load_raw<Vec<R, W>>(p); }
+  CPU_FN void store(R* p, Vec<R, W> v) { store_raw(p, v); }
 };
 
 template <int W>
 struct Memory<BFloat16, float, W> {
   using U = Vec<uint32_t, W>;
   using H = Vec<uint16_t, W>;
-  DCNV3_FN Vec<float, W> load(const BFloat16* p) {
+  CPU_FN Vec<float, W> load(const BFloat16* p) {
     if constexpr (W == 1) {
       return bits<float>(uint32_t(p->bits) << 16);
     } else {
       return bits<Vec<float, W>>(__builtin_convertvector(load_raw<H>(p), U) << 16);
     }
   }
-  DCNV3_FN void store(BFloat16* p, Vec<float, W> v) {
+  CPU_FN void store(BFloat16* p, Vec<float, W> v) {
     U u = bits<U>(v);
     const U even = u + 0x7fffu + ((u >> 16) & 1u);                               // to nearest, ties to even
     const U rounded = (u & 0x7fffffffu) > 0x7f800000u ? (u | 0x400000u) : even;  // NaN stays NaN
@@ -79,11 +79,11 @@ struct Memory<BFloat16, float, W> {
 
 template <int W>
 struct Memory<Float16, float, W> {
-  DCNV3_FN Vec<float, W> load(const Float16* p) {
-#if DCNV3_BYTES == 64
+  CPU_FN Vec<float, W> load(const Float16* p) {
+#if CPU_BYTES == 64
     if constexpr (W == 16) return bits<Vec<float, 16>>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
 #endif
-#if DCNV3_BYTES >= 32
+#if CPU_BYTES >= 32
     if constexpr (W == 8) return bits<Vec<float, 8>>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
 #endif
     Vec<float, W> v;
@@ -92,11 +92,11 @@ struct Memory<Float16, float, W> {
     __builtin_memcpy(&v, lanes, sizeof v);
     return v;
   }
-  DCNV3_FN void store(Float16* p, Vec<float, W> v) {
-#if DCNV3_BYTES == 64
+  CPU_FN void store(Float16* p, Vec<float, W> v) {
+#if CPU_BYTES == 64
     if constexpr (W == 16) return store_raw(p, _mm512_cvtps_ph(bits<__m512>(v), 0));
 #endif
-#if DCNV3_BYTES >= 32
+#if CPU_BYTES >= 32
     if constexpr (W == 8) return store_raw(p, _mm256_cvtps_ph(bits<__m256>(v), 0));
 #endif
     float lanes[W];
@@ -107,16 +107,16 @@ struct Memory<Float16, float, W> {
 
 // Sums the lanes of four vectors: {sum a, sum b, sum c, sum d}.
 template <class R, int W>
-DCNV3_FN Vec<R, 4> sums(Vec<R, W> a, Vec<R, W> b, Vec<R, W> c, Vec<R, W> d) {
+CPU_FN Vec<R, 4> sums(Vec<R, W> a, Vec<R, W> b, Vec<R, W> c, Vec<R, W> d) {
   using V4 = Vec<R, 4>;
   if constexpr (W == 1) {
     return V4{a, b, c, d};
   } else if constexpr (W == 2) {
     return V4{a[0], b[0], c[0], d[0]} + V4{a[1], b[1], c[1], d[1]};
   } else if constexpr (W == 4) {
-    const V4 ab = DCNV3_SHUFFLE(a, b, 0, 4, 1, 5) + DCNV3_SHUFFLE(a, b, 2, 6, 3, 7);
-    const V4 cd = DCNV3_SHUFFLE(c, d, 0, 4, 1, 5) + DCNV3_SHUFFLE(c, d, 2, 6, 3, 7);
-    return DCNV3_SHUFFLE(ab, cd, 0, 1, 4, 5) + DCNV3_SHUFFLE(ab, cd, 2, 3, 6, 7);
+    const V4 ab = CPU_SHUFFLE(a, b, 0, 4, 1, 5) + CPU_SHUFFLE(a, b, 2, 6, 3, 7);
+    const V4 cd = CPU_SHUFFLE(c, d, 0, 4, 1, 5) + CPU_SHUFFLE(c, d, 2, 6, 3, 7);
+    return CPU_SHUFFLE(ab, cd, 0, 1, 4, 5) + CPU_SHUFFLE(ab, cd, 2, 3, 6, 7);
   } else {
     struct Halves {
       Vec<R, W / 2> low, high;
@@ -128,12 +128,12 @@ DCNV3_FN Vec<R, 4> sums(Vec<R, W> a, Vec<R, W> b, Vec<R, W> c, Vec<R, W> d) {
 
 // Transposes four rows of four.
 template <class R>
-DCNV3_FN void transpose(Vec<R, 4>& a, Vec<R, 4>& b, Vec<R, 4>& c, Vec<R, 4>& d) {
+CPU_FN void transpose(Vec<R, 4>& a, Vec<R, 4>& b, Vec<R, 4>& c, Vec<R, 4>& d) {
   using V4 = Vec<R, 4>;
-  const V4 ab_low = DCNV3_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = DCNV3_SHUFFLE(a, b, 2, 6, 3, 7);
-  const V4 cd_low = DCNV3_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = DCNV3_SHUFFLE(c, d, 2, 6, 3, 7);
-  a = DCNV3_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
-  b = DCNV3_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
-  c = DCNV3_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
-  d = DCNV3_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+  const V4 ab_low = CPU_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = CPU_SHUFFLE(a, b, 2, 6, 3, 7);
+  const V4 cd_low = CPU_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = CPU_SHUFFLE(c, d, 2, 6, 3, 7);
+  a = CPU_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+  b = CPU_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+  c = CPU_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+  d = CPU_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }

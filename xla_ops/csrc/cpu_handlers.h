@@ -1,0 +1,86 @@
+// What the handlers of all CPU operators share.
+//
+// A handler never waits: it cuts the work into pieces, asks XLA's pool for help, works on pieces
+// itself until none is left, and returns a future that the last piece fulfils, wherever that is done.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <utility>
+
+#include "cpu_types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace cpu {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kVersion = 1;               // of the attributes and layouts, as in xla_ops/_ffi.py
+constexpr int64_t kSmall = int64_t{1} << 17;  // multiply-adds that one thread does at once: 20 us
+
+inline ffi::Future failed(ffi::Error error) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(std::move(error));
+  return future;
+}
+
+// Runs work(i) for i in [0, pieces) on this thread and the pool's.
+template <class Work>
+ffi::Future run(ffi::ThreadPool& pool, int64_t pieces, Work work) {
+  if (pieces <= 1) {
+    if (pieces == 1) work(0);
+    ffi::Promise promise;
+    ffi::Future future(promise);
+    promise.SetAvailable();
+    return future;
+  }
+  struct State {
+    State(int64_t n, Work w) : done(n), work(std::move(w)), pieces(n) {}
+    void help() {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+        work(i);
+        done.CountDown();
+      }
+    }
+    ffi::CountDownPromise done;
+    Work work;
+    const int64_t pieces;
+    std::atomic<int64_t> next{0};
+  };
+  auto state = std::make_shared<State>(pieces, std::move(work));
+  ffi::Future future(state->done);
+  const int64_t helpers = std::min(pool.num_threads(), pieces) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->help(); });
+  state->help();
+  return future;
+}
+
+// How many pieces to cut `units` of work into, all of them together `cost` multiply-adds.
+inline int64_t pieces_of(const ffi::ThreadPool& pool, int64_t units, double cost) {
+  const double most = static_cast<double>(4 * std::max<int64_t>(pool.num_threads(), 1));
+  const double pieces = std::min({cost / kSmall, most, static_cast<double>(units)});
+  return std::max<int64_t>(static_cast<int64_t>(pieces), units > 0 ? 1 : 0);
+}
+
+inline bool type_of(ffi::DataType dtype, Type* type) {
+  switch (dtype) {
+    case ffi::F32:
+      *type = Type::kFloat32;
+      return true;
+    case ffi::F64:
+      *type = Type::kFloat64;
+      return true;
+    case ffi::BF16:
+      *type = Type::kBFloat16;
+      return true;
+    case ffi::F16:
+      *type = Type::kFloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace cpu

@@ -1,0 +1,86 @@
+// The dtypes of the CPU kernels, and the instruction set in use. Shared by all operators.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__) && !defined(CPU_BASELINE)
+#define CPU_X86 1
+#include <immintrin.h>
+#endif
+
+namespace cpu {
+
+enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Storage of the half-precision dtypes; arithmetic on them is float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float to_float(Float16 half) {
+  const uint32_t sign = uint32_t(half.bits & 0x8000u) << 16, rest = half.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  // 2^112 is the difference of the exponents' biases; the product also normalises subnormals.
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f));
+}
+
+inline Float16 to_float16(float value) {
+  const uint32_t word = bit_cast<uint32_t>(value), rest = word & 0x7fffffffu;
+  const uint16_t sign = uint16_t(word >> 16 & 0x8000u);
+  if (rest > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (rest >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to infinity from 65520
+  if (rest < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded value in the low bits
+    return {uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000u))};
+  }
+  return {uint16_t(sign | (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13)};
+}
+
+// The type in which sums run, and the integer of its width.
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class R>
+using Index = std::conditional_t<sizeof(R) == 8, int64_t, int32_t>;
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+// The best of this processor, or the lesser one that the environment variable INTERNIMAGE_CPU_ISA
+// names.
+inline InstructionSet instruction_set() {
+  static const InstructionSet chosen = [] {
+    const char* wanted = std::getenv("INTERNIMAGE_CPU_ISA");
+    const auto allowed = [wanted](const char* name) { return !wanted || !std::strcmp(wanted, name); };
+#if CPU_X86
+    __builtin_cpu_init();
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && allowed("avx512")) return InstructionSet::kAvx512;
+    if (avx2 && (allowed("avx2") || allowed("avx512"))) return InstructionSet::kAvx2;
+#endif
+    (void)allowed;
+    return InstructionSet::kBaseline;
+  }();
+  return chosen;
+}
+
+inline const char* instruction_set_name() {
+  const InstructionSet set = instruction_set();
+  return set == InstructionSet::kAvx512 ? "avx512" : set == InstructionSet::kAvx2 ? "avx2" : "baseline";
+}
+
+}  // namespace cpu

@@ -1,0 +1,247 @@
+"""Custom calls that JAX's transforms pass through; every operator with a kernel goes this way.
+
+From the outside in, each layer gives the call one transform:
+
+    custom_vjp            grad: the backward is a custom call of its own
+    platform_dependent    the platform that the program is compiled for picks kernel or jnp form
+    custom_vmap           vmap: the mapped axis becomes one more axis of batch
+    custom_partitioning   jit over a sharded batch: each device computes its part, nothing moves
+    ffi_call              the kernel
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xla_ops import _ffi
+
+Arrays = tuple[jax.Array, ...]
+Function = Callable[..., Any]
+Shapes = Sequence[tuple[tuple[int, ...], np.dtype]]
+
+
+class Target(NamedTuple):
+    """A custom call: its name, what it takes and gives, and its settings.
+
+    The axes of operands and results begin with the batch: one axis, and one more for each `vmap`.
+    A shared operand has no batch axis of its own; `vmap` over it adds an axis to all operands.
+    """
+
+    name: str
+    operands: tuple[int, ...]  # axes of each besides those of the batch; the first is not shared
+    results: tuple[int, ...]
+    shapes: Callable[..., Shapes]  # of the results, from operands with any number of batch axes
+    attributes: tuple[tuple[str, Any], ...]  # hashable; integers in a tuple stand for an array
+    shared: tuple[int, ...] = ()  # positions of the shared operands
+
+
+class Operator(Protocol):
+    """An operator as its kernels and its definition. Equal ones share what was traced."""
+
+    @property
+    def plain(self) -> str:
+        """What `implementation` calls the definition."""
+        ...
+
+    @property
+    def forward(self) -> Target:
+        """From the operands to the result, which has the batch and the dtype of the first."""
+        ...
+
+    @property
+    def backward(self) -> Target:
+        """From the operands and the result's gradient to what `gradients` takes."""
+        ...
+
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        """The operator in jnp."""
+        ...
+
+    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
+        """The operands' gradients from the results of `backward`."""
+        ...
+
+
+def call(operator: Operator, implementation: str | None, *operands: jax.Array) -> jax.Array:
+    """Computes `operator` of checked operands by the implementation that is asked for.
+
+    That is "kernel", the definition's name, or None: the kernel of the platform that the program is
+    compiled for where there is one, and the definition elsewhere.
+
+    Raises:
+        ValueError: No such implementation, no kernel where one is asked for, or forward mode, which
+            a kernel does not have.
+    """
+    plain = operator.plain
+    if implementation not in ("kernel", plain, None):
+        raise ValueError(
+            f"implementation: expected 'kernel', {plain!r} or None, got {implementation!r}"
+        )
+    serving = any(_ffi.serves(platform, operator.forward.name) for platform in _ffi.PLATFORMS)
+    if implementation == "kernel" and not serving:
+        reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
+        raise ValueError(
+            f"implementation: no 'kernel' to serve here ({reasons}); use {plain!r} or None"
+        )
+    if implementation == plain or not serving:
+        return operator.definition(*operands)
+    try:
+        return _differentiable(operator, implementation is None, *_varying_alike(*operands))
+    except TypeError as error:  # what JAX has for `jvp` of any `custom_vjp` does not help
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(
+            f"implementation: the kernel has no forward mode (jvp, jacfwd, hessian); use {plain!r}"
+        ) from None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(operator: Operator, fallback: bool, *operands: jax.Array) -> jax.Array:
+    return _forward(operator, fallback, *operands)
+
+
+def _differentiable_forward(
+    operator: Operator, fallback: bool, *operands: jax.Array
+) -> tuple[jax.Array, Arrays]:
+    return _forward(operator, fallback, *operands), operands
+
+
+def _differentiable_backward(
+    operator: Operator, fallback: bool, operands: Arrays, dy: jax.Array
+) -> Arrays:
+    return _backward(operator, fallback, *_varying_alike(*operands, dy))
+
+
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+# jit keeps what it traced: the branches are not traced anew for each layer of a model.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(operator: Operator, fallback: bool, *operands: jax.Array) -> jax.Array:
+    kernel = _custom_call(operator.forward)
+    x = jax.typeof(operands[0]).sharding
+    y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
+    branches = _branches(operator, lambda *a: kernel(*a)[0])
+    return _dispatch(branches, operator.definition if fallback else None, operands, y)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(operator: Operator, fallback: bool, *operands: jax.Array) -> Arrays:
+    kernel = _custom_call(operator.backward)
+
+    def by_kernel(*operands: jax.Array) -> Arrays:
+        return operator.gradients(operands[:-1], kernel(*operands))
+
+    def by_definition(*operands: jax.Array) -> Arrays:
+        *primals, dy = operands
+        return jax.vjp(operator.definition, *primals)[1](dy)
+
+    gradients = tuple(jax.typeof(a).sharding for a in operands[:-1])
+    branches = _branches(operator, by_kernel)
+    return _dispatch(branches, by_definition if fallback else None, operands, gradients)
+
+
+def _branches(operator: Operator, kernel: Function) -> dict[str, Function]:
+    return {p: kernel for p in _ffi.PLATFORMS if _ffi.serves(p, operator.forward.name)}
+
+
+def _dispatch(
+    branches: dict[str, Function], default: Function | None, operands: Arrays, sharding: Any
+) -> Any:
+    """Runs the branch of the platform; `sharding` is the results' where it is part of types.
+
+    Without a default, compiling for a platform that has no branch is an error.
+    """
+
+    def run(*operands: jax.Array) -> Any:
+        return lax.platform_dependent(*operands, **branches, default=default)
+
+    if jax.typeof(operands[0]).sharding.mesh.explicit_axes:
+        return jax.sharding.auto_axes(run, out_sharding=sharding)(*operands)
+    return run(*operands)
+
+
+@functools.cache
+def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> Function:
+    """The call of a target, from operands to a tuple of results.
+
+    All have `leading` axes of batch, shared operands the first `shared_leading` of them. `vmap`
+    puts one more before them, and the handlers take any number. Folding them into one would move
+    data between devices where one of them is sharded.
+    """
+
+    def call(*operands: jax.Array) -> Arrays:
+        t = jax.typeof(operands[0])  # in a shard_map it has the mesh axes that results vary over
+        kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}
+        results = [jax.ShapeDtypeStruct(*a, **kind) for a in target.shapes(*operands)]
+        attributes = {
+            name: np.array(value, np.int64) if isinstance(value, tuple) else value
+            for name, value in target.attributes
+        }
+        return tuple(jax.ffi.ffi_call(target.name, results)(*operands, **attributes))
+
+    def batch_axes(i: int) -> int:
+        return shared_leading if i in target.shared else leading
+
+    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        spec = tuple(arguments[0].sharding.spec)
+        of = lambda count: NamedSharding(mesh, PartitionSpec(*spec[:count]))  # noqa: E731
+        operands = tuple(of(batch_axes(i)) for i in range(len(arguments)))
+        return mesh, call, (of(leading),) * len(results), operands
+
+    partitioned = custom_partitioning(call)
+    counts = [batch_axes(i) for i in range(len(target.operands))]
+    counts += [leading] * len(target.results)
+    own = target.operands + target.results
+    others = [[f"a{i}_{j}" for j in range(count)] for i, count in enumerate(own)]  # each its own
+    axes = [
+        " ".join([f"n{j}" for j in range(count)] + other)
+        for count, other in zip(counts, others, strict=True)
+    ]
+    operands = len(target.operands)
+    partitioned.def_partition(
+        partition,
+        sharding_rule=f"{', '.join(axes[:operands])} -> {', '.join(axes[operands:])}",
+        need_replication_factors=tuple(itertools.chain(*others)),
+    )
+    mapped = custom_vmap(partitioned)
+
+    @mapped.def_vmap
+    def _(
+        size: int, is_mapped: list[bool], *operands: jax.Array
+    ) -> tuple[Arrays, tuple[bool, ...]]:
+        # The new axis comes before all others, so shared operands that have any need it too.
+        split = shared_leading > 0 or any(is_mapped[i] for i in target.shared)
+        whole = [
+            a if has_axis or (i in target.shared and not split) else _repeat(a, size)
+            for i, (a, has_axis) in enumerate(zip(operands, is_mapped, strict=True))
+        ]
+        results = _custom_call(target, leading + 1, shared_leading + split)(*whole)
+        return results, (True,) * len(results)
+
+    return mapped
+
+
+def _repeat(a: jax.Array, size: int) -> jax.Array:
+    return jnp.broadcast_to(a, (size, *a.shape))
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Marks each array as varying over the mesh axes that any of them does, for `shard_map`."""
+    kinds = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    axes = frozenset().union(*kinds)
+    return [
+        lax.pcast(a, tuple(axes - kind), to="varying") if axes - kind else a
+        for a, kind in zip(arrays, kinds, strict=True)
+    ]

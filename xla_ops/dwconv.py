@@ -1,0 +1,142 @@
+"""Depthwise convolution, LayerNorm and GELU as one operator: its checks, and it as custom calls."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from xla_ops import _ffi
+from xla_ops.custom_call import Arrays, Shapes, Target, call
+from xla_ops.dwconv_jnp import dwconv_norm_gelu_jnp
+from xla_ops.geometry import DTYPES, at_least_float32
+
+
+def dwconv_norm_gelu(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array,
+    *,
+    epsilon: float = 1e-6,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> jax.Array:
+    """Convolves each channel with a kernel of its own, normalises over channels, applies GELU.
+
+    With r = K // 2, zeros around the map, and Phi the distribution function of the normal law (the
+    erf form of GELU, also far out where Phi(z) is tiny)
+
+        v[n, i, j] = bias + sum over a, b of kernel[a, b] * x[n, i + a - r, j + b - r]
+        z = scale * (v - mean(v)) / sqrt(var(v) + epsilon) + offset
+        y = z * Phi(z)
+
+    Args:
+        x: Features (N, H, W, C), float32, bfloat16, float16 or float64.
+        kernel: (K, K, C), K odd. Like the other parameters of x's dtype, or float32 where x is
+            bfloat16 or float16.
+        bias: Of the convolution (C,).
+        scale: Of the norm (C,).
+        offset: Of the norm (C,).
+        epsilon: Added to the variance.
+        implementation: "jnp" runs anywhere, and `jvp` and `jax.export` go through it; "kernel" is
+            the custom call of the platform that the program is compiled for; None takes the kernel
+            where there is one, and the jnp form elsewhere. The targets to name for `jax.export` are
+            "internimage_dwconv_norm_gelu_forward" and "internimage_dwconv_norm_gelu_backward".
+
+    Returns:
+        (N, H, W, C) of x's dtype. Everything between is float32 for bfloat16 and float16, and of
+        x's dtype otherwise.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+
+    Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1: the separable
+    convolution that offsets and masks are read from.
+    """
+    parameters = {"kernel": kernel, "bias": bias, "scale": scale, "offset": offset}
+    _check(x, parameters)
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
+    return call(DwconvNormGelu(float(epsilon)), implementation, x, *parameters.values())
+
+
+class DwconvNormGelu(NamedTuple):
+    """`dwconv_norm_gelu` as `xla_ops.custom_call` takes it."""
+
+    epsilon: float
+
+    plain = "jnp"
+
+    @property
+    def forward(self) -> Target:
+        return Target(
+            _ffi.DWCONV_FORWARD, _OPERANDS, (3,), _like_x, self._attributes, shared=_PARAMETERS
+        )
+
+    @property
+    def backward(self) -> Target:
+        operands = (*_OPERANDS, 3)
+        return Target(
+            _ffi.DWCONV_BACKWARD, operands, (3, 3), _parts, self._attributes, shared=_PARAMETERS
+        )
+
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        return dwconv_norm_gelu_jnp(*operands, self.epsilon)
+
+    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
+        dx, parts = results
+        total = parts.sum((0, 1))  # (3 + K * K, C)
+        offset, scale, bias, kernel = total[0], total[1], total[2], total[3:]
+        ordered = (kernel.reshape(operands[1].shape), bias, scale, offset)
+        return dx, *(a.astype(p.dtype) for a, p in zip(ordered, operands[1:], strict=True))
+
+    @property
+    def _attributes(self) -> tuple:
+        return ("epsilon", np.float64(self.epsilon)), ("version", np.int64(_ffi.VERSION))
+
+
+_OPERANDS = (3, 3, 1, 1, 1)  # axes of x, kernel, bias, scale, offset; the batch is x's alone
+_PARAMETERS = (1, 2, 3, 4)
+
+
+def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:
+    return [(x.shape, x.dtype)]
+
+
+def _parts(x: jax.Array, kernel: jax.Array, *_: jax.Array) -> Shapes:
+    """Shapes of dx and of each chunk's part of the parameters' gradients.
+
+    A chunk is some rows of an image: enough chunks for several threads, and rows enough that the
+    neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
+    """
+    *batch, height, _, channels = x.shape
+    chunks = max(1, min(8 // max(1, int(np.prod(batch))), height // 4))
+    parts = (*batch, chunks, 3 + kernel.shape[-2] ** 2, channels)
+    return [(x.shape, x.dtype), (parts, at_least_float32(x.dtype))]
+
+
+def _check(x: jax.Array, parameters: dict[str, jax.Array]) -> None:
+    """Raises unless x and the parameters fit together."""
+    if x.ndim != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(f"x: expected shape (N, H, W, C), a map not empty, got {x.shape}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    kernel, channels = parameters["kernel"], x.shape[-1]
+    size = kernel.shape[0] if kernel.ndim else 0
+    if kernel.shape != (size, size, channels) or size % 2 == 0:
+        raise ValueError(
+            f"kernel: expected shape (K, K, {channels}) with K odd for x of shape {x.shape}, "
+            f"got {kernel.shape}"
+        )
+    real = at_least_float32(x.dtype)
+    for name, array in parameters.items():
+        if name != "kernel" and array.shape != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},), got {array.shape}")
+        if array.dtype not in (x.dtype, real) or array.dtype != kernel.dtype:
+            also = f" or {real}" if real != x.dtype else ""
+            raise ValueError(
+                f"{name}: expected the dtype of x, {x.dtype}{also}, and that of kernel, "
+                f"got {array.dtype}"
+            )

@@ -1,0 +1,30 @@
+// DCNv3 on CUDA: launchers over raw buffers in device memory; XLA and Python are elsewhere.
+//
+// Nothing is allocated and nothing waits: a launcher puts its kernels on the stream and returns. Calls
+// may run as they are inside a CUDA graph.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "dcnv3_call.h"
+
+namespace dcnv3::cuda {
+
+// Scratch of the backward, in device memory.
+struct Workspace {
+  void* sums;    // (N, H, W, G, D) 64-bit integers: the gradient of x in fixed point
+  void* bounds;  // (N, G, D) of the type of sums: what no element of that channel's gradient exceeds
+};
+
+// Computes y.
+cudaError_t forward(cudaStream_t stream, const Call& call);
+
+// Computes all gradients: the same bits each time, in whatever order blocks run.
+cudaError_t backward(cudaStream_t stream, const Call& call, const Workspace& workspace);
+
+// What a call has that these kernels do not take, or null. Each image's work has to count up to 2^31.
+const char* refusal(const Call& call);
+
+}  // namespace dcnv3::cuda

@@ -32,19 +32,18 @@ struct Gradients {
     dx.resize(s.batch * s.height * s.width * s.channels() * size_of(call.type));
     doffset.resize(positions * call.offset.row * size_of(call.points_type));
     dweight.resize(positions * call.weight.row * size_of(call.points_type));
-    sums.resize(s.batch * s.height * s.width * s.channels());
-    bounds.resize(s.batch * s.channels());
+    scratch.resize(s.batch * (s.height * s.width + 1) * s.channels());
   }
   cudaError_t run(Call call, unsigned seed) {
     call.dx = dx.data(), call.doffset = doffset.data(), call.dweight = dweight.data();
     settings.seed = seed;
-    return dcnv3::cuda::backward(nullptr, call, {sums.data(), bounds.data()});
+    return dcnv3::cuda::backward(nullptr, call, scratch.data());
   }
   bool operator==(const Gradients& other) const {
     return dx == other.dx && doffset == other.doffset && dweight == other.dweight;
   }
   std::vector<char> dx, doffset, dweight;
-  std::vector<uint64_t> sums, bounds;
+  std::vector<uint64_t> scratch;
 };
 
 bool run(const Call& call) {
@@ -65,10 +64,8 @@ bool run(const Call& call) {
 // Those blocks of each launch that compute the last image.
 bool huge() {
   Huge both;
-  const int64_t elements = (Huge::kLast + 1) * Huge::kMap, bounds = (Huge::kLast + 1) * 512;
-  char *sums[2] = {reserve(Huge::kMap * 8), reserve(elements * 8)}, *bound[2];
-  for (char*& b : bound) b = reserve(bounds * 4);
-  if (!both.there() || !sums[0] || !sums[1] || !bound[0] || !bound[1]) {
+  char* scratch[] = {reserve((Huge::kMap + 512) * 8), reserve((Huge::kLast + 1) * (Huge::kMap + 512) * 8)};
+  if (!both.there() || !scratch[0] || !scratch[1]) {
     return std::printf("no room to reserve; the huge batch was not tried\n"), true;
   }
   if (dcnv3::cuda::refusal(both.whole)) return std::printf("the huge batch is refused\n"), false;
@@ -76,8 +73,7 @@ bool huge() {
   const Call* calls[] = {&both.alone, &both.whole};
   for (int i = 0; i < 2; ++i) {
     settings.part = calls[i]->problem.batch;
-    if (dcnv3::cuda::forward(nullptr, *calls[i]) ||
-        dcnv3::cuda::backward(nullptr, *calls[i], {sums[i], bound[i]})) {
+    if (dcnv3::cuda::forward(nullptr, *calls[i]) || dcnv3::cuda::backward(nullptr, *calls[i], scratch[i])) {
       return std::printf("a launch of the huge batch failed\n"), false;
     }
   }

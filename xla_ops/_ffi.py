@@ -24,7 +24,10 @@ FUSED_FORWARD = "internimage_dcnv3_fused_forward"
 FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
 TARGETS = (FORWARD, BACKWARD, FUSED_FORWARD, FUSED_BACKWARD)
 
-PLATFORMS = ("cpu",)  # as XLA names them; the module with a platform's handlers is `_cpu`
+# As JAX names them; the module with a platform's handlers is `_cpu` or `_cuda`.
+PLATFORMS = ("cpu", "cuda")
+
+_XLA_NAMES = {"cpu": "cpu", "cuda": "CUDA"}
 
 _lock = threading.Lock()
 
@@ -41,9 +44,9 @@ def status() -> dict[str, Status]:
     return {platform: _load(platform) for platform in PLATFORMS}
 
 
-def serves(platform: str) -> bool:
-    """Whether the kernel of a platform is there and passed its trial."""
-    return _load(platform).implementation == "kernel"
+def serving() -> tuple[str, ...]:
+    """The platforms whose kernel is there and passed its trial."""
+    return tuple(name for name in PLATFORMS if _load(name).implementation == "kernel")
 
 
 def _load(platform: str) -> Status:
@@ -64,19 +67,33 @@ def _load_once(platform: str) -> Status:
     if extension.version != VERSION:
         return Status("gather", f"built as version {extension.version}, not {VERSION}: rebuild it")
     try:
+        device = jax.local_devices(backend=platform)[0]
+    except RuntimeError:  # where this JAX has no such platform, or the machine no such device
+        return Status("gather", f"built for {extension.instruction_set()}; JAX has no {platform} here")
+    try:
         for target, handler in extension.targets().items():
-            jax.ffi.register_ffi_target(target, handler, platform=platform)
+            jax.ffi.register_ffi_target(target, handler, platform=_XLA_NAMES[platform])
         # In a thread of its own: the caller may be tracing, or inside a mesh.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_try, platform).result()
+            thread.submit(_try, platform, device).result()
     except Exception as error:  # whatever a runtime throws that does not match
         return Status("gather", f"failed its trial: {error}".splitlines()[0])
     return Status("kernel", extension.instruction_set())
 
 
-def _try(platform: str) -> None:
+def has_scratch(target: str, platform: str) -> bool:
+    """Whether a handler has one result more, which it works in and nobody reads."""
+    return platform == "cuda" and target in (BACKWARD, FUSED_BACKWARD)
+
+
+def scratch(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+    """That result for x (..., H, W, G * D): 64 bits for each pixel and channel, one row more."""
+    *batch, h, w, channels = x.shape
+    return jax.ShapeDtypeStruct((*batch, 1, h * w + 1, 2 * channels), np.uint32)
+
+
+def _try(platform: str, device: jax.Device) -> None:
     """Calls each target on one pixel, whose sample in the middle of the kernel is the pixel."""
-    device = jax.local_devices(backend=platform)[0]
     one = np.ones((1, 1, 1, 1), np.float32)
     record = np.zeros((1, 1, 1, 8), np.float32)
     cases = {
@@ -96,9 +113,11 @@ def _try(platform: str) -> None:
     with jax.default_device(device):
         for target, (operands, expected) in cases.items():
             shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results[target]]
+            if has_scratch(target, platform):
+                shapes.append(scratch(one))
             extra = {"center_feature_scale": False} if "fused" in target else {}
             call = jax.ffi.ffi_call(target, shapes)
             got = jax.jit(functools.partial(call, **attributes, **extra))(*operands)
-            first = [float(array.ravel()[0]) for array in got]
+            first = [float(array.ravel()[0]) for array in got[: len(expected)]]
             if first != expected:
                 raise RuntimeError(f"{target} gave {first}, expected {expected}")

@@ -148,7 +148,7 @@ def _choose(implementation: Implementation | None) -> Implementation:
         )
     if implementation == "gather":
         return "gather"
-    serving = [platform for platform in _ffi.PLATFORMS if _ffi.serves(platform)]
+    serving = _ffi.serving()
     if implementation == "kernel" and not serving:
         reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
         raise ValueError(

@@ -35,9 +35,11 @@ _OPERANDS = {_ffi.FORWARD: 3, _ffi.BACKWARD: 4, _ffi.FUSED_FORWARD: 2, _ffi.FUSE
 
 
 class _Form(NamedTuple):
-    """What is static about a call: settings, and whether the jnp form serves other platforms."""
+    """What is static about a call: settings, the platforms whose kernel serves, and whether the jnp
+    form serves on others."""
 
     geometry: Geometry
+    platforms: tuple[str, ...]
     fallback: bool
 
 
@@ -49,14 +51,16 @@ def dcnv3_kernel(
     With `fallback` the jnp form serves a platform without a kernel; otherwise that is an error when
     the program is compiled.
     """
-    return _differentiable(_Form(geometry, fallback), *varying_alike(x, offset, mask))
+    form = _Form(geometry, _ffi.serving(), fallback)
+    return _differentiable(form, *varying_alike(x, offset, mask))
 
 
 def dcnv3_fused_kernel(
     x: jax.Array, record: jax.Array, geometry: Geometry, *, fallback: bool
 ) -> jax.Array:
     """Computes `xla_ops.dcnv3_fused` likewise."""
-    return _differentiable(_Form(geometry, fallback), *varying_alike(x, record))
+    form = _Form(geometry, _ffi.serving(), fallback)
+    return _differentiable(form, *varying_alike(x, record))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,34 +83,37 @@ _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(form: _Form, *operands: jax.Array) -> jax.Array:
     target = _ffi.FORWARD if len(operands) == 3 else _ffi.FUSED_FORWARD
-    kernel = _custom_call(target, form.geometry, leading=1)
     x = jax.typeof(operands[0]).sharding
     y = x.update(spec=PartitionSpec(x.spec[0], None, None, None))
-    return _dispatch(form, operands, lambda *a: kernel(*a)[0], _gather(form, len(operands)), y)
+    return _dispatch(form, target, operands, _gather(form, len(operands)), (y,))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(form: _Form, *operands: jax.Array) -> Arrays:
     target = _ffi.BACKWARD if len(operands) == 4 else _ffi.FUSED_BACKWARD
-    kernel = _custom_call(target, form.geometry, leading=1)
     gather = _gather(form, len(operands) - 1)
 
     def by_gather(*operands: jax.Array) -> Arrays:
         *primals, dy = operands
-        return jax.vjp(gather, *primals)[1](dy)
+        return jax.vjp(lambda *a: gather(*a)[0], *primals)[1](dy)
 
     gradients = tuple(jax.typeof(a).sharding for a in operands[:-1])
-    return _dispatch(form, operands, kernel, by_gather, gradients)
+    return _dispatch(form, target, operands, by_gather, gradients)
 
 
 def _dispatch(
-    form: _Form, operands: Arrays, kernel: Function, gather: Function, sharding: Any
-) -> Any:
+    form: _Form, target: str, operands: Arrays, gather: Function, sharding: tuple[Any, ...]
+) -> Arrays:
     """Runs the kernel of the platform; `sharding` is the results' where it is part of types."""
-    branches = {name: kernel for name in _ffi.PLATFORMS if _ffi.serves(name)}
+
+    def kernel(platform: str) -> Function:
+        call = _custom_call(target, platform, form.geometry, leading=1)
+        return lambda *operands: call(*operands)[: len(sharding)]  # the rest is scratch
+
+    branches = {name: kernel(name) for name in form.platforms}
     default = gather if form.fallback else None
 
-    def run(*operands: jax.Array) -> Any:
+    def run(*operands: jax.Array) -> Arrays:
         return lax.platform_dependent(*operands, **branches, default=default)
 
     if jax.typeof(operands[0]).sharding.mesh.explicit_axes:
@@ -116,23 +123,27 @@ def _dispatch(
 
 def _gather(form: _Form, operands: int) -> Function:
     gather = dcnv3_gather if operands == 3 else dcnv3_fused_gather
-    return lambda *a: gather(*a, form.geometry)
+    return lambda *a: (gather(*a, form.geometry),)
 
 
 @functools.cache
-def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
-    """The call of a target, from operands to a tuple of results.
+def _custom_call(target: str, platform: str, geometry: Geometry, leading: int) -> Function:
+    """The call of a platform's target, from operands to a tuple of results.
 
     All have `leading` axes of batch; `vmap` puts one more before them, and the handlers take any
     number. Folding them into one would move data between devices where one of them is sharded.
     """
     backward = target in (_ffi.BACKWARD, _ffi.FUSED_BACKWARD)
+    has_scratch = _ffi.has_scratch(target, platform)
 
     def call(*operands: jax.Array) -> Arrays:
         x, points = operands[:2]
         like = [(a.shape, a.dtype) for a in operands[:-1]]
         if not backward:
             like = [((*points.shape[:-1], x.shape[-1]), x.dtype)]
+        if has_scratch:
+            scratch = _ffi.scratch(x)
+            like.append((scratch.shape, scratch.dtype))
         t = jax.typeof(x)  # in a shard_map it has the mesh axes that x varies over; results do too
         kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}
         results = [jax.ShapeDtypeStruct(*a, **kind) for a in like]
@@ -148,7 +159,7 @@ def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
 
     partitioned = custom_partitioning(call)
     operands = _OPERANDS[target]
-    arrays = operands + (operands - 1 if backward else 1)
+    arrays = operands + (operands - 1 if backward else 1) + has_scratch
     batch = [f"n{i}" for i in range(leading)]
     others = [[f"{letter}{i}" for letter in "hwc"] for i in range(arrays)]  # each array its own
     axes = [" ".join(batch + other) for other in others]
@@ -167,7 +178,7 @@ def _custom_call(target: str, geometry: Geometry, leading: int) -> Function:
             a if has_axis else jnp.broadcast_to(a, (size, *a.shape))
             for a, has_axis in zip(operands, is_mapped, strict=True)
         ]
-        results = _custom_call(target, geometry, leading + 1)(*whole)
+        results = _custom_call(target, platform, geometry, leading + 1)(*whole)
         return results, (True,) * len(results)
 
     return mapped

@@ -12,17 +12,12 @@
 
 namespace dcnv3::cuda {
 
-// Scratch of the backward, in device memory.
-struct Workspace {
-  void* sums;    // (N, H, W, G, D) 64-bit integers: the gradient of x in fixed point
-  void* bounds;  // (N, G, D) of the type of sums: what no element of that channel's gradient exceeds
-};
-
 // Computes y.
 cudaError_t forward(cudaStream_t stream, const Call& call);
 
-// Computes all gradients: the same bits each time, in whatever order blocks run.
-cudaError_t backward(cudaStream_t stream, const Call& call, const Workspace& workspace);
+// Computes all gradients: the same bits each time, in whatever order blocks run. `scratch` is device
+// memory of N * (H * W + 1) * G * D words of 64 bits.
+cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch);
 
 // What a call has that these kernels do not take, or null. Each image's work has to count up to 2^31.
 const char* refusal(const Call& call);

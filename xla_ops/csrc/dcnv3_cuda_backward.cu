@@ -128,6 +128,19 @@ cudaError_t launch_points(cudaStream_t stream, const Call& call) {
 
 // ---- spread ----
 
+// The scratch, (N, H * W + 1, G, D): of each image the sums of its pixels, then a row of bounds.
+struct Scratch {
+  unsigned long long* words;
+  int64_t row;    // G * D
+  int64_t image;  // (H * W + 1) * G * D
+
+  __device__ unsigned long long* sums(int64_t n) const { return words + n * image; }
+  template <class Real>
+  __device__ Real* bounds(int64_t n) const {
+    return reinterpret_cast<Real*>(words + (n + 1) * image - row);
+  }
+};
+
 template <class T, class Real>
 __device__ Real magnitude_of_weights(const Call& call, const Place& at) {
   Points<Real> points(call, at);
@@ -143,7 +156,7 @@ __device__ Real magnitude_of_weights(const Call& call, const Place& at) {
 // A block sums up one channel piece of an image, in an order that is always the same.
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads)
-    bounds_kernel(const __grid_constant__ Call call, RealOf<T>* bounds) {
+    bounds_kernel(const __grid_constant__ Call call, Scratch scratch) {
   using Real = RealOf<T>;
   const Problem& s = call.problem;
   const uint32_t pieces = uint32_t(s.channels() / C), positions = uint32_t(s.positions());
@@ -162,14 +175,13 @@ __global__ void __launch_bounds__(kThreads)
   sum_over_block<C>(sum);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) bounds[image * s.channels() + first + c] = sum[c];
+    for (int c = 0; c < C; ++c) scratch.bounds<Real>(image)[first + c] = sum[c];
   }
 }
 
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads)
-    spread_kernel(const __grid_constant__ Call call, const RealOf<T>* bounds, unsigned long long* sums,
-                  uint32_t blocks_an_image) {
+    spread_kernel(const __grid_constant__ Call call, Scratch scratch, uint32_t blocks_an_image) {
   using Real = RealOf<T>;
   const Problem& s = call.problem;
   Place at;
@@ -177,16 +189,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channels = s.channels();
   Points<Real> points(call, at);
   const Real share = points.share() * points.keep;
+  const int64_t first = at.group * s.depth + at.channel;
+  const Real* bounds = scratch.bounds<Real>(at.image) + first;
   Real g[C];
   bool live[C];
   load<C>(static_cast<const T*>(call.dy) + at.output(s), g);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const Real bound = bounds[at.image * channels + at.group * s.depth + at.channel + c];
+    const Real bound = bounds[c];
     live[c] = is_finite(bound) && g[c] != 0;
     if (live[c]) g[c] = fixed_point(bound, kBits).to_fixed(g[c]);
   }
-  unsigned long long* dx = sums + at.input(s);
+  unsigned long long* dx = scratch.sums(at.image) + first;
   const auto add = [&](int64_t pixel, Real weight) {
 #pragma unroll
     for (int c = 0; c < C; ++c) {
@@ -208,17 +222,17 @@ __global__ void __launch_bounds__(kThreads)
 // A channel of one image that is not all finite: its sums hold Real from here on.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    exactly_kernel(const __grid_constant__ Call call, const RealOf<T>* bounds, unsigned long long* sums) {
+    exactly_kernel(const __grid_constant__ Call call, Scratch scratch) {
   using Real = RealOf<T>;
   const Problem& s = call.problem;
   const int64_t channels = s.channels(), index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= s.batch * channels || is_finite(bounds[index])) return;
-  const int channel = int(index % channels), group = channel / int(s.depth);
-  Place at = {index / channels, 0, 0, group, channel - group * int(s.depth)};
-  const int64_t input = at.input(s);
+  if (index >= s.batch * channels) return;
+  const int64_t image = index / channels;
+  const int first = int(index - image * channels), group = first / int(s.depth);
+  if (is_finite(scratch.bounds<Real>(image)[first])) return;
+  Place at = {image, 0, 0, group, first - group * int(s.depth)};
   const auto add = [&](int64_t pixel, Real v) {
-    Real* sum = reinterpret_cast<Real*>(sums + input + pixel * channels);
-    *sum += v;
+    *reinterpret_cast<Real*>(scratch.sums(image) + pixel * channels + first) += v;
   };
   const Neighbours neighbour(s);
   for (at.i = 0; at.i < int(s.out_height); ++at.i) {
@@ -241,57 +255,52 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ Call call, const RealOf<T>* bounds,
-                  const unsigned long long* sums) {
+    finish_kernel(const __grid_constant__ Call call, Scratch scratch) {
   using Real = RealOf<T>;
   const Problem& s = call.problem;
   const int64_t channels = s.channels(), index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= s.batch * s.height * s.width * channels) return;
-  const int64_t pixel = index / channels, image = pixel / (s.height * s.width);
-  const Real bound = bounds[image * channels + (index - pixel * channels)];
+  const int64_t pixels = s.height * s.width, image = index / (pixels * channels);
+  const int64_t at = index - image * pixels * channels;
+  const Real bound = scratch.bounds<Real>(image)[at % channels];
+  const unsigned long long* word = scratch.sums(image) + at;
   const Real sum = is_finite(bound)
-                       ? fixed_point(bound, kBits).from_fixed(Real(static_cast<long long>(sums[index])))
-                       : *reinterpret_cast<const Real*>(sums + index);
+                       ? fixed_point(bound, kBits).from_fixed(Real(static_cast<long long>(*word)))
+                       : *reinterpret_cast<const Real*>(word);
   to_storage(sum, static_cast<T*>(call.dx) + index);
 }
 
 template <class T, int C>
-cudaError_t launch_spread(cudaStream_t stream, const Call& call, const Workspace& workspace) {
-  using Real = RealOf<T>;
+cudaError_t launch_spread(cudaStream_t stream, const Call& call, void* words) {
   const Problem& s = call.problem;
-  Real* bounds = static_cast<Real*>(workspace.bounds);
-  unsigned long long* sums = static_cast<unsigned long long*>(workspace.sums);
-  const int64_t elements = s.batch * s.height * s.width * s.channels(), each = blocks_an_image(s, C);
-  if (cudaError_t error = cudaMemsetAsync(sums, 0, elements * sizeof *sums, stream)) return error;
-  if (cudaError_t error = launch(stream, s.batch * s.channels() / C, kThreads, kThreads * C * sizeof(Real),
-                                 bounds_kernel<T, C>, call, bounds)) {
-    return error;
-  }
-  if (cudaError_t error = launch(stream, s.batch * each, kThreads, 0, spread_kernel<T, C>, call, bounds, sums,
-                                 uint32_t(each))) {
-    return error;
-  }
-  if (cudaError_t error = launch(stream, (s.batch * s.channels() + kThreads - 1) / kThreads, kThreads, 0,
-                                 exactly_kernel<T>, call, bounds, sums)) {
-    return error;
-  }
-  return launch(stream, (elements + kThreads - 1) / kThreads, kThreads, 0, finish_kernel<T>, call, bounds,
-                sums);
+  const int64_t channels = s.channels(), pixels = s.height * s.width, each = blocks_an_image(s, C);
+  const Scratch scratch = {static_cast<unsigned long long*>(words), channels, (pixels + 1) * channels};
+  const auto blocks = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
+  cudaError_t error = cudaMemsetAsync(words, 0, s.batch * scratch.image * 8, stream);
+  if (error) return error;
+  error = launch(stream, s.batch * channels / C, kThreads, kThreads * C * sizeof(RealOf<T>),
+                 bounds_kernel<T, C>, call, scratch);
+  if (error) return error;
+  error = launch(stream, s.batch * each, kThreads, 0, spread_kernel<T, C>, call, scratch, uint32_t(each));
+  if (error) return error;
+  error = launch(stream, blocks(s.batch * channels), kThreads, 0, exactly_kernel<T>, call, scratch);
+  if (error) return error;
+  return launch(stream, blocks(s.batch * pixels * channels), kThreads, 0, finish_kernel<T>, call, scratch);
 }
 
 }  // namespace
 
-cudaError_t backward(cudaStream_t stream, const Call& call, const Workspace& workspace) {
+cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch) {
   if (call.problem.batch == 0) return cudaSuccess;
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t depth = aligned(call.x) && aligned(call.dy) ? call.problem.depth : 1;
-    const auto points = depth % 16 == 0  ? launch_points<T, 16>
-                        : depth % 8 == 0 ? launch_points<T, 8>
-                        : depth % 4 == 0 ? launch_points<T, 4>
-                                         : launch_points<T, 1>;
+    auto points = depth % kPiece<T> == 0 ? launch_points<T, kPiece<T>> : launch_points<T, 1>;
+    if constexpr (sizeof(T) <= 4) {
+      if (depth % 16 == 0) points = launch_points<T, 16>;
+    }
     if (cudaError_t error = points(stream, call)) return error;
-    return (depth % 4 == 0 ? launch_spread<T, 4> : launch_spread<T, 1>)(stream, call, workspace);
+    return (depth % 4 == 0 ? launch_spread<T, 4> : launch_spread<T, 1>)(stream, call, scratch);
   });
 }
 

@@ -1,7 +1,8 @@
 // What the CUDA kernels share: storage types, the thread's share of the work, its learned numbers.
 //
-// A thread owns one (position, group) and C channels of it, C among 16, 8, 4 and 1, read 16 bytes at a
-// time. All offsets into buffers are 64-bit; what counts within one image is 32-bit.
+// A thread owns one (position, group) and C channels of it: 16, or as many as 16 bytes hold, or 1,
+// whichever first divides the group's. All offsets into buffers are 64-bit; what counts within one image is
+// 32-bit.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -76,6 +77,9 @@ struct WordOf<16> {
 };
 template <class T, int C>
 using Word = typename WordOf<(C * sizeof(T) < 16 ? C * sizeof(T) : 16)>::type;
+
+template <class T>
+constexpr int kPiece = 16 / sizeof(T);  // values in 16 bytes
 
 // Reads and writes C neighbouring values. `p` is a multiple of C values, from a base of 16 bytes.
 template <int C, class T, class Real>

@@ -94,9 +94,10 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t depth = aligned(call.x) && aligned(call.y) ? call.problem.depth : 1;
-    if (depth % 16 == 0) return launch_forward<T, 16>(stream, call);
-    if (depth % 8 == 0) return launch_forward<T, 8>(stream, call);
-    if (depth % 4 == 0) return launch_forward<T, 4>(stream, call);
+    if constexpr (sizeof(T) <= 4) {
+      if (depth % 16 == 0) return launch_forward<T, 16>(stream, call);
+    }
+    if (depth % kPiece<T> == 0) return launch_forward<T, kPiece<T>>(stream, call);
     return launch_forward<T, 1>(stream, call);
   });
 }

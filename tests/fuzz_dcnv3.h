@@ -238,12 +238,13 @@ inline char* reserve(int64_t bytes) {
 // The last image of a batch with more than 2^31 elements, over memory that is reserved but for that image
 // never touched, and the same image alone.
 struct Huge {
-  static constexpr int64_t kWidth = 32 * 28, kMap = 16 * 16 * 512, kRows = 16 * 16 * kWidth, kLast = 16499;
+  static constexpr int64_t kGroup = 8, kChannels = 16 * kGroup, kWidth = 28 * kGroup;
+  static constexpr int64_t kMap = 16 * 16 * kChannels, kRows = 16 * 16 * kWidth, kLast = 65999;
   static_assert(kLast * kMap > int64_t{1} << 31, "");
 
   Huge() : x(kMap), dy(kMap), record(kRows), y(kMap), dx(kMap), drecord(kRows) {
     Problem& s = alone.problem;
-    s.batch = 1, s.group = 32, s.depth = 16, s.points = 9, s.offset_scale = 1;
+    s.batch = 1, s.group = kGroup, s.depth = 16, s.points = 9, s.offset_scale = 1;
     s.height = s.width = s.out_height = s.out_width = 16;
     s.kernel_h = s.kernel_w = 3;
     s.stride_h = s.stride_w = s.pad_h = s.pad_w = s.dilation_h = s.dilation_w = 1;

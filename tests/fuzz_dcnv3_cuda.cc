@@ -64,7 +64,8 @@ bool run(const Call& call) {
 // Those blocks of each launch that compute the last image.
 bool huge() {
   Huge both;
-  char* scratch[] = {reserve((Huge::kMap + 512) * 8), reserve((Huge::kLast + 1) * (Huge::kMap + 512) * 8)};
+  char* scratch[] = {reserve((Huge::kMap + Huge::kChannels) * 8),
+                     reserve((Huge::kLast + 1) * (Huge::kMap + Huge::kChannels) * 8)};
   if (!both.there() || !scratch[0] || !scratch[1]) {
     return std::printf("no room to reserve; the huge batch was not tried\n"), true;
   }
@@ -95,10 +96,10 @@ int fuzz(int count, int seed) {
 
 template <class T>
 bool take(std::vector<T>& values) {
-  return std::fread(values.data(), sizeof(T), values.size(), stdin) == values.size();
+  return values.empty() || std::fread(values.data(), sizeof(T), values.size(), stdin) == values.size();
 }
 void give(const std::vector<char>& bytes) {
-  std::fwrite(bytes.data(), 1, bytes.size(), stdout);
+  if (!bytes.empty()) std::fwrite(bytes.data(), 1, bytes.size(), stdout);
 }
 
 int call_from_stdin() {

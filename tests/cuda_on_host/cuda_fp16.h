@@ -26,7 +26,7 @@ inline __half __float2half_rn(float v) {
   if (std::isnan(v)) return {0x7fff};
   if (magnitude >= 65520) return {uint16_t(sign | 0x7c00)};
   int exponent = -24;
-  if (magnitude > 0) std::frexp(magnitude, &exponent);                       // magnitude in [2^(exponent - 1), 2^exponent)
+  if (magnitude > 0) std::frexp(magnitude, &exponent);    // magnitude in [2^(exponent - 1), 2^exponent)
   const int unit = exponent < -13 ? -24 : exponent - 11;  // the last place's
   const int count = int(std::nearbyint(std::ldexp(magnitude, -unit)));
   return {uint16_t(sign | (unit == -24 ? count : ((exponent + 13) << 10) + count))};

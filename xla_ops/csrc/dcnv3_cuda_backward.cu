@@ -51,28 +51,27 @@ __global__ void __launch_bounds__(kThreads)
   Place at;
   if (!place(s, blocks_an_image, int(s.depth), &at)) return;
   const int depth = int(s.depth);
-  const int64_t channels = s.channels();
-  const T* x = static_cast<const T*>(call.x) + at.input(s);
+  const Map<T> x(call.x, s, at.input(s));
+  const Neighbours neighbour(s);
   const T* dy = static_cast<const T*>(call.dy) + at.output(s);
-  const int64_t right = s.width > 1 ? channels : 0, down = s.height > 1 ? s.width * channels : 0;
   // <dy, sample> of each point until their mean over the softmax is known: (P, threads)
   Real* values = shared_memory<Real>() + threadIdx.x;
 
-  Points<Real> points(call, at);
+  Points<T> points(call, at);
   const Real share = points.share();
   Real g[C], mean = 0;
   load<C>(dy, g);
   for (int p = 0; p < points.count(); ++p) {
     points.next(p);
     const Axis<Real> h = locate(points.h, points.height), w = locate(points.w, points.width);
-    const T* q = x + (int(h.first) * int(s.width) + int(w.first)) * channels;
+    const int pixel = int(h.first) * int(s.width) + int(w.first);
     Real dot[4] = {};
     for (int c = 0; c < depth; c += C) {
       if (depth > C) load<C>(dy + c, g);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         Real v[C];
-        load<C>(q + c + (k & 1 ? right : 0) + (k & 2 ? down : 0), v);
+        load<C>(x[pixel + neighbour[k]] + c, v);
 #pragma unroll
         for (int i = 0; i < C; ++i) dot[k] += g[i] * v[i];
       }
@@ -87,31 +86,31 @@ __global__ void __launch_bounds__(kThreads)
     // Zero outside, even where the weight is NaN.
     const Real by_w = sample.slope_w != 0 ? factor * sample.slope_w : Real(0);
     const Real by_h = sample.slope_h != 0 ? factor * sample.slope_h : Real(0);
-    write(by_w, call.doffset, call.points_type, points.numbers + 2 * p);
-    write(by_h, call.doffset, call.points_type, points.numbers + 2 * p + 1);
+    write<T>(by_w, call.doffset, call.points_type, points.numbers + 2 * p);
+    write<T>(by_h, call.doffset, call.points_type, points.numbers + 2 * p + 1);
   }
   if (!call.fused) {
     for (int p = 0; p < points.count(); ++p) {
-      write(values[p * blockDim.x], call.dweight, call.points_type, points.weights + p);
+      write<T>(values[p * blockDim.x], call.dweight, call.points_type, points.weights + p);
     }
     return;
   }
   for (int p = 0; p < points.count(); ++p) {
     const Real gradient = points.weight(p) * share * points.keep * (values[p * blockDim.x] - mean);
-    write(gradient, call.doffset, call.points_type, points.weights + p);
+    write<T>(gradient, call.doffset, call.points_type, points.weights + p);
   }
   Real centre = 0;
   if (call.centre) {
-    const T* own = x + (at.i * s.width + at.j) * channels;
+    const T* own = x[at.i * int(s.width) + at.j];
     for (int c = 0; c < depth; ++c) centre += to_real(dy[c]) * to_real(own[c]);
     centre = points.blend * points.keep * (centre - mean);
   }
-  write(centre, call.doffset, call.points_type, points.numbers + 3 * s.points);
+  write<T>(centre, call.doffset, call.points_type, points.numbers + 3 * s.points);
   // Padding: after each group's numbers, and after the last group.
   const int64_t end =
       at.group + 1 < s.group ? call.offset.group : call.offset.row - at.group * call.offset.group;
   for (int64_t i = 3 * s.points + 1; i < end; ++i) {
-    write(Real(0), call.doffset, call.points_type, points.numbers + i);
+    write<T>(Real(0), call.doffset, call.points_type, points.numbers + i);
   }
 }
 
@@ -141,13 +140,13 @@ struct Scratch {
   }
 };
 
-template <class T, class Real>
-__device__ Real magnitude_of_weights(const Call& call, const Place& at) {
-  Points<Real> points(call, at);
-  const Real share = points.share() * points.keep;
-  Real sum = points.blend;
+template <class T>
+__device__ RealOf<T> magnitude_of_weights(const Call& call, const Place& at) {
+  Points<T> points(call, at);
+  const RealOf<T> share = points.share() * points.keep;
+  RealOf<T> sum = points.blend;
   for (int p = 0; p < points.count(); ++p) {
-    const Real weight = points.weight(p) * share;
+    const RealOf<T> weight = points.weight(p) * share;
     sum += weight < 0 ? -weight : weight;
   }
   return sum;
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t position = threadIdx.x; position < positions; position += blockDim.x) {
     const int i = int(position / uint32_t(s.out_width)), j = int(position % uint32_t(s.out_width));
     const Place at = {image, i, j, group, first - group * int(s.depth)};
-    const Real weight = magnitude_of_weights<T, Real>(call, at);
+    const Real weight = magnitude_of_weights<T>(call, at);
     Real g[C];
     load<C>(static_cast<const T*>(call.dy) + at.output(s), g);
 #pragma unroll
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   Place at;
   if (!place(s, blocks_an_image, C, &at)) return;
   const int64_t channels = s.channels();
-  Points<Real> points(call, at);
+  Points<T> points(call, at);
   const Real share = points.share() * points.keep;
   const int64_t first = at.group * s.depth + at.channel;
   const Real* bounds = scratch.bounds<Real>(at.image) + first;
@@ -237,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
   const Neighbours neighbour(s);
   for (at.i = 0; at.i < int(s.out_height); ++at.i) {
     for (at.j = 0; at.j < int(s.out_width); ++at.j) {
-      Points<Real> points(call, at);
+      Points<T> points(call, at);
       const Real share = points.share() * points.keep;
       const Real g = to_real(static_cast<const T*>(call.dy)[at.output(s)]);
       for (int p = 0; p < points.count(); ++p) {

@@ -81,6 +81,16 @@ using Word = typename WordOf<(C * sizeof(T) < 16 ? C * sizeof(T) : 16)>::type;
 template <class T>
 constexpr int kPiece = 16 / sizeof(T);  // values in 16 bytes
 
+// The two values in 32 bits of half precision.
+__device__ __forceinline__ void unpack(uint32_t word, BFloat16, float* v) {
+  v[0] = __uint_as_float(word << 16);
+  v[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(uint32_t word, Float16, float* v) {
+  v[0] = to_real(Float16{uint16_t(word)});
+  v[1] = to_real(Float16{uint16_t(word >> 16)});
+}
+
 // Reads and writes C neighbouring values. `p` is a multiple of C values, from a base of 16 bytes.
 template <int C, class T, class Real>
 __device__ __forceinline__ void load(const T* p, Real* v) {
@@ -89,10 +99,17 @@ __device__ __forceinline__ void load(const T* p, Real* v) {
 #pragma unroll
   for (int i = 0; i < C; i += kEach) {
     const W word = *reinterpret_cast<const W*>(p + i);
-    T value[kEach];
-    memcpy(value, &word, sizeof word);
+    if constexpr (sizeof(T) == 2 && kEach > 1) {
+      uint32_t pairs[kEach / 2];
+      memcpy(pairs, &word, sizeof word);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) v[i + j] = to_real(value[j]);
+      for (int j = 0; j < kEach / 2; ++j) unpack(pairs[j], T(), v + i + 2 * j);
+    } else {
+      T value[kEach];
+      memcpy(value, &word, sizeof word);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) v[i + j] = to_real(value[j]);
+    }
   }
 }
 template <int C, class T, class Real>
@@ -110,26 +127,20 @@ __device__ __forceinline__ void store(const Real* v, T* p) {
   }
 }
 
-// A learned number, of whatever type these are stored in.
-template <class Real>
-__device__ __forceinline__ Real read(const void* data, Type type, int64_t i) {
-  if constexpr (std::is_same_v<Real, double>) {
-    return static_cast<const double*>(data)[i];
-  } else {
+// A learned number, which has x's dtype T or, where that is of half precision, may be float32.
+template <class T>
+__device__ __forceinline__ RealOf<T> read(const void* data, Type type, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
     if (type == Type::kFloat32) return static_cast<const float*>(data)[i];
-    if (type == Type::kBFloat16) return to_real(static_cast<const BFloat16*>(data)[i]);
-    return to_real(static_cast<const Float16*>(data)[i]);
   }
+  return to_real(static_cast<const T*>(data)[i]);
 }
-template <class Real>
-__device__ __forceinline__ void write(Real v, void* data, Type type, int64_t i) {
-  if constexpr (std::is_same_v<Real, double>) {
-    static_cast<double*>(data)[i] = v;
-  } else {
+template <class T>
+__device__ __forceinline__ void write(RealOf<T> v, void* data, Type type, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
     if (type == Type::kFloat32) return to_storage(v, static_cast<float*>(data) + i);
-    if (type == Type::kBFloat16) return to_storage(v, static_cast<BFloat16*>(data) + i);
-    to_storage(v, static_cast<Float16*>(data) + i);
   }
+  to_storage(v, static_cast<T*>(data) + i);
 }
 
 // Whether a sum is neither infinite nor NaN.
@@ -208,8 +219,10 @@ __device__ __forceinline__ bool place(const Problem& s, uint32_t blocks_an_image
 }
 
 // The points of one (position, group), walked in their order: where each falls, what it weighs.
-template <class Real>
+template <class T>
 struct Points {
+  using Real = RealOf<T>;
+
   __device__ __forceinline__ Points(const Call& c, const Place& at)
       : call(c), height(extent<Real>(c.problem.height)), width(extent<Real>(c.problem.width)) {
     const Problem& s = c.problem;
@@ -227,7 +240,7 @@ struct Points {
       }
     }
     if (c.centre) {
-      blend = sigmoid(read<Real>(c.offset.data, c.points_type, numbers + 3 * s.points));
+      blend = sigmoid(read<T>(c.offset.data, c.points_type, numbers + 3 * s.points));
       keep = Real(1) - blend;
     }
     restart();
@@ -235,7 +248,7 @@ struct Points {
 
   __device__ __forceinline__ int count() const { return int(call.problem.points); }
   __device__ __forceinline__ Real read_weight(int p) const {
-    return read<Real>(weight_data, call.points_type, weights + p);
+    return read<T>(weight_data, call.points_type, weights + p);
   }
 
   // The weight of point p, in the fused form that of a softmax before its division by the sum.
@@ -274,8 +287,8 @@ struct Points {
       advance();
     }
     const int64_t at = numbers + 2 * p;
-    h = grid_h + (step_h + read<Real>(call.offset.data, call.points_type, at + 1)) * scale;
-    w = grid_w + (step_w + read<Real>(call.offset.data, call.points_type, at)) * scale;
+    h = grid_h + (step_h + read<T>(call.offset.data, call.points_type, at + 1)) * scale;
+    w = grid_w + (step_w + read<T>(call.offset.data, call.points_type, at)) * scale;
   }
 
   const Call& call;
@@ -296,20 +309,33 @@ struct Cell {
   int pixel;
   Real weight[4];
 };
-template <class Real>
-__device__ __forceinline__ Cell<Real> cell(const Points<Real>& points, Real weight) {
+template <class T, class Real>
+__device__ __forceinline__ Cell<Real> cell(const Points<T>& points, Real weight) {
   const Axis<Real> h = locate(points.h, points.height), w = locate(points.w, points.width);
   const Real upper = weight * h.weight0, lower = weight * h.weight1;
   return {int(h.first) * int(points.call.problem.width) + int(w.first),
           {upper * w.weight0, upper * w.weight1, lower * w.weight0, lower * w.weight1}};
 }
 
-// From a cell's first pixel to its others, in pixels: a map of one row or column has no others.
+// From a cell's first pixel to its four, in pixels: a map of one row or column has no others.
 struct Neighbours {
   __device__ __forceinline__ explicit Neighbours(const Problem& s)
       : right(s.width > 1 ? 1 : 0), down(s.height > 1 ? int(s.width) : 0) {}
   __device__ __forceinline__ int operator[](int k) const { return (k & 1 ? right : 0) + (k & 2 ? down : 0); }
   int right, down;
+};
+
+// The map of one image and group, from a channel on.
+template <class T>
+struct Map {
+  __device__ __forceinline__ Map(const void* x, const Problem& s, int64_t first)
+      : base(static_cast<const char*>(x) + first * sizeof(T)),
+        pixel_bytes(int(s.group) * int(s.depth) * int(sizeof(T))) {}
+  __device__ __forceinline__ const T* operator[](int pixel) const {  // one multiplication, to 64 bits
+    return reinterpret_cast<const T*>(base + int64_t(pixel) * pixel_bytes);
+  }
+  const char* base;
+  int pixel_bytes;
 };
 
 // Calls f with a null pointer to the storage type.

@@ -1,12 +1,15 @@
 // Runs the CUDA kernels' own code on the host (cuda_on_host), with blocks and threads in random order.
 //
 //   fuzz COUNT [SEED]   over random geometries, against the definition; then the last image of a huge batch
-//   call                one call from stdin: the integers of `Header`, offset_scale as a double, then x,
-//                       offset and mask (or the record), dy. Writes y and the gradients to stdout.
+//   call SHARED         one call, with so many bytes of shared memory a block, from stdin: the integers of
+//   `Header`, offset_scale as a
+//                       double, then x, offset and mask (or the record), dy. Writes y and the gradients to
+//                       stdout.
 //
 // Each backward runs twice, and a bit that differs is an error. tests/test_dcnv3_cuda.py builds this.
 #include "dcnv3_cuda_backward.cu"
 #include "dcnv3_cuda_forward.cu"
+#include "dcnv3_cuda_spread.cu"
 
 #include <cinttypes>
 
@@ -70,7 +73,8 @@ bool huge() {
     return std::printf("no room to reserve; the huge batch was not tried\n"), true;
   }
   if (dcnv3::cuda::refusal(both.whole)) return std::printf("the huge batch is refused\n"), false;
-  settings.clear = false;  // reserved memory is zero
+  settings.clear = false;       // reserved memory is zero
+  settings.shared_limit = 512;  // for the form with scratch
   const Call* calls[] = {&both.alone, &both.whole};
   for (int i = 0; i < 2; ++i) {
     settings.part = calls[i]->problem.batch;
@@ -85,6 +89,11 @@ bool huge() {
 int fuzz(int count, int seed) {
   for (int i = 0; i < count; ++i) {
     engine.seed(seed + i);
+    // A large GPU or a small one; the least is too little for the plane of a channel, wherever there is
+    // scratch for that case.
+    const size_t limits[] = {cuda_on_host::kShared, 48 << 10, 512};
+    const int processors[] = {1, 8, 132};
+    settings.shared_limit = limits[integer(0, 2)], settings.processors = processors[integer(0, 2)];
     if (one(run)) continue;
     std::printf("geometry of seed %d\n", seed + i);
     return 1;
@@ -161,6 +170,9 @@ int call_from_stdin() {
 
 int main(int argc, char** argv) {
   cuda_on_host::shared = dcnv3::cuda::dynamic_shared_memory;
-  if (argc > 1 && !std::strcmp(argv[1], "call")) return call_from_stdin();
+  if (argc > 2 && !std::strcmp(argv[1], "call")) {
+    settings.shared_limit = std::atoi(argv[2]);
+    return call_from_stdin();
+  }
   return argc > 2 ? fuzz(std::atoi(argv[2]), argc > 3 ? std::atoi(argv[3]) : 0) : 2;
 }

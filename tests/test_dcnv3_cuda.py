@@ -63,7 +63,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def on_host(program: Path, *arrays: jax.Array, center: bool = False, **geometry: object) -> list:
+LARGE, NONE = 227 * 1024, 0  # shared memory of a block: of an H100; too little to use
+
+
+def on_host(
+    program: Path, *arrays: jax.Array, center: bool = False, shared: int = LARGE, **geometry: object
+) -> list[np.ndarray]:
     """Output and gradients for x, offset, mask and dy, or for x, record and dy."""
     x, *points, dy = arrays
     g = Geometry(**geometry)  # type: ignore[arg-type]
@@ -74,7 +79,7 @@ def on_host(program: Path, *arrays: jax.Array, center: bool = False, **geometry:
     header += [TYPES.index(x.dtype), TYPES.index(points[0].dtype), fused, center]
     sent = np.array(header, np.int64).tobytes() + np.float64(g.offset_scale).tobytes()
     sent += b"".join(np.asarray(a).tobytes() for a in arrays)
-    done = subprocess.run([program, "call"], input=sent, capture_output=True)
+    done = subprocess.run([program, "call", str(shared)], input=sent, capture_output=True)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
     results, start = [], 0
     for like in (dy, x, *points):
@@ -98,10 +103,11 @@ def test_kernels_give_the_recorded_outputs_and_gradients(
     recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
     dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
     arrays = [a.astype(dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
-    got = on_host(program, *arrays, **settings_of(CASES[name]))
-    for key, array in zip(("output", *GRADIENTS), got, strict=True):
-        if key in recorded:
-            assert difference(array, recorded[key]) < TOLERANCE[dtype], key
+    for shared in (LARGE, NONE) if dtype == "float32" else (LARGE,):
+        got = on_host(program, *arrays, shared=shared, **settings_of(CASES[name]))
+        for key, array in zip(("output", *GRADIENTS), got, strict=True):
+            if key in recorded:
+                assert difference(array, recorded[key]) < TOLERANCE[dtype], (key, shared)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2])
@@ -123,13 +129,13 @@ def test_half_precision_rounds_once(program: Path, dtypes: tuple[str, str], dept
 
 @pytest.mark.parametrize("operand", [0, 2, 3], ids=["x", "mask", "dy"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("depth", [5, 16])
+@pytest.mark.parametrize(("depth", "shared"), [(5, LARGE), (16, LARGE), (16, NONE)])
 def test_what_is_not_finite_reaches_as_far_as_in_the_cpu_kernel(
-    program: Path, value: float, operand: int, depth: int
+    program: Path, value: float, operand: int, depth: int, shared: int
 ) -> None:
     arrays = problem(7, "float32", PLAIN, (1, 6, 7), depth)
     arrays[operand] = arrays[operand].at[0, 0, 0, 0].set(value).at[0, -1, -1, -1].set(value)
-    got = on_host(program, *arrays, **PLAIN)
+    got = on_host(program, *arrays, shared=shared, **PLAIN)
     expected = value_and_gradients("kernel", *arrays, **PLAIN)  # itself held to the gather form
     for name, a, b in zip(("y", *GRADIENTS), got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4, err_msg=name)  # NaN and infinity alike
@@ -157,14 +163,17 @@ def test_maps_of_extreme_shapes(program: Path, size: tuple[int, int, int]) -> No
         assert a.size == 0 or difference(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("magnitude", [1e-37, 1e-20, 1e20, 1e37])
-def test_gradients_of_any_magnitude_keep_their_precision(program: Path, magnitude: float) -> None:
+@pytest.mark.parametrize("shared", [LARGE, NONE])
+@pytest.mark.parametrize("magnitude", [1e-20, 1e20, 1e37])
+def test_gradients_of_any_magnitude_keep_their_precision(
+    program: Path, magnitude: float, shared: int
+) -> None:
     # The gradient of x is summed in fixed point, whose scale follows dy and the mask.
     arrays = problem(9, "float32", PLAIN, (1, 5, 5), 4)
     arrays[3] = arrays[3].at[..., 0].multiply(1e-6) * magnitude  # a channel much below the others
     exact = [np.asarray(a, np.float64) for a in arrays]
-    got, expected = (on_host(program, *a, **PLAIN)[1] for a in (arrays, exact))
-    for channel in (0, 1) if magnitude > 1e-30 else (1,):
+    got, expected = (on_host(program, *a, shared=shared, **PLAIN)[1] for a in (arrays, exact))
+    for channel in (0, 1):
         assert difference(got[..., channel], expected[..., channel]) < 1e-5
 
 

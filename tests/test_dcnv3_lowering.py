@@ -80,8 +80,26 @@ def test_gradient_is_one_call_with_scratch(form: str, dtype: str) -> None:
     assert target == {"separate": _ffi.BACKWARD, "fused": _ffi.FUSED_BACKWARD}[form]
     like = ["x".join(map(str, a.shape)) + f"x{kind}" for a in arrays]
     assert taken == [*like, f"3x5x6x32x{kind}"]
-    assert given == [*like, "3x1x31x64xui32"]  # 5 * 6 pixels and the bounds, 64 bits a channel
+    assert given == [*like, "3x1x1x1xui32"]
     assert GEOMETRY in line
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "small"),
+    [
+        ((64, 95), "float32", True),  # 2^16 terms of a sum are too many
+        ((64, 103), "float32", False),
+        ((96, 128), "bfloat16", True),  # 48 KiB
+        ((96, 129), "bfloat16", False),
+        ((4, 4), "float64", False),
+    ],
+)
+def test_scratch_is_there_for_maps_that_do_not_fit_shared_memory(
+    size: tuple[int, int], dtype: str, small: bool
+) -> None:
+    x = jax.ShapeDtypeStruct((2, *size, 32), jnp.dtype(dtype))
+    whole = (2, 1, size[0] * size[1] + 1, 64)  # the pixels and the bounds, 64 bits a channel
+    assert _ffi.scratch(x, x, 9).shape == ((2, 1, 1, 1) if small else whole)
 
 
 def test_vmap_adds_an_axis_to_the_one_call() -> None:

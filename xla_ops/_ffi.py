@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 VERSION = 1  # of the attributes and layouts; the handlers refuse another
 
 FORWARD = "internimage_dcnv3_forward"
@@ -86,9 +88,17 @@ def has_scratch(target: str, platform: str) -> bool:
     return platform == "cuda" and target in (BACKWARD, FUSED_BACKWARD)
 
 
-def scratch(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
-    """That result for x (..., H, W, G * D): 64 bits for each pixel and channel, one row more."""
+def scratch(x: Array, dy: Array, points: int) -> jax.ShapeDtypeStruct:
+    """That result for x (..., H, W, G * D) and dy (..., Ho, Wo, G * D), with P points.
+
+    It has 64 bits for each pixel and channel, and one row more. Where the gradient of x is summed in
+    shared memory, on every GPU there is, hardly anything: dcnv3_cuda_spread.cu has the same rule.
+    """
     *batch, h, w, channels = x.shape
+    terms = dy.shape[-3] * dy.shape[-2] * (points + 1)  # at most, of the sum that is a pixel's
+    word, most = {2: (4, 2**30), 4: (8, 2**16), 8: (8, 0)}[x.dtype.itemsize]
+    if h * w * word <= 48 * 1024 and terms < most:
+        return jax.ShapeDtypeStruct((*batch, 1, 1, 1), np.uint32)
     return jax.ShapeDtypeStruct((*batch, 1, h * w + 1, 2 * channels), np.uint32)
 
 
@@ -114,7 +124,7 @@ def _try(platform: str, device: jax.Device) -> None:
         for target, (operands, expected) in cases.items():
             shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results[target]]
             if has_scratch(target, platform):
-                shapes.append(scratch(one))
+                shapes.append(scratch(one, one, 1))
             extra = {"center_feature_scale": False} if "fused" in target else {}
             call = jax.ffi.ffi_call(target, shapes)
             got = jax.jit(functools.partial(call, **attributes, **extra))(*operands)

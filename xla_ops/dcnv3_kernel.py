@@ -142,7 +142,7 @@ def _custom_call(target: str, platform: str, geometry: Geometry, leading: int) -
         if not backward:
             like = [((*points.shape[:-1], x.shape[-1]), x.dtype)]
         if has_scratch:
-            scratch = _ffi.scratch(x)
+            scratch = _ffi.scratch(x, operands[-1], len(geometry.points))
             like.append((scratch.shape, scratch.dtype))
         t = jax.typeof(x)  # in a shard_map it has the mesh axes that x varies over; results do too
         kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}

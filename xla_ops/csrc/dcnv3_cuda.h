@@ -16,8 +16,15 @@ namespace dcnv3::cuda {
 cudaError_t forward(cudaStream_t stream, const Call& call);
 
 // Computes all gradients: the same bits each time, in whatever order blocks run. `scratch` is device
-// memory of N * (H * W + 1) * G * D words of 64 bits.
+// memory of N * (H * W + 1) * G * D words of 64 bits, or anything where `is_small`.
 cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch);
+
+// Its second half: the gradient of x.
+cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch);
+
+// Whether a channel's gradient fits the shared memory of every GPU there is: then no scratch is needed.
+// xla_ops/_ffi.py has the same rule.
+bool is_small(const Call& call);
 
 // What a call has that these kernels do not take, or null. Each image's work has to count up to 2^31.
 const char* refusal(const Call& call);

@@ -164,8 +164,9 @@ __device__ __forceinline__ R* shared_memory() {
   return reinterpret_cast<R*>(dynamic_shared_memory);
 }
 
-// Adds up each of a thread's C numbers over the block, always in the same order; thread 0 has the sums.
-// Takes C numbers a thread of shared memory. The number of threads is a power of two.
+// Adds up each of a thread's C numbers over the block, always in the same order; all threads have the
+// sums. Takes C numbers a thread of shared memory, free again afterwards. The number of threads is a
+// power of two.
 template <int C, class Real>
 __device__ void sum_over_block(Real* v) {
   Real* all = shared_memory<Real>();
@@ -177,8 +178,10 @@ __device__ void sum_over_block(Real* v) {
 #pragma unroll
     for (int c = 0; c < C; ++c) all[c * blockDim.x + threadIdx.x] += all[c * blockDim.x + threadIdx.x + half];
   }
+  __syncthreads();
 #pragma unroll
   for (int c = 0; c < C; ++c) v[c] = all[c * blockDim.x];
+  __syncthreads();
 }
 
 // A thread's place in an image: a position, a group, and the first of its channels in the group.

@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 CSRC = Path("xla_ops/csrc")
-# A binary runs on later minor versions too, 8.0 on 8.6 and 8.9; PTX of the last serves what comes after.
+# A binary runs on later minor versions too, 8.0 on 8.6 and 8.9; PTX of the last is for what comes.
 ARCHITECTURES = ("70", "75", "80", "90", "100", "120")
 
 
@@ -64,7 +64,9 @@ def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
     if nvcc is None:
-        raise RuntimeError(f"no nvcc in {f'CUDA_HOME={home}' if home else 'PATH, and no CUDA_HOME'}")
+        raise RuntimeError(
+            f"no nvcc in {f'CUDA_HOME={home}' if home else 'PATH, and no CUDA_HOME'}"
+        )
     return nvcc
 
 

@@ -1,8 +1,8 @@
 """The CUDA kernels' code, run on the host: every thread of it, under sanitizers, without a GPU.
 
-The .cu files are compiled as C++ against `cuda_on_host`, which runs blocks and threads in random order;
-each backward runs twice so, and has to give the same bits. What this cannot show is what only a GPU
-has: test_dcnv3_gpu.py runs there.
+The .cu files are compiled as C++ against `cuda_on_host`, which runs blocks and threads in random
+order; each backward runs twice so, and has to give the same bits. What only a GPU has this cannot
+show: test_dcnv3_gpu.py runs there.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_dcnv3_gpu.py
 
-Without a GPU the same code runs in test_dcnv3_cuda.py, on the host; INTERNIMAGE_GPU_TESTS_ON=cpu tries
-these tests themselves, on the CPU's kernel.
+Without a GPU the same code runs in test_dcnv3_cuda.py, on the host; INTERNIMAGE_GPU_TESTS_ON=cpu
+tries these tests themselves, on the CPU's kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 pytestmark = [
     pytest.mark.skipif(
-        STATUS[name].implementation != "kernel", reason=f"no kernel for {name}: {STATUS[name].detail}"
+        STATUS[name].implementation != "kernel",
+        reason=f"no kernel for {name}: {STATUS[name].detail}",
     )
     for name in (PLATFORM, "cpu")
 ]
@@ -122,7 +123,8 @@ def test_operands_that_are_not_finite(value: float, operand: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), [((4, 56, 56), "bfloat16"), ((4, 56, 56), "float32"), ((1, 130, 130), "float32")]
+    ("size", "dtype"),
+    [((4, 56, 56), "bfloat16"), ((4, 56, 56), "float32"), ((1, 130, 130), "float32")],
 )
 def test_gradients_are_the_same_bits_each_time(size: tuple[int, int, int], dtype: str) -> None:
     arrays = problem(4, dtype, PLAIN, size, 16, spread=4)

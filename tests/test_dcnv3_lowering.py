@@ -22,7 +22,7 @@ FORMS = ("separate", "fused")
 
 @pytest.fixture(autouse=True)
 def cuda_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What serves where is asked in one place, and the answer is part of what a traced call is kept by.
+    # Asked in one place, and the answer is part of what a traced call is kept by.
     monkeypatch.setattr(_ffi, "serving", lambda: ("cpu", "cuda"))
 
 

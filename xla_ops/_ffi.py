@@ -71,7 +71,9 @@ def _load_once(platform: str) -> Status:
     try:
         device = jax.local_devices(backend=platform)[0]
     except RuntimeError:  # where this JAX has no such platform, or the machine no such device
-        return Status("gather", f"built for {extension.instruction_set()}; JAX has no {platform} here")
+        return Status(
+            "gather", f"built for {extension.instruction_set()}; JAX has no {platform} here"
+        )
     try:
         for target, handler in extension.targets().items():
             jax.ffi.register_ffi_target(target, handler, platform=_XLA_NAMES[platform])
@@ -91,8 +93,8 @@ def has_scratch(target: str, platform: str) -> bool:
 def scratch(x: Array, dy: Array, points: int) -> jax.ShapeDtypeStruct:
     """That result for x (..., H, W, G * D) and dy (..., Ho, Wo, G * D), with P points.
 
-    It has 64 bits for each pixel and channel, and one row more. Where the gradient of x is summed in
-    shared memory, on every GPU there is, hardly anything: dcnv3_cuda_spread.cu has the same rule.
+    It has 64 bits for each pixel and channel, and one row more; hardly anything where every GPU has
+    the shared memory to sum the gradient of x in. dcnv3_cuda_spread.cu has the same rule.
     """
     *batch, h, w, channels = x.shape
     terms = dy.shape[-3] * dy.shape[-2] * (points + 1)  # at most, of the sum that is a pixel's

@@ -40,7 +40,7 @@ def cpu_extension() -> Extension:
     return Extension(
         "xla_ops._cpu",
         sources=[str(CSRC / "dcnv3_cpu.cc"), str(CSRC / "cpu_module.cc")],
-        depends=[str(path) for path in CSRC.glob("*.h")],
+        depends=[str(path) for path in CSRC.glob("*.h") if "cuda" not in path.name],
         include_dirs=[str(CSRC)],
         extra_compile_args=options,
         language="c++",

@@ -103,7 +103,7 @@ def _backward(form: _Form, *operands: jax.Array) -> Arrays:
 
 def _dispatch(
     form: _Form, target: str, operands: Arrays, gather: Function, sharding: tuple[Any, ...]
-) -> Arrays:
+) -> Any:
     """Runs the kernel of the platform; `sharding` is the results' where it is part of types."""
 
     def kernel(platform: str) -> Function:
@@ -113,7 +113,7 @@ def _dispatch(
     branches = {name: kernel(name) for name in form.platforms}
     default = gather if form.fallback else None
 
-    def run(*operands: jax.Array) -> Arrays:
+    def run(*operands: jax.Array) -> Any:
         return lax.platform_dependent(*operands, **branches, default=default)
 
     if jax.typeof(operands[0]).sharding.mesh.explicit_axes:

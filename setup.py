@@ -1,18 +1,26 @@
-"""Builds the custom calls: `xla_ops._cpu` wherever a C++17 compiler is.
+"""Builds the custom calls: `xla_ops._cpu` where a C++17 compiler is, `xla_ops._cuda` where nvcc is.
 
 A build that fails leaves the package working with the jnp form, and the reason in a file that
-`xla_ops.status()` reads. `INTERNIMAGE_CPU=1` turns the failure into an error, 0 skips the build.
+`xla_ops.status()` reads. `INTERNIMAGE_CPU=1` turns the failure into an error, 0 skips the build;
+`INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`, or the one on the path; neither a GPU nor
+its driver is needed. `INTERNIMAGE_CUDA_ARCHS="80 90"` builds for these architectures only.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 CSRC = Path("xla_ops/csrc")
+# A binary runs on later minor versions too, 8.0 on 8.6 and 8.9; PTX of the last is for what comes.
+ARCHITECTURES = ("70", "75", "80", "90", "100", "120")
 
 
 def wanted(name: str) -> str:
@@ -32,12 +40,58 @@ def cpu_extension() -> Extension:
     return Extension(
         "xla_ops._cpu",
         sources=[str(path) for path in sorted(CSRC.glob("*.cc")) if "cuda" not in path.name],
-        depends=[str(path) for path in CSRC.glob("*.h")],
+        depends=[str(path) for path in CSRC.glob("*.h") if "cuda" not in path.name],
         include_dirs=[str(CSRC)],
         extra_compile_args=options,
         language="c++",
         optional=wanted("INTERNIMAGE_CPU") != "1",
     )
+
+
+def cuda_extension() -> Extension:
+    return Extension(
+        "xla_ops._cuda",
+        sources=[str(path) for path in (*sorted(CSRC.glob("*.cu")), CSRC / "cuda_module.cc")],
+        depends=[str(path) for path in CSRC.glob("*.h")],
+        include_dirs=[str(CSRC)],
+        extra_compile_args=["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0"],
+        language="c++",
+        optional=wanted("INTERNIMAGE_CUDA") != "1",
+    )
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    if nvcc is None:
+        raise RuntimeError(
+            f"no nvcc in {f'CUDA_HOME={home}' if home else 'PATH, and no CUDA_HOME'}"
+        )
+    return nvcc
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Those asked for, or those of ARCHITECTURES that this nvcc knows."""
+    run = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = re.findall(r"compute_(\d+)", run.stdout)
+    asked = re.findall(r"[^\s,;]+", os.environ.get("INTERNIMAGE_CUDA_ARCHS", ""))
+    unknown = [arch for arch in asked if arch not in known]
+    if unknown:
+        raise SystemExit(
+            f"INTERNIMAGE_CUDA_ARCHS: expected some of {' '.join(known)}, got {' '.join(unknown)}"
+        )
+    chosen = asked or [arch for arch in ARCHITECTURES if arch in known]
+    return sorted(chosen, key=int)
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler; what it says of an error becomes the error."""
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if "error" in line] or [command[-1]]
+        raise RuntimeError(f"nvcc: {lines[0].strip()}")
 
 
 class BuildExt(build_ext):
@@ -67,7 +121,30 @@ class BuildExt(build_ext):
 
         ext.include_dirs += [pybind11.get_include()]
         ext.extra_compile_args += ["-isystem", jax.ffi.include_dir()]  # their warnings are theirs
-        super().build_extension(ext)
+        if ext.name == "xla_ops._cuda":
+            self._build_cuda(ext)
+        else:
+            super().build_extension(ext)
+
+    def _build_cuda(self, ext: Extension) -> None:
+        target = self.get_ext_fullpath(ext.name)
+        if not (self.force or newer_group([*ext.sources, *ext.depends], target)):
+            return
+        nvcc = find_nvcc()
+        archs = architectures(nvcc)
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        names = " ".join(f"sm_{arch}" for arch in archs)
+        includes = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
+        objects = []
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in ext.sources:
+            objects.append(str(Path(self.build_temp) / f"{Path(source).name}.o"))
+            options = [*ext.extra_compile_args, *includes, f'-DINTERNIMAGE_CUDA_ARCHS="{names}"']
+            # As many threads as processors, over the architectures.
+            options += [*code, "--threads=0"] if source.endswith(".cu") else []
+            run([nvcc, *options, "-c", source, "-o", objects[-1]])
+        run([nvcc, "-shared", "-cudart=static", *objects, "-o", target])
 
     def copy_extensions_to_source(self) -> None:  # of an editable install
         super().copy_extensions_to_source()  # skips what was not built: the extensions are optional
@@ -80,5 +157,4 @@ class BuildExt(build_ext):
                 self.copy_file(str(built.with_name(name)), str(here))
 
 
-# xla_ops._cuda joins here: INTERNIMAGE_CUDA=0|1|auto, INTERNIMAGE_CUDA_ARCHS.
-setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": BuildExt})
+setup(ext_modules=[cpu_extension(), cuda_extension()], cmdclass={"build_ext": BuildExt})

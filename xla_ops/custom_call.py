@@ -59,8 +59,7 @@ class Operator(Protocol):
         """From the operands to the result, which has the batch and the dtype of the first."""
         ...
 
-    @property
-    def backward(self) -> Target:
+    def backward(self, platform: str) -> Target:
         """From the operands and the result's gradient to what `gradients` takes."""
         ...
 
@@ -88,7 +87,7 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
         raise ValueError(
             f"implementation: expected 'kernel', {plain!r} or None, got {implementation!r}"
         )
-    serving = any(_ffi.serves(platform, operator.forward.name) for platform in _ffi.PLATFORMS)
+    serving = _ffi.serving(operator.forward.name)
     if implementation == "kernel" and not serving:
         reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
         raise ValueError(
@@ -97,7 +96,8 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
     if implementation == plain or not serving:
         return operator.definition(*operands)
     try:
-        return _differentiable(operator, implementation is None, *_varying_alike(*operands))
+        form = _Form(operator, serving, implementation is None)
+        return _differentiable(form, *_varying_alike(*operands))
     except TypeError as error:  # what JAX has for `jvp` of any `custom_vjp` does not help
         if "forward-mode" not in str(error):
             raise
@@ -106,54 +106,54 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
         ) from None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(operator: Operator, fallback: bool, *operands: jax.Array) -> jax.Array:
-    return _forward(operator, fallback, *operands)
+class _Form(NamedTuple):
+    """What is static about a call: the operator, the platforms whose kernel serves, and whether
+    the definition serves on others."""
+
+    operator: Operator
+    platforms: tuple[str, ...]
+    fallback: bool
 
 
-def _differentiable_forward(
-    operator: Operator, fallback: bool, *operands: jax.Array
-) -> tuple[jax.Array, Arrays]:
-    return _forward(operator, fallback, *operands), operands
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(form: _Form, *operands: jax.Array) -> jax.Array:
+    return _forward(form, *operands)
 
 
-def _differentiable_backward(
-    operator: Operator, fallback: bool, operands: Arrays, dy: jax.Array
-) -> Arrays:
-    return _backward(operator, fallback, *_varying_alike(*operands, dy))
+def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[jax.Array, Arrays]:
+    return _forward(form, *operands), operands
+
+
+def _differentiable_backward(form: _Form, operands: Arrays, dy: jax.Array) -> Arrays:
+    return _backward(form, *_varying_alike(*operands, dy))
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 
 
 # jit keeps what it traced: the branches are not traced anew for each layer of a model.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(operator: Operator, fallback: bool, *operands: jax.Array) -> jax.Array:
-    kernel = _custom_call(operator.forward)
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(form: _Form, *operands: jax.Array) -> jax.Array:
+    kernel = _custom_call(form.operator.forward)
+    branches = dict.fromkeys(form.platforms, lambda *a: kernel(*a)[0])
     x = jax.typeof(operands[0]).sharding
     y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
-    branches = _branches(operator, lambda *a: kernel(*a)[0])
-    return _dispatch(branches, operator.definition if fallback else None, operands, y)
+    return _dispatch(branches, form.operator.definition if form.fallback else None, operands, y)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(operator: Operator, fallback: bool, *operands: jax.Array) -> Arrays:
-    kernel = _custom_call(operator.backward)
-
-    def by_kernel(*operands: jax.Array) -> Arrays:
-        return operator.gradients(operands[:-1], kernel(*operands))
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(form: _Form, *operands: jax.Array) -> Arrays:
+    def by_kernel(platform: str) -> Function:
+        kernel = _custom_call(form.operator.backward(platform))
+        return lambda *operands: form.operator.gradients(operands[:-1], kernel(*operands))
 
     def by_definition(*operands: jax.Array) -> Arrays:
         *primals, dy = operands
-        return jax.vjp(operator.definition, *primals)[1](dy)
+        return jax.vjp(form.operator.definition, *primals)[1](dy)
 
+    branches = {platform: by_kernel(platform) for platform in form.platforms}
     gradients = tuple(jax.typeof(a).sharding for a in operands[:-1])
-    branches = _branches(operator, by_kernel)
-    return _dispatch(branches, by_definition if fallback else None, operands, gradients)
-
-
-def _branches(operator: Operator, kernel: Function) -> dict[str, Function]:
-    return {p: kernel for p in _ffi.PLATFORMS if _ffi.serves(p, operator.forward.name)}
+    return _dispatch(branches, by_definition if form.fallback else None, operands, gradients)
 
 
 def _dispatch(

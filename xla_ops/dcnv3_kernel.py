@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,17 +29,20 @@ class DCNv3(NamedTuple):
         operands = (3,) * (2 if self.fused else 3)
         return Target(name, operands, (3,), _like_output, self._attributes)
 
-    @property
-    def backward(self) -> Target:
+    def backward(self, platform: str) -> Target:
         name = _ffi.FUSED_BACKWARD if self.fused else _ffi.BACKWARD
         results = (3,) * (2 if self.fused else 3)
-        return Target(name, (*results, 3), results, _like_operands, self._attributes)
+        operands, shapes = (*results, 3), _like_operands
+        if platform == "cuda":
+            points = len(self.geometry.points)
+            results, shapes = (*results, 3), _with_scratch(points)
+        return Target(name, operands, results, shapes, self._attributes)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         return (dcnv3_fused_gather if self.fused else dcnv3_gather)(*operands, self.geometry)
 
     def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
-        return results
+        return results[: len(operands)]
 
     @property
     def _attributes(self) -> tuple:
@@ -57,3 +62,25 @@ def _like_output(x: jax.Array, points: jax.Array, *_: jax.Array) -> Shapes:
 
 def _like_operands(*operands: jax.Array) -> Shapes:
     return [(a.shape, a.dtype) for a in operands[:-1]]
+
+
+@functools.cache  # the same function each time: what was traced is found by it
+def _with_scratch(points: int) -> Callable[..., Shapes]:
+    return lambda *operands: [
+        *_like_operands(*operands),
+        scratch(operands[0], operands[-1], points),
+    ]
+
+
+def scratch(x: jax.Array, dy: jax.Array, points: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of one result more of CUDA's backward, which it works in and nobody reads.
+
+    It has 64 bits for each pixel and channel, and one row more; hardly anything where every GPU has
+    the shared memory to sum the gradient of x in. dcnv3_cuda_spread.cu has the same rule.
+    """
+    *batch, h, w, channels = x.shape
+    terms = dy.shape[-3] * dy.shape[-2] * (points + 1)  # at most, of the sum that is a pixel's
+    word, most = {2: (4, 2**30), 4: (8, 2**16), 8: (8, 0)}[x.dtype.itemsize]
+    if h * w * word <= 48 * 1024 and terms < most:
+        return (*batch, 1, 1, 1), np.dtype(np.uint32)
+    return (*batch, 1, h * w + 1, 2 * channels), np.dtype(np.uint32)

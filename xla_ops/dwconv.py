@@ -75,8 +75,8 @@ class DwconvNormGelu(NamedTuple):
             _ffi.DWCONV_FORWARD, _OPERANDS, (3,), _like_x, self._attributes, shared=_PARAMETERS
         )
 
-    @property
-    def backward(self) -> Target:
+    def backward(self, platform: str) -> Target:
+        del platform  # they all have the same
         operands = (*_OPERANDS, 3)
         return Target(
             _ffi.DWCONV_BACKWARD, operands, (3, 3), _parts, self._attributes, shared=_PARAMETERS

@@ -10,13 +10,16 @@
 #include <utility>
 
 #include "cpu_types.h"
+#include "ffi_types.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace cpu {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kVersion = 1;               // of the attributes and layouts, as in xla_ops/_ffi.py
+using xla_ops::kVersion;
+using xla_ops::type_of;
+
 constexpr int64_t kSmall = int64_t{1} << 17;  // multiply-adds that one thread does at once: 20 us
 
 inline ffi::Future failed(ffi::Error error) {
@@ -62,25 +65,6 @@ inline int64_t pieces_of(const ffi::ThreadPool& pool, int64_t units, double cost
   const double most = static_cast<double>(4 * std::max<int64_t>(pool.num_threads(), 1));
   const double pieces = std::min({cost / kSmall, most, static_cast<double>(units)});
   return std::max<int64_t>(static_cast<int64_t>(pieces), units > 0 ? 1 : 0);
-}
-
-inline bool type_of(ffi::DataType dtype, Type* type) {
-  switch (dtype) {
-    case ffi::F32:
-      *type = Type::kFloat32;
-      return true;
-    case ffi::F64:
-      *type = Type::kFloat64;
-      return true;
-    case ffi::BF16:
-      *type = Type::kBFloat16;
-      return true;
-    case ffi::F16:
-      *type = Type::kFloat16;
-      return true;
-    default:
-      return false;
-  }
 }
 
 }  // namespace cpu

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "types.h"
+
 #if defined(__x86_64__) && !defined(CPU_BASELINE)
 #define CPU_X86 1
 #include <immintrin.h>
@@ -13,7 +15,7 @@
 
 namespace cpu {
 
-enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+using xla_ops::Type;
 
 // Storage of the half-precision dtypes; arithmetic on them is float32.
 struct BFloat16 {

@@ -99,6 +99,24 @@ DCNV3_HD Slopes<Real> slopes(Real location, const Axis<Real>& axis, const Extent
   return {before - inside, (inside - after) * extent.second};
 }
 
+// The same for one point: from the dots <dy, pixel> of its cell's four pixels to <dy, sample> and its
+// derivatives by the location.
+template <class Real>
+struct Sample {
+  Real value, slope_h, slope_w;
+};
+template <class Real>
+DCNV3_HD Sample<Real> chain(Real at_h, Real at_w, const Extent<Real>& height, const Extent<Real>& width,
+                            const Real* dot) {
+  const Axis<Real> h = locate(at_h, height), w = locate(at_w, width);
+  const Slopes<Real> slope_h = slopes(at_h, h, height), slope_w = slopes(at_w, w, width);
+  const Real upper = w.weight0 * dot[0] + w.weight1 * dot[1];
+  const Real lower = w.weight0 * dot[2] + w.weight1 * dot[3];
+  return {h.weight0 * upper + h.weight1 * lower, slope_h.weight0 * upper + slope_h.weight1 * lower,
+          h.weight0 * (slope_w.weight0 * dot[0] + slope_w.weight1 * dot[1]) +
+              h.weight1 * (slope_w.weight0 * dot[2] + slope_w.weight1 * dot[3])};
+}
+
 // exp(x) for x <= 0 to 1e-7 relative, without branches, so that a compiler can vectorise it; exactly
 // zero where a float32 would be subnormal, and NaN for NaN.
 DCNV3_HD float exp_nonpositive(float x) {
@@ -133,11 +151,6 @@ DCNV3_HD Real sigmoid(Real x) {
 // The definition of one sample, for inputs that are not finite: it reads only what counts, where
 // `locate` reads a neighbour times zero. `at(row, column)` is the value of a pixel.
 template <class Real>
-struct Sample {
-  Real value, slope_h, slope_w;
-};
-
-template <class Real>
 DCNV3_HD bool is_inside(Real h, Real w, int64_t height, int64_t width) {
   return h > -1 && h < Real(height) && w > -1 && w < Real(width);
 }
@@ -152,6 +165,24 @@ DCNV3_HD Sample<Real> sample_exactly(Real h, Real w, int64_t height, int64_t wid
   const Real v10 = down && left ? at(i + 1, j) : Real(0), v11 = down && right ? at(i + 1, j + 1) : Real(0);
   const Real upper = v00 + (v01 - v00) * tw, lower = v10 + (v11 - v10) * tw;
   return {upper + (lower - upper) * th, lower - upper, (v01 - v00) * (1 - th) + (v11 - v10) * th};
+}
+
+// Fixed point: sums of integers do not depend on their order. A gradient whose terms' magnitudes add up
+// to at most `bound` is kept as a multiple of 2^-e with |sum| below 2^bits, to rounding; the factor 2^e
+// is in two parts, since it may exceed what a Real can hold. A bound that is not finite has no such e.
+template <class Real>
+struct FixedPoint {
+  Real part0, part1;  // their product is 2^e
+
+  DCNV3_HD Real to_fixed(Real v) const { return v * part0 * part1; }
+  DCNV3_HD Real from_fixed(Real v) const { return v / part0 / part1; }
+};
+template <class Real>
+DCNV3_HD FixedPoint<Real> fixed_point(Real bound, int bits) {
+  int above = 0;  // bound < 2^above
+  if (bound > 0) std::frexp(bound, &above);
+  const int e = bits - above;
+  return {std::ldexp(Real(1), e / 2), std::ldexp(Real(1), e - e / 2)};
 }
 
 }  // namespace dcnv3

@@ -113,19 +113,11 @@ CPU_TARGET void chain(const Block<Real>& b, Real* __restrict bad) {
     Real* __restrict chained = b.chained + 3 * p * kBlock;
     const Locations<Real> at(b, p);
     for (int l = 0; l < kBlock; ++l) {
-      const Real at_h = at.h(l), at_w = at.w(l);
-      const Axis<Real> h = locate(at_h, height), w = locate(at_w, width);
-      const Slopes<Real> slope_h = slopes(at_h, h, height), slope_w = slopes(at_w, w, width);
-      const Real upper = w.weight0 * dot[4 * l] + w.weight1 * dot[4 * l + 1];
-      const Real lower = w.weight0 * dot[4 * l + 2] + w.weight1 * dot[4 * l + 3];
-      const Real value = h.weight0 * upper + h.weight1 * lower;
-      const Real by_h = slope_h.weight0 * upper + slope_h.weight1 * lower;
-      const Real by_w = h.weight0 * (slope_w.weight0 * dot[4 * l] + slope_w.weight1 * dot[4 * l + 1]) +
-                        h.weight1 * (slope_w.weight0 * dot[4 * l + 2] + slope_w.weight1 * dot[4 * l + 3]);
-      chained[l] = value;
-      chained[kBlock + l] = by_h;
-      chained[2 * kBlock + l] = by_w;
-      bad[l] += (value + by_h + by_w) * Real(0);
+      const Sample<Real> sample = dcnv3::chain(at.h(l), at.w(l), height, width, dot + 4 * l);
+      chained[l] = sample.value;
+      chained[kBlock + l] = sample.slope_h;
+      chained[2 * kBlock + l] = sample.slope_w;
+      bad[l] += (sample.value + sample.slope_h + sample.slope_w) * Real(0);
     }
   }
 }

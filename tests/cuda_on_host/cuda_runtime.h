@@ -1,0 +1,220 @@
+// The part of CUDA that the kernels use, on the host: so that the very code a GPU runs is tested without
+// one, under sanitizers. Found before the real header of this name. Blocks run one after the other in
+// random order; the threads of a block are fibers, in random order between two barriers. Programs that
+// include this have one thread of their own.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+using cudaStream_t = struct Stream*;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct dim3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace cuda_on_host {
+
+constexpr size_t kShared = 227 << 10, kStack = 128 << 10;
+inline unsigned char* shared;  // kShared bytes, where the kernels' dynamic shared memory is declared
+
+struct Settings {
+  unsigned seed = 0;  // of the order of blocks and threads
+  int64_t part = 1;   // only the last 1/part of each launch's blocks runs
+  bool clear = true;  // whether memory is set at all
+  size_t shared_limit = kShared;
+  int processors = 4;
+};
+inline Settings settings;
+
+struct Fiber {
+  std::vector<char> stack = std::vector<char>(kStack);
+  ucontext_t context;
+  void* saved;  // of the sanitizer
+  bool done;
+};
+inline std::vector<Fiber> fibers;
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline const void* scheduler_stack;
+inline size_t scheduler_size;
+inline std::function<void()> body;
+
+inline void leave(void** saved) {
+  __sanitizer_start_switch_fiber(saved, scheduler_stack, scheduler_size);
+  swapcontext(&current->context, &scheduler);
+}
+inline void entry() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
+  body();
+  current->done = true;
+  leave(nullptr);
+}
+inline void resume(Fiber& fiber, unsigned thread) {
+  void* saved = nullptr;
+  current = &fiber;
+  threadIdx.x = thread;
+  __sanitizer_start_switch_fiber(&saved, fiber.stack.data(), kStack);
+  swapcontext(&scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
+}
+
+inline void run_block(unsigned threads, std::mt19937& random) {
+  if (fibers.size() < threads) fibers.resize(threads);
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    order[i] = i;
+    Fiber& fiber = fibers[i];
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    std::shuffle(order.begin(), order.end(), random);
+    for (unsigned i : order) {
+      if (fibers[i].done) continue;
+      resume(fibers[i], i);
+      running |= !fibers[i].done;
+    }
+  }
+}
+
+inline std::map<void*, size_t> allowed;  // dynamic shared memory beyond what any kernel may have
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() {
+  using namespace cuda_on_host;
+  leave(&current->saved);
+  __sanitizer_finish_switch_fiber(current->saved, &scheduler_stack, &scheduler_size);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  using namespace cuda_on_host;
+  const size_t bytes = config->dynamicSmemBytes, limit = allowed[reinterpret_cast<void*>(kernel)];
+  if (config->gridDim.x < 1 || config->gridDim.x > INT32_MAX || config->blockDim.x < 1 ||
+      config->blockDim.x > 1024 || bytes > std::max<size_t>(limit, 48 << 10)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  body = [&] { kernel(arguments...); };
+  gridDim = config->gridDim, blockDim = config->blockDim;
+  const int64_t count = gridDim.x / settings.part;
+  std::vector<unsigned> order(count);
+  for (int64_t i = 0; i < count; ++i) order[i] = unsigned(gridDim.x - count + i);
+  std::mt19937 random(settings.seed);
+  std::shuffle(order.begin(), order.end(), random);
+  ASAN_POISON_MEMORY_REGION(shared, kShared);
+  ASAN_UNPOISON_MEMORY_REGION(shared, bytes);
+  for (unsigned block : order) {
+    std::memset(shared, 0xa5, bytes);
+    blockIdx.x = block;
+    run_block(blockDim.x, random);
+  }
+  ASAN_UNPOISON_MEMORY_REGION(shared, kShared);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (cuda_on_host::settings.clear) std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+template <class F>
+cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int value) {
+  if (size_t(value) > cuda_on_host::settings.shared_limit) return cudaErrorInvalidValue;
+  cuda_on_host::allowed[reinterpret_cast<void*>(kernel)] = value;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const bool shared = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  *value = shared ? int(cuda_on_host::settings.shared_limit) : cuda_on_host::settings.processors;
+  return cudaSuccess;
+}
+
+template <class T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
+}
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  if (__builtin_add_overflow(before, value, to)) std::abort();  // a sum that no longer fits
+  return before;
+}
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  const unsigned long long before = *to;
+  long long sum;
+  if (__builtin_add_overflow((long long)before, (long long)value, &sum)) std::abort();
+  *to = (unsigned long long)sum;
+  return before;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline int __float2int_rn(float v) {
+  return int(std::nearbyint(v));
+}
+inline long long __float2ll_rn(float v) {
+  return (long long)std::nearbyint(v);
+}
+inline long long __double2ll_rn(double v) {
+  return (long long)std::nearbyint(v);
+}

@@ -1,0 +1,178 @@
+// Runs the CUDA kernels' own code on the host (cuda_on_host), with blocks and threads in random order.
+//
+//   fuzz COUNT [SEED]   over random geometries, against the definition; then the last image of a huge batch
+//   call SHARED         one call, with so many bytes of shared memory a block, from stdin: the integers of
+//   `Header`, offset_scale as a
+//                       double, then x, offset and mask (or the record), dy. Writes y and the gradients to
+//                       stdout.
+//
+// Each backward runs twice, and a bit that differs is an error. tests/test_dcnv3_cuda.py builds this.
+#include "dcnv3_cuda_backward.cu"
+#include "dcnv3_cuda_forward.cu"
+#include "dcnv3_cuda_spread.cu"
+
+#include <cinttypes>
+
+#include "fuzz_dcnv3.h"
+
+namespace dcnv3::cuda {
+alignas(16) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
+}
+
+namespace {
+
+using cuda_on_host::settings;
+
+int64_t size_of(Type type) {
+  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
+}
+
+// What a call wrote, and the scratch it wrote with.
+struct Gradients {
+  explicit Gradients(const Call& call) {
+    const Problem& s = call.problem;
+    const int64_t positions = s.batch * s.positions();
+    dx.resize(s.batch * s.height * s.width * s.channels() * size_of(call.type));
+    doffset.resize(positions * call.offset.row * size_of(call.points_type));
+    dweight.resize(positions * call.weight.row * size_of(call.points_type));
+    scratch.resize(s.batch * (s.height * s.width + 1) * s.channels());
+  }
+  cudaError_t run(Call call, unsigned seed) {
+    call.dx = dx.data(), call.doffset = doffset.data(), call.dweight = dweight.data();
+    settings.seed = seed;
+    return dcnv3::cuda::backward(nullptr, call, scratch.data());
+  }
+  bool operator==(const Gradients& other) const {
+    return dx == other.dx && doffset == other.doffset && dweight == other.dweight;
+  }
+  std::vector<char> dx, doffset, dweight;
+  std::vector<uint64_t> scratch;
+};
+
+bool run(const Call& call) {
+  if (const char* why = dcnv3::cuda::refusal(call)) return std::printf("refused: %s\n", why), false;
+  settings.seed = unsigned(engine());
+  Gradients first(call), second(call);
+  if (dcnv3::cuda::forward(nullptr, call) || first.run(call, unsigned(engine())) ||
+      second.run(call, unsigned(engine()))) {
+    return std::printf("a launch failed\n"), false;
+  }
+  if (!(first == second)) return std::printf("a gradient depends on the order of blocks\n"), false;
+  std::copy(first.dx.begin(), first.dx.end(), static_cast<char*>(call.dx));
+  std::copy(first.doffset.begin(), first.doffset.end(), static_cast<char*>(call.doffset));
+  std::copy(first.dweight.begin(), first.dweight.end(), static_cast<char*>(call.dweight));
+  return true;
+}
+
+// Those blocks of each launch that compute the last image.
+bool huge() {
+  Huge both;
+  char* scratch[] = {reserve((Huge::kMap + Huge::kChannels) * 8),
+                     reserve((Huge::kLast + 1) * (Huge::kMap + Huge::kChannels) * 8)};
+  if (!both.there() || !scratch[0] || !scratch[1]) {
+    return std::printf("no room to reserve; the huge batch was not tried\n"), true;
+  }
+  if (dcnv3::cuda::refusal(both.whole)) return std::printf("the huge batch is refused\n"), false;
+  settings.clear = false;       // reserved memory is zero
+  settings.shared_limit = 512;  // for the form with scratch
+  const Call* calls[] = {&both.alone, &both.whole};
+  for (int i = 0; i < 2; ++i) {
+    settings.part = calls[i]->problem.batch;
+    if (dcnv3::cuda::forward(nullptr, *calls[i]) || dcnv3::cuda::backward(nullptr, *calls[i], scratch[i])) {
+      return std::printf("a launch of the huge batch failed\n"), false;
+    }
+  }
+  if (!both.same()) std::printf("the last image of a huge batch differs\n");
+  return both.same();
+}
+
+int fuzz(int count, int seed) {
+  for (int i = 0; i < count; ++i) {
+    engine.seed(seed + i);
+    // A large GPU or a small one; the least is too little for the plane of a channel, wherever there is
+    // scratch for that case.
+    const size_t limits[] = {cuda_on_host::kShared, 48 << 10, 512};
+    const int processors[] = {1, 8, 132};
+    settings.shared_limit = limits[integer(0, 2)], settings.processors = processors[integer(0, 2)];
+    if (one(run)) continue;
+    std::printf("geometry of seed %d\n", seed + i);
+    return 1;
+  }
+  if (!huge()) return 1;
+  std::printf("%d geometries\n", count);
+  return 0;
+}
+
+template <class T>
+bool take(std::vector<T>& values) {
+  return values.empty() || std::fread(values.data(), sizeof(T), values.size(), stdin) == values.size();
+}
+void give(const std::vector<char>& bytes) {
+  if (!bytes.empty()) std::fwrite(bytes.data(), 1, bytes.size(), stdout);
+}
+
+int call_from_stdin() {
+  enum Header {
+    kBatch,
+    kHeight,
+    kWidth,
+    kOutHeight,
+    kOutWidth,
+    kGroup,
+    kDepth,
+    kKernelH,
+    kKernelW,
+    kStrideH,
+    kStrideW,
+    kPadH,
+    kPadW,
+    kDilationH,
+    kDilationW,
+    kRemoveCenter,
+    kType,
+    kPointsType,
+    kFused,
+    kCentre,
+    kCount
+  };
+  std::vector<int64_t> h(kCount);
+  std::vector<double> scale(1);
+  if (!take(h) || !take(scale)) return 1;
+  Call call = {};
+  Problem& s = call.problem;
+  s.batch = h[kBatch], s.height = h[kHeight], s.width = h[kWidth], s.out_height = h[kOutHeight];
+  s.out_width = h[kOutWidth], s.group = h[kGroup], s.depth = h[kDepth], s.kernel_h = h[kKernelH];
+  s.kernel_w = h[kKernelW], s.stride_h = h[kStrideH], s.stride_w = h[kStrideW], s.pad_h = h[kPadH];
+  s.pad_w = h[kPadW], s.dilation_h = h[kDilationH], s.dilation_w = h[kDilationW];
+  s.remove_center = h[kRemoveCenter], s.points = s.kernel_h * s.kernel_w - s.remove_center;
+  s.offset_scale = scale[0];
+  call.type = Type(h[kType]), call.points_type = Type(h[kPointsType]);
+  call.fused = h[kFused], call.centre = h[kCentre];
+  const int64_t each = (3 * s.points + 4) / 4 * 4, pairs = s.batch * s.positions() * s.group;
+  call.offset = {nullptr, 2 * s.points * s.group, 2 * s.points};
+  call.weight = {nullptr, s.points * s.group, s.points};
+  if (call.fused) call.offset = {nullptr, (s.group * each + 7) / 8 * 8, each}, call.weight = {};
+  const int64_t points = s.batch * s.positions() * size_of(call.points_type);
+  std::vector<char> x(s.batch * s.height * s.width * s.channels() * size_of(call.type));
+  std::vector<char> offset(points * call.offset.row), mask(points * call.weight.row);
+  std::vector<char> y(pairs * s.depth * size_of(call.type)), dy(y.size());
+  if (!take(x) || !take(offset) || !take(mask) || !take(dy)) return 1;
+  call.x = x.data(), call.offset.data = offset.data(), call.weight.data = mask.data();
+  call.y = y.data(), call.dy = dy.data();
+  std::vector<char> dx(x.size()), doffset(offset.size()), dmask(mask.size());
+  call.dx = dx.data(), call.doffset = doffset.data(), call.dweight = dmask.data();
+  if (!run(call)) return 1;
+  for (const auto& result : {y, dx, doffset, dmask}) give(result);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  cuda_on_host::shared = dcnv3::cuda::dynamic_shared_memory;
+  if (argc > 2 && !std::strcmp(argv[1], "call")) {
+    settings.shared_limit = std::atoi(argv[2]);
+    return call_from_stdin();
+  }
+  return argc > 2 ? fuzz(std::atoi(argv[2]), argc > 3 ? std::atoi(argv[3]) : 0) : 2;
+}

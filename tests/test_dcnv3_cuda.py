@@ -1,0 +1,186 @@
+"""The CUDA kernels' code, run on the host: every thread of it, under sanitizers, without a GPU.
+
+The .cu files are compiled as C++ against `cuda_on_host`, which runs blocks and threads in random
+order; each backward runs twice so, and has to give the same bits. What only a GPU has this cannot
+show: test_dcnv3_gpu.py runs there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xla_ops
+from tests.test_dcnv3_kernel import (
+    CASES,
+    GRADIENTS,
+    HALF,
+    TOLERANCE,
+    difference,
+    goldens,
+    problem,
+    settings_of,
+    value_and_gradients,
+)
+from xla_ops.geometry import Geometry
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "xla_ops" / "csrc"
+COMPILER = os.environ.get("CXX", "c++")
+TYPES = ["float32", "float64", "bfloat16", "float16"]  # in the order of dcnv3::Type
+PLAIN = settings_of(CASES["plain"])
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"),
+    pytest.mark.skipif(
+        xla_ops.status()["cpu"].implementation != "kernel",
+        reason=f"no kernel for CPU to compare with: {xla_ops.status()['cpu'].detail}",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Either of the two things that fuzz_dcnv3_cuda.cc does."""
+    built = tmp_path_factory.mktemp("cuda") / "fuzz"
+    options = ["-std=c++17", "-O0", "-w", "-fno-strict-aliasing", f"-I{CSRC}"]
+    options += [f"-I{TESTS / 'cuda_on_host'}", "-fno-sanitize-recover=all"]
+    source = str(TESTS / "fuzz_dcnv3_cuda.cc")
+    for sanitizers in ("-fsanitize=address,undefined", "-O1"):
+        command = [COMPILER, *options, sanitizers, source, "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not ("sanitize" in done.stderr or "lasan" in done.stderr):
+            break
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+LARGE, NONE = 227 * 1024, 0  # shared memory of a block: of an H100; too little to use
+
+
+def on_host(
+    program: Path, *arrays: jax.Array, center: bool = False, shared: int = LARGE, **geometry: object
+) -> list[np.ndarray]:
+    """Output and gradients for x, offset, mask and dy, or for x, record and dy."""
+    x, *points, dy = arrays
+    g = Geometry(**geometry)  # type: ignore[arg-type]
+    fused = len(points) == 1
+    pairs = [p if isinstance(p, tuple) else (p, p) for p in (g.stride, g.pad, g.dilation)]
+    header = [*x.shape[:3], *dy.shape[1:3], g.group, x.shape[-1] // g.group]
+    header += [*g.kernel_size, *itertools.chain(*pairs), g.remove_center]
+    header += [TYPES.index(x.dtype), TYPES.index(points[0].dtype), fused, center]
+    sent = np.array(header, np.int64).tobytes() + np.float64(g.offset_scale).tobytes()
+    sent += b"".join(np.asarray(a).tobytes() for a in arrays)
+    done = subprocess.run([program, "call", str(shared)], input=sent, capture_output=True)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+    results, start = [], 0
+    for like in (dy, x, *points):
+        results.append(np.frombuffer(done.stdout, like.dtype, like.size, start).reshape(like.shape))
+        start += like.nbytes
+    assert start == len(done.stdout)
+    return results
+
+
+def test_random_geometries_agree_with_the_definition(program: Path) -> None:
+    done = subprocess.run([program, "fuzz", "40"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "40 geometries" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_give_the_recorded_outputs_and_gradients(
+    program: Path, name: str, dtype: str
+) -> None:
+    recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
+    dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
+    arrays = [a.astype(dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
+    for shared in (LARGE, NONE) if dtype == "float32" else (LARGE,):
+        got = on_host(program, *arrays, shared=shared, **settings_of(CASES[name]))
+        for key, array in zip(("output", *GRADIENTS), got, strict=True):
+            if key in recorded:
+                assert difference(array, recorded[key]) < TOLERANCE[dtype], (key, shared)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2])
+@pytest.mark.parametrize("depth", [8, 48])
+def test_half_precision_rounds_once(program: Path, dtypes: tuple[str, str], depth: int) -> None:
+    geometry = {"group": 3, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
+    geometry |= {"offset_scale": 1.0, "remove_center": False}
+    x, offset, mask, dy = problem(1, dtypes[0], geometry, (2, 5, 6), depth)
+    record = xla_ops.Record(3, 9)
+    rows = np.random.RandomState(2).standard_normal((*offset.shape[:3], record.width))
+    rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
+    rows = jnp.asarray(rows, dtypes[1])
+    got = on_host(program, x, rows, dy, center=True, **geometry)
+    exact = [np.asarray(a, np.float64) for a in (x, rows, dy)]
+    expected = on_host(program, *exact, center=True, **geometry)  # held to 1e-11 above
+    for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
+        assert difference(a, b) < 2 * HALF[dtypes[0]], name
+
+
+@pytest.mark.parametrize("operand", [0, 2, 3], ids=["x", "mask", "dy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("depth", "shared"), [(5, LARGE), (16, LARGE), (16, NONE)])
+def test_what_is_not_finite_reaches_as_far_as_in_the_cpu_kernel(
+    program: Path, value: float, operand: int, depth: int, shared: int
+) -> None:
+    arrays = problem(7, "float32", PLAIN, (1, 6, 7), depth)
+    arrays[operand] = arrays[operand].at[0, 0, 0, 0].set(value).at[0, -1, -1, -1].set(value)
+    got = on_host(program, *arrays, shared=shared, **PLAIN)
+    expected = value_and_gradients("kernel", *arrays, **PLAIN)  # itself held to the gather form
+    for name, a, b in zip(("y", *GRADIENTS), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4, err_msg=name)  # NaN and infinity alike
+    assert not np.isfinite(got[0] if operand != 3 else got[1]).all()
+
+
+def test_extreme_offsets_count_as_outside(program: Path) -> None:
+    x, offset, mask, dy = problem(5, "float32", PLAIN, (2, 6, 7), 16)
+    extremes = [np.nan, np.inf, -np.inf, 1e30, -1e30, 3e9, -(2.0**31)]
+    random = np.random.RandomState(6)
+    hit = random.uniform(size=offset.shape) < 0.2
+    offset = jnp.where(hit, random.choice(extremes, offset.shape).astype("float32"), offset)
+    got = on_host(program, x, offset, mask, dy, **PLAIN)
+    expected = value_and_gradients("kernel", x, offset, mask, dy, **PLAIN)
+    for a, b in zip(got, expected, strict=True):
+        assert np.isfinite(a).all() and difference(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 4096), (1, 4096, 1), (0, 4, 4), (1, 2, 2)])
+def test_maps_of_extreme_shapes(program: Path, size: tuple[int, int, int]) -> None:
+    arrays = problem(8, "float32", PLAIN, size, 2 if max(size) > 16 else 16)
+    got = on_host(program, *arrays, **PLAIN)
+    expected = value_and_gradients("kernel", *arrays, **PLAIN)
+    for a, b in zip(got, expected, strict=True):
+        assert a.size == 0 or difference(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [LARGE, NONE])
+@pytest.mark.parametrize("magnitude", [1e-20, 1e20, 1e37])
+def test_gradients_of_any_magnitude_keep_their_precision(
+    program: Path, magnitude: float, shared: int
+) -> None:
+    # The gradient of x is summed in fixed point, whose scale follows dy and the mask.
+    arrays = problem(9, "float32", PLAIN, (1, 5, 5), 4)
+    arrays[3] = arrays[3].at[..., 0].multiply(1e-6) * magnitude  # a channel much below the others
+    exact = [np.asarray(a, np.float64) for a in arrays]
+    got, expected = (on_host(program, *a, shared=shared, **PLAIN)[1] for a in (arrays, exact))
+    for channel in (0, 1):
+        assert difference(got[..., channel], expected[..., channel]) < 1e-5
+
+
+def test_mask_that_is_not_finite_in_one_image_leaves_the_others(program: Path) -> None:
+    arrays = problem(10, "float32", PLAIN, (2, 5, 5), 4)
+    clean = on_host(program, *arrays, **PLAIN)
+    arrays[2] = arrays[2].at[0, 2, 2, 0].set(np.nan)
+    got = on_host(program, *arrays, **PLAIN)
+    for a, b in zip(got, clean, strict=True):
+        np.testing.assert_array_equal(a[1], b[1])

@@ -1,0 +1,149 @@
+"""The CUDA kernels on a GPU: every dtype and geometry, and the same bits each time.
+
+    JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_dcnv3_gpu.py
+
+Without a GPU the same code runs in test_dcnv3_cuda.py, on the host; INTERNIMAGE_GPU_TESTS_ON=cpu
+tries these tests themselves, on the CPU's kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xla_ops
+from tests.test_dcnv3_kernel import (
+    CASES,
+    GRADIENTS,
+    HALF,
+    TOLERANCE,
+    difference,
+    goldens,
+    problem,
+    settings_of,
+    value_and_gradients,
+)
+
+PLATFORM = os.environ.get("INTERNIMAGE_GPU_TESTS_ON", "cuda")
+STATUS = xla_ops.status()
+PLAIN = settings_of(CASES["plain"])
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+pytestmark = [
+    pytest.mark.skipif(
+        STATUS[name].implementation != "kernel",
+        reason=f"no kernel for {name}: {STATUS[name].detail}",
+    )
+    for name in (PLATFORM, "cpu")
+]
+
+
+def on(platform: str, *arrays: jax.Array, **options: object) -> list[np.ndarray]:
+    """Output and gradients of the platform's kernel."""
+    device = jax.local_devices(backend=platform)[0]
+    local = [jax.device_put(a, device) for a in arrays]
+    with jax.default_device(device):
+        results = value_and_gradients("kernel", *local, **options)
+    assert all(r.devices() == {device} for r in results)
+    return [np.asarray(r) for r in results]
+
+
+def assert_as_exact(arrays: list[jax.Array], dtype: str, **options: object) -> None:
+    """Holds the platform's results to those of the CPU's kernel in float64, of the same inputs."""
+    got = on(PLATFORM, *arrays, **options)
+    expected = on("cpu", *(jnp.asarray(a, "float64") for a in arrays), **options)
+    for array, exact in zip(got, expected, strict=True):
+        assert array.shape == exact.shape
+        assert array.size == 0 or difference(array, exact) < (
+            TOLERANCE.get(dtype) or 2 * HALF[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_outputs_and_gradients(name: str, dtype: str) -> None:
+    recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
+    dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(a, dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
+        got = on(PLATFORM, *arrays, **settings_of(CASES[name]))
+    for key, array in zip(("output", *GRADIENTS), got, strict=True):
+        if key in recorded:
+            assert difference(array, recorded[key]) < TOLERANCE[dtype], key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [1, 3, 8, 16, 32, 48])
+def test_any_depth(depth: int, dtype: str) -> None:
+    with jax.enable_x64(True):
+        assert_as_exact(problem(0, dtype, PLAIN, (2, 9, 7), depth), dtype, **PLAIN)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(0, 4, 4), (1, 1, 1), (1, 1, 2048), (2, 130, 101)])
+def test_extreme_and_large_maps(size: tuple[int, int, int], dtype: str) -> None:
+    arrays = problem(1, dtype, PLAIN, size, 8)
+    got = on(PLATFORM, *arrays, **PLAIN)
+    expected = on("cpu", *arrays, **PLAIN)
+    tolerance = TOLERANCE.get(dtype) or 4 * HALF[dtype]
+    for array, other in zip(got, expected, strict=True):
+        assert array.size == 0 or difference(array, other) < tolerance
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32",) * 2, ("float64",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
+)
+@pytest.mark.parametrize("center", [False, True])
+def test_fused_form(dtypes: tuple[str, str], center: bool) -> None:
+    geometry = {"group": 4, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
+    geometry |= {"offset_scale": 1.0, "remove_center": False}
+    with jax.enable_x64(True):
+        x, offset, mask, dy = problem(2, dtypes[0], geometry, (2, 14, 14), 32)
+        record = xla_ops.Record(4, 9)
+        rows = np.random.RandomState(3).standard_normal((*offset.shape[:3], record.width))
+        rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
+        rows = jnp.asarray(rows, dtypes[1])
+        options = {"group": 4, "center_feature_scale": center}
+        assert_as_exact([x, rows, dy], dtypes[0], **options)
+
+
+@pytest.mark.parametrize("operand", [0, 1, 2, 3], ids=["x", "offset", "mask", "dy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_operands_that_are_not_finite(value: float, operand: int) -> None:
+    arrays = problem(7, "float32", PLAIN, (1, 6, 7), 16)
+    arrays[operand] = arrays[operand].at[0, 0, 0, 0].set(value).at[0, -1, -1, -1].set(value)
+    got = on(PLATFORM, *arrays, **PLAIN)
+    expected = on("cpu", *arrays, **PLAIN)
+    for name, a, b in zip(("y", *GRADIENTS), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [((4, 56, 56), "bfloat16"), ((4, 56, 56), "float32"), ((1, 130, 130), "float32")],
+)
+def test_gradients_are_the_same_bits_each_time(size: tuple[int, int, int], dtype: str) -> None:
+    arrays = problem(4, dtype, PLAIN, size, 16, spread=4)
+    first = on(PLATFORM, *arrays, **PLAIN)
+    for _ in range(5):
+        for a, b in zip(first, on(PLATFORM, *arrays, **PLAIN), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_a_call_within_a_larger_program_and_under_vmap() -> None:
+    arrays = problem(5, "float32", PLAIN, (4, 8, 8), 16)
+    x, offset, mask, _ = (jax.device_put(a, jax.local_devices(backend=PLATFORM)[0]) for a in arrays)
+
+    @jax.jit
+    def run(x: jax.Array, offset: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one = lambda *a: xla_ops.dcnv3(*(b[None] for b in a), **PLAIN, implementation="kernel")  # noqa: E731
+        y = jnp.tanh(x @ jnp.eye(x.shape[-1]))
+        plain = xla_ops.dcnv3(y, offset, mask, **PLAIN, implementation="kernel")
+        return plain, jax.vmap(one)(y, offset, mask)[:, 0]
+
+    plain, mapped = run(x, offset, mask)
+    np.testing.assert_array_equal(plain, mapped)

@@ -1,0 +1,133 @@
+// DCNv3's backward on CUDA: the gradients of the learned numbers, and the launcher of all of it.
+//
+// A thread owns a (position, group) and all its channels: it takes the dots <dy, pixel> of each point,
+// and from them come, within the thread, the gradients of the point's offset and weight. The gradient of
+// x is in dcnv3_cuda_spread.cu.
+#include "dcnv3_cuda.h"
+#include "dcnv3_cuda_device.h"
+
+namespace dcnv3::cuda {
+namespace {
+
+// <dy, sample> and its derivatives by the definition, where something is not finite.
+template <class T, class Real>
+__device__ __noinline__ Sample<Real> chain_by_definition(const Call& call, int64_t input, int64_t output,
+                                                         Real h, Real w) {
+  const Problem& s = call.problem;
+  Sample<Real> total = {0, 0, 0};
+  if (!is_inside(h, w, s.height, s.width)) {
+    for (int64_t c = 0; c < s.depth; ++c)
+      total.value += to_real(static_cast<const T*>(call.dy)[output + c]) * 0;
+    return total;  // the location has no gradient, whatever dy is
+  }
+  for (int64_t c = 0; c < s.depth; ++c) {
+    const T* x = static_cast<const T*>(call.x) + input + c;
+    const auto pixel = [&](int64_t i, int64_t j) { return to_real(x[(i * s.width + j) * s.channels()]); };
+    const Sample<Real> sample = sample_exactly(h, w, s.height, s.width, pixel);
+    const Real g = to_real(static_cast<const T*>(call.dy)[output + c]);
+    total.value += g * sample.value;
+    total.slope_h += g * sample.slope_h;
+    total.slope_w += g * sample.slope_w;
+  }
+  return total;
+}
+
+template <class T, int C>
+__global__ void __launch_bounds__(kThreads)
+    points_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image) {
+  using Real = RealOf<T>;
+  const Problem& s = call.problem;
+  Place at;
+  if (!place(s, blocks_an_image, int(s.depth), &at)) return;
+  const int depth = int(s.depth);
+  const Map<T> x(call.x, s, at.input(s));
+  const Neighbours neighbour(s);
+  const T* dy = static_cast<const T*>(call.dy) + at.output(s);
+  // <dy, sample> of each point until their mean over the softmax is known: (P, threads)
+  Real* values = shared_memory<Real>() + threadIdx.x;
+
+  Points<T> points(call, at);
+  const Real share = points.share();
+  Real g[C], mean = 0;
+  load<C>(dy, g);
+  for (int p = 0; p < points.count(); ++p) {
+    points.next(p);
+    const Axis<Real> h = locate(points.h, points.height), w = locate(points.w, points.width);
+    const int pixel = int(h.first) * int(s.width) + int(w.first);
+    Real dot[4] = {};
+    for (int c = 0; c < depth; c += C) {
+      if (depth > C) load<C>(dy + c, g);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Real v[C];
+        load<C>(x[pixel + neighbour[k]] + c, v);
+#pragma unroll
+        for (int i = 0; i < C; ++i) dot[k] += g[i] * v[i];
+      }
+    }
+    Sample<Real> sample = chain(points.h, points.w, points.height, points.width, dot);
+    if (!is_finite(sample.value + sample.slope_h + sample.slope_w)) {
+      sample = chain_by_definition<T>(call, at.input(s), at.output(s), points.h, points.w);
+    }
+    const Real weight = points.weight(p) * share, factor = weight * points.keep * points.scale;
+    mean += weight * sample.value;
+    values[p * blockDim.x] = sample.value;
+    // Zero outside, even where the weight is NaN.
+    const Real by_w = sample.slope_w != 0 ? factor * sample.slope_w : Real(0);
+    const Real by_h = sample.slope_h != 0 ? factor * sample.slope_h : Real(0);
+    write<T>(by_w, call.doffset, call.points_type, points.numbers + 2 * p);
+    write<T>(by_h, call.doffset, call.points_type, points.numbers + 2 * p + 1);
+  }
+  if (!call.fused) {
+    for (int p = 0; p < points.count(); ++p) {
+      write<T>(values[p * blockDim.x], call.dweight, call.points_type, points.weights + p);
+    }
+    return;
+  }
+  for (int p = 0; p < points.count(); ++p) {
+    const Real gradient = points.weight(p) * share * points.keep * (values[p * blockDim.x] - mean);
+    write<T>(gradient, call.doffset, call.points_type, points.weights + p);
+  }
+  Real centre = 0;
+  if (call.centre) {
+    const T* own = x[at.i * int(s.width) + at.j];
+    for (int c = 0; c < depth; ++c) centre += to_real(dy[c]) * to_real(own[c]);
+    centre = points.blend * points.keep * (centre - mean);
+  }
+  write<T>(centre, call.doffset, call.points_type, points.numbers + 3 * s.points);
+  // Padding: after each group's numbers, and after the last group.
+  const int64_t end =
+      at.group + 1 < s.group ? call.offset.group : call.offset.row - at.group * call.offset.group;
+  for (int64_t i = 3 * s.points + 1; i < end; ++i) {
+    write<T>(Real(0), call.doffset, call.points_type, points.numbers + i);
+  }
+}
+
+template <class T, int C>
+cudaError_t launch_points(cudaStream_t stream, const Call& call) {
+  // Fewer threads where points are so many that their values would not fit.
+  const int64_t each = call.problem.points * sizeof(RealOf<T>);
+  int threads = kThreads;
+  while (threads > 1 && threads * each > kPlainShared) threads /= 2;
+  const int64_t blocks = blocks_an_image(call.problem, int(call.problem.depth), threads);
+  return launch(stream, call.problem.batch * blocks, threads, threads * each, points_kernel<T, C>, call,
+                uint32_t(blocks));
+}
+
+}  // namespace
+
+cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch) {
+  if (call.problem.batch == 0) return cudaSuccess;
+  return with_type(call.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t depth = aligned(call.x) && aligned(call.dy) ? call.problem.depth : 1;
+    auto points = depth % kPiece<T> == 0 ? launch_points<T, kPiece<T>> : launch_points<T, 1>;
+    if constexpr (sizeof(T) <= 4) {
+      if (depth % 16 == 0) points = launch_points<T, 16>;
+    }
+    if (cudaError_t error = points(stream, call)) return error;
+    return spread(stream, call, scratch);
+  });
+}
+
+}  // namespace dcnv3::cuda

@@ -1,0 +1,381 @@
+// What the CUDA kernels share: storage types, the thread's share of the work, its learned numbers.
+//
+// A thread owns one (position, group) and C channels of it: 16, or as many as 16 bytes hold, or 1,
+// whichever first divides the group's. All offsets into buffers are 64-bit; what counts within one image is
+// 32-bit.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "dcnv3_call.h"
+
+namespace dcnv3::cuda {
+
+constexpr int kThreads = 128;  // of a block
+
+// Storage of the half-precision dtypes; arithmetic on them is float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type in which sums run.
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ float to_real(float v) {
+  return v;
+}
+__device__ __forceinline__ double to_real(double v) {
+  return v;
+}
+__device__ __forceinline__ float to_real(BFloat16 v) {
+  return __uint_as_float(uint32_t(v.bits) << 16);
+}
+__device__ __forceinline__ float to_real(Float16 v) {
+  return __half2float(__ushort_as_half(v.bits));
+}
+__device__ __forceinline__ void to_storage(float v, float* to) {
+  *to = v;
+}
+__device__ __forceinline__ void to_storage(double v, double* to) {
+  *to = v;
+}
+__device__ __forceinline__ void to_storage(float v, BFloat16* to) {
+  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+}
+__device__ __forceinline__ void to_storage(float v, Float16* to) {
+  to->bits = __half_as_ushort(__float2half_rn(v));
+}
+
+// The widest word that C values of T can be cut into.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <class T, int C>
+using Word = typename WordOf<(C * sizeof(T) < 16 ? C * sizeof(T) : 16)>::type;
+
+template <class T>
+constexpr int kPiece = 16 / sizeof(T);  // values in 16 bytes
+
+// The two values in 32 bits of half precision.
+__device__ __forceinline__ void unpack(uint32_t word, BFloat16, float* v) {
+  v[0] = __uint_as_float(word << 16);
+  v[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(uint32_t word, Float16, float* v) {
+  v[0] = to_real(Float16{uint16_t(word)});
+  v[1] = to_real(Float16{uint16_t(word >> 16)});
+}
+
+// Reads and writes C neighbouring values. `p` is a multiple of C values, from a base of 16 bytes.
+template <int C, class T, class Real>
+__device__ __forceinline__ void load(const T* p, Real* v) {
+  using W = Word<T, C>;
+  constexpr int kEach = sizeof(W) / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < C; i += kEach) {
+    const W word = *reinterpret_cast<const W*>(p + i);
+    if constexpr (sizeof(T) == 2 && kEach > 1) {
+      uint32_t pairs[kEach / 2];
+      memcpy(pairs, &word, sizeof word);
+#pragma unroll
+      for (int j = 0; j < kEach / 2; ++j) unpack(pairs[j], T(), v + i + 2 * j);
+    } else {
+      T value[kEach];
+      memcpy(value, &word, sizeof word);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) v[i + j] = to_real(value[j]);
+    }
+  }
+}
+template <int C, class T, class Real>
+__device__ __forceinline__ void store(const Real* v, T* p) {
+  using W = Word<T, C>;
+  constexpr int kEach = sizeof(W) / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < C; i += kEach) {
+    T value[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) to_storage(v[i + j], &value[j]);
+    W word;
+    memcpy(&word, value, sizeof word);
+    *reinterpret_cast<W*>(p + i) = word;
+  }
+}
+
+// A learned number, which has x's dtype T or, where that is of half precision, may be float32.
+template <class T>
+__device__ __forceinline__ RealOf<T> read(const void* data, Type type, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
+    if (type == Type::kFloat32) return static_cast<const float*>(data)[i];
+  }
+  return to_real(static_cast<const T*>(data)[i]);
+}
+template <class T>
+__device__ __forceinline__ void write(RealOf<T> v, void* data, Type type, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
+    if (type == Type::kFloat32) return to_storage(v, static_cast<float*>(data) + i);
+  }
+  to_storage(v, static_cast<T*>(data) + i);
+}
+
+// Whether a sum is neither infinite nor NaN.
+template <class Real>
+__device__ __forceinline__ bool is_finite(Real v) {
+  return v * Real(0) == Real(0);
+}
+
+__device__ __forceinline__ long long to_integer(float v) {
+  return __float2ll_rn(v);
+}
+__device__ __forceinline__ long long to_integer(double v) {
+  return __double2ll_rn(v);
+}
+
+constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that any block may have
+
+extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+template <class R>
+__device__ __forceinline__ R* shared_memory() {
+  return reinterpret_cast<R*>(dynamic_shared_memory);
+}
+
+// Adds up each of a thread's C numbers over the block, always in the same order; all threads have the
+// sums. Takes C numbers a thread of shared memory, free again afterwards. The number of threads is a
+// power of two.
+template <int C, class Real>
+__device__ void sum_over_block(Real* v) {
+  Real* all = shared_memory<Real>();
+#pragma unroll
+  for (int c = 0; c < C; ++c) all[c * blockDim.x + threadIdx.x] = v[c];
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x >= half) continue;
+#pragma unroll
+    for (int c = 0; c < C; ++c) all[c * blockDim.x + threadIdx.x] += all[c * blockDim.x + threadIdx.x + half];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < C; ++c) v[c] = all[c * blockDim.x];
+  __syncthreads();
+}
+
+// A thread's place in an image: a position, a group, and the first of its channels in the group.
+struct Place {
+  int64_t image;
+  int i, j, group, channel;
+
+  __device__ int64_t position(const Problem& s) const {  // over the whole batch
+    return (image * s.out_height + i) * s.out_width + j;
+  }
+  __device__ int64_t input(const Problem& s) const {  // element of x at the image's first pixel
+    return image * s.height * s.width * s.channels() + group * s.depth + channel;
+  }
+  __device__ int64_t output(const Problem& s) const {  // element of y
+    return position(s) * s.channels() + group * s.depth + channel;
+  }
+};
+
+// The work of an image counts positions, of each the groups, of each the pieces of `channels`; blocks
+// of threads share it, the last of an image not wholly. Returns whether there is a place for the thread.
+__device__ __forceinline__ bool place(const Problem& s, uint32_t blocks_an_image, int channels, Place* to) {
+  const uint32_t pieces = uint32_t(s.depth) / channels, groups = uint32_t(s.group);
+  const uint32_t image = blockIdx.x / blocks_an_image;
+  uint32_t unit = (blockIdx.x - image * blocks_an_image) * blockDim.x + threadIdx.x;
+  if (unit >= uint32_t(s.positions()) * groups * pieces) return false;
+  uint32_t piece = 0;
+  if (pieces > 1) {
+    piece = unit % pieces;
+    unit /= pieces;
+  }
+  const uint32_t position = unit / groups;
+  to->image = image;
+  to->group = int(unit - position * groups);
+  to->channel = int(piece) * channels;
+  to->i = int(position / uint32_t(s.out_width));
+  to->j = int(position - uint32_t(to->i) * uint32_t(s.out_width));
+  return true;
+}
+
+// The points of one (position, group), walked in their order: where each falls, what it weighs.
+template <class T>
+struct Points {
+  using Real = RealOf<T>;
+
+  __device__ __forceinline__ Points(const Call& c, const Place& at)
+      : call(c), height(extent<Real>(c.problem.height)), width(extent<Real>(c.problem.width)) {
+    const Problem& s = c.problem;
+    const int64_t position = at.position(s);
+    numbers = position * c.offset.row + at.group * c.offset.group;
+    weights = c.fused ? numbers + 2 * s.points : position * c.weight.row + at.group * c.weight.group;
+    weight_data = c.fused ? c.offset.data : c.weight.data;
+    grid_h = Real(int(grid(at.i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h)));
+    grid_w = Real(int(grid(at.j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w)));
+    scale = Real(s.offset_scale);
+    if (c.fused) {
+      for (int p = 0; p < count(); ++p) {
+        const Real logit = read_weight(p);
+        top = p == 0 || logit > top ? logit : top;
+      }
+    }
+    if (c.centre) {
+      blend = sigmoid(read<T>(c.offset.data, c.points_type, numbers + 3 * s.points));
+      keep = Real(1) - blend;
+    }
+    restart();
+  }
+
+  __device__ __forceinline__ int count() const { return int(call.problem.points); }
+  __device__ __forceinline__ Real read_weight(int p) const {
+    return read<T>(weight_data, call.points_type, weights + p);
+  }
+
+  // The weight of point p, in the fused form that of a softmax before its division by the sum.
+  __device__ __forceinline__ Real weight(int p) const {
+    const Real w = read_weight(p);
+    return call.fused ? exp_nonpositive(w - top) : w;
+  }
+  // What times these weights is the softmax.
+  __device__ __forceinline__ Real share() const {
+    if (!call.fused) return Real(1);
+    Real total = 0;
+    for (int p = 0; p < count(); ++p) total += weight(p);
+    return Real(1) / total;
+  }
+
+  // The walk: restart, then next for each point, which sets h and w.
+  __device__ __forceinline__ void restart() {
+    const Problem& s = call.problem;
+    row = -1, column = 0;
+    start_h = Real(int(-radius(s.kernel_h, s.dilation_h)));
+    step_h = start_h - Real(int(s.dilation_h));
+    step_w = Real(int(-radius(s.kernel_w, s.dilation_w)));
+  }
+  __device__ __forceinline__ void advance() {
+    const Problem& s = call.problem;
+    step_h += Real(int(s.dilation_h));
+    if (++row < int(s.kernel_h)) return;
+    row = 0, ++column;
+    step_h = start_h;
+    step_w += Real(int(s.dilation_w));
+  }
+  __device__ __forceinline__ void next(int p) {
+    advance();
+    if (call.problem.remove_center && 2 * row + 1 == call.problem.kernel_h &&
+        2 * column + 1 == call.problem.kernel_w) {
+      advance();
+    }
+    const int64_t at = numbers + 2 * p;
+    h = grid_h + (step_h + read<T>(call.offset.data, call.points_type, at + 1)) * scale;
+    w = grid_w + (step_w + read<T>(call.offset.data, call.points_type, at)) * scale;
+  }
+
+  const Call& call;
+  const Extent<Real> height, width;
+  const void* weight_data;
+  int64_t numbers, weights;  // elements: of the first offset, of the first weight
+  Real grid_h, grid_w, scale;
+  Real top = 0;              // of the logits
+  Real blend = 0, keep = 1;  // share of the pixel at the position, and the rest
+  Real start_h, step_h, step_w;
+  int row, column;
+  Real h, w;  // location of the point at hand
+};
+
+// The cell of a point: its first pixel, the weights of its four pixels.
+template <class Real>
+struct Cell {
+  int pixel;
+  Real weight[4];
+};
+template <class T, class Real>
+__device__ __forceinline__ Cell<Real> cell(const Points<T>& points, Real weight) {
+  const Axis<Real> h = locate(points.h, points.height), w = locate(points.w, points.width);
+  const Real upper = weight * h.weight0, lower = weight * h.weight1;
+  return {int(h.first) * int(points.call.problem.width) + int(w.first),
+          {upper * w.weight0, upper * w.weight1, lower * w.weight0, lower * w.weight1}};
+}
+
+// From a cell's first pixel to its four, in pixels: a map of one row or column has no others.
+struct Neighbours {
+  __device__ __forceinline__ explicit Neighbours(const Problem& s)
+      : right(s.width > 1 ? 1 : 0), down(s.height > 1 ? int(s.width) : 0) {}
+  __device__ __forceinline__ int operator[](int k) const { return (k & 1 ? right : 0) + (k & 2 ? down : 0); }
+  int right, down;
+};
+
+// The map of one image and group, from a channel on.
+template <class T>
+struct Map {
+  __device__ __forceinline__ Map(const void* x, const Problem& s, int64_t first)
+      : base(static_cast<const char*>(x) + first * sizeof(T)),
+        pixel_bytes(int(s.group) * int(s.depth) * int(sizeof(T))) {}
+  __device__ __forceinline__ const T* operator[](int pixel) const {  // one multiplication, to 64 bits
+    return reinterpret_cast<const T*>(base + int64_t(pixel) * pixel_bytes);
+  }
+  const char* base;
+  int pixel_bytes;
+};
+
+// Calls f with a null pointer to the storage type.
+template <class F>
+cudaError_t with_type(Type type, F f) {
+  switch (type) {
+    case Type::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case Type::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case Type::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case Type::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+  }
+  return cudaErrorInvalidValue;
+}
+
+inline bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Puts one kernel on the stream; says so if it cannot.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared,
+                   void (*kernel)(Parameters...), Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Blocks that one image takes, with `channels` a thread.
+inline int64_t blocks_an_image(const Problem& s, int channels, int threads = kThreads) {
+  return (s.positions() * s.group * (s.depth / channels) + threads - 1) / threads;
+}
+
+}  // namespace dcnv3::cuda

@@ -1,0 +1,352 @@
+// DCNv3's backward on CUDA: the gradient of x, dx[pixel] += weight * dy over all that touch the pixel.
+//
+// Sums are of integers, in fixed point, so that the order in which terms arrive does not matter and the
+// result is the same bits each time. A channel of an image has a scale of its own, from a bound that none
+// of its sums exceeds: the sum over positions of |dy| times the sum of |weight|. Where that is not finite
+// the channel is summed by the definition, by one thread. Two forms:
+//
+//   in shared memory   a block owns a few channels of one image, from the bounds to dx, on a plane of
+//                      words of 32 bits
+//   in global memory   for float64 and for what does not fit: words of 64 bits in the scratch; launches
+//                      for bounds, sums, the definition, and from fixed point to dx
+#include <algorithm>
+
+#include "dcnv3_cuda.h"
+#include "dcnv3_cuda_device.h"
+
+namespace dcnv3::cuda {
+namespace {
+
+template <class T>
+__device__ RealOf<T> magnitude_of_weights(const Call& call, const Place& at) {
+  Points<T> points(call, at);
+  const RealOf<T> share = points.share() * points.keep;
+  RealOf<T> sum = points.blend;
+  for (int p = 0; p < points.count(); ++p) {
+    const RealOf<T> weight = points.weight(p) * share;
+    sum += weight < 0 ? -weight : weight;
+  }
+  return sum;
+}
+
+// What the sum of each of C channels, from `first` of an image on, cannot exceed; for all threads of the
+// block, and always to the same bit.
+template <class T, int C>
+__device__ void find_bounds(const Call& call, int64_t image, int first, RealOf<T>* sum) {
+  const Problem& s = call.problem;
+  const int group = first / int(s.depth);
+#pragma unroll
+  for (int c = 0; c < C; ++c) sum[c] = 0;
+  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
+    const int i = position / int(s.out_width), j = position - i * int(s.out_width);
+    const Place at = {image, i, j, group, first - group * int(s.depth)};
+    const RealOf<T> weight = magnitude_of_weights<T>(call, at);
+    RealOf<T> g[C];
+    load<C>(static_cast<const T*>(call.dy) + at.output(s), g);
+#pragma unroll
+    for (int c = 0; c < C; ++c) sum[c] += (g[c] < 0 ? -g[c] : g[c]) * weight;
+  }
+  sum_over_block<C>(sum);
+}
+
+// The gradient of one channel of an image by the definition: add(pixel, term), term by term.
+template <class T, class Add>
+__device__ void spread_by_definition(const Call& call, int64_t image, int channel, Add add) {
+  using Real = RealOf<T>;
+  const Problem& s = call.problem;
+  const Neighbours neighbour(s);
+  const int group = channel / int(s.depth);
+  Place at = {image, 0, 0, group, channel - group * int(s.depth)};
+  for (at.i = 0; at.i < int(s.out_height); ++at.i) {
+    for (at.j = 0; at.j < int(s.out_width); ++at.j) {
+      Points<T> points(call, at);
+      const Real share = points.share() * points.keep;
+      const Real g = to_real(static_cast<const T*>(call.dy)[at.output(s)]);
+      for (int p = 0; p < points.count(); ++p) {
+        points.next(p);
+        const Cell<Real> c = cell(points, Real(1));
+        const Real weight = points.weight(p) * share;
+        for (int k = 0; k < 4; ++k) {
+          if (c.weight[k] > 0) add(c.pixel + neighbour[k], c.weight[k] * weight * g);
+        }
+      }
+      if (call.centre) add(at.i * int(s.width) + at.j, points.blend * g);
+    }
+  }
+}
+
+// dy of C channels in fixed point. A channel without a bound counts as zero here: it is left to the
+// definition. Where no channel has one, a weight may be NaN, and nothing is to be added.
+template <class T, int C>
+struct Scaled {
+  using Real = RealOf<T>;
+
+  __device__ __forceinline__ Scaled(const T* dy, const Real* bounds, int bits) {
+    load<C>(dy, g);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const bool live = is_finite(bounds[c]);
+      g[c] = live ? fixed_point(bounds[c], bits).to_fixed(g[c]) : Real(0);
+      any |= live;
+    }
+  }
+  Real g[C];
+  bool any = false;
+};
+
+// Walks the points of a place: add(pixel, weight) for each pixel that weighs something.
+template <class T, class Add>
+__device__ __forceinline__ void walk(const Call& call, const Place& at, Add add) {
+  const Problem& s = call.problem;
+  const Neighbours neighbour(s);
+  Points<T> points(call, at);
+  const RealOf<T> share = points.share() * points.keep;
+#pragma unroll 1
+  for (int p = 0; p < points.count(); ++p) {
+    points.next(p);
+    const Cell<RealOf<T>> c = cell(points, points.weight(p) * share);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (c.weight[k] != 0) add(c.pixel + neighbour[k], c.weight[k]);
+    }
+  }
+  if (call.centre) add(at.i * int(s.width) + at.j, points.blend);
+}
+
+// ---- in global memory ----
+
+constexpr int kBits = 62;  // of a sum
+
+// The scratch, (N, H * W + 1, G, D): of each image the sums of its pixels, then a row of bounds.
+struct Scratch {
+  unsigned long long* words;
+  int64_t row;    // G * D
+  int64_t image;  // (H * W + 1) * G * D
+
+  __device__ unsigned long long* sums(int64_t n) const { return words + n * image; }
+  template <class Real>
+  __device__ Real* bounds(int64_t n) const {
+    return reinterpret_cast<Real*>(words + (n + 1) * image - row);
+  }
+};
+
+template <class T, int C>
+__global__ void __launch_bounds__(kThreads)
+    bounds_kernel(const __grid_constant__ Call call, Scratch scratch) {
+  const int pieces = int(call.problem.channels()) / C;
+  const int64_t image = blockIdx.x / pieces;
+  const int first = int(blockIdx.x - image * pieces) * C;
+  RealOf<T> sum[C];
+  find_bounds<T, C>(call, image, first, sum);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) scratch.bounds<RealOf<T>>(image)[first + c] = sum[c];
+  }
+}
+
+template <class T, int C>
+__global__ void __launch_bounds__(kThreads)
+    spread_kernel(const __grid_constant__ Call call, Scratch scratch, uint32_t blocks_an_image) {
+  using Real = RealOf<T>;
+  const Problem& s = call.problem;
+  Place at;
+  if (!place(s, blocks_an_image, C, &at)) return;
+  const int64_t channels = s.channels(), first = at.group * s.depth + at.channel;
+  const Scaled<T, C> dy(static_cast<const T*>(call.dy) + at.output(s), scratch.bounds<Real>(at.image) + first,
+                        kBits);
+  unsigned long long* dx = scratch.sums(at.image) + first;
+  if (!dy.any) return;
+  walk<T>(call, at, [&](int pixel, Real weight) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const long long v = to_integer(weight * dy.g[c]);
+      if (v != 0) atomicAdd(dx + pixel * channels + c, static_cast<unsigned long long>(v));
+    }
+  });
+}
+
+// A channel of one image that is not all finite: its sums hold Real from here on.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    exactly_kernel(const __grid_constant__ Call call, Scratch scratch) {
+  using Real = RealOf<T>;
+  const int64_t channels = call.problem.channels(), index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= call.problem.batch * channels) return;
+  const int64_t image = index / channels;
+  const int channel = int(index - image * channels);
+  if (is_finite(scratch.bounds<Real>(image)[channel])) return;
+  spread_by_definition<T>(call, image, channel, [&](int pixel, Real v) {
+    *reinterpret_cast<Real*>(scratch.sums(image) + pixel * channels + channel) += v;
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ Call call, Scratch scratch) {
+  using Real = RealOf<T>;
+  const Problem& s = call.problem;
+  const int64_t channels = s.channels(), index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= s.batch * s.height * s.width * channels) return;
+  const int64_t pixels = s.height * s.width, image = index / (pixels * channels);
+  const int64_t at = index - image * pixels * channels;
+  const Real bound = scratch.bounds<Real>(image)[at % channels];
+  const unsigned long long* word = scratch.sums(image) + at;
+  const Real sum = is_finite(bound)
+                       ? fixed_point(bound, kBits).from_fixed(Real(static_cast<long long>(*word)))
+                       : *reinterpret_cast<const Real*>(word);
+  to_storage(sum, static_cast<T*>(call.dx) + index);
+}
+
+template <class T, int C>
+cudaError_t launch_spread(cudaStream_t stream, const Call& call, void* words) {
+  const Problem& s = call.problem;
+  const int64_t channels = s.channels(), pixels = s.height * s.width, each = blocks_an_image(s, C);
+  const Scratch scratch = {static_cast<unsigned long long*>(words), channels, (pixels + 1) * channels};
+  const auto blocks = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
+  cudaError_t error = cudaMemsetAsync(words, 0, s.batch * scratch.image * 8, stream);
+  if (error) return error;
+  error = launch(stream, s.batch * channels / C, kThreads, kThreads * C * sizeof(RealOf<T>),
+                 bounds_kernel<T, C>, call, scratch);
+  if (error) return error;
+  error = launch(stream, s.batch * each, kThreads, 0, spread_kernel<T, C>, call, scratch, uint32_t(each));
+  if (error) return error;
+  error = launch(stream, blocks(s.batch * channels), kThreads, 0, exactly_kernel<T>, call, scratch);
+  if (error) return error;
+  return launch(stream, blocks(s.batch * pixels * channels), kThreads, 0, finish_kernel<T>, call, scratch);
+}
+
+// ---- in shared memory ----
+
+constexpr int kPlaneThreads = 512;
+// A sum is one word for half precision, of which it then has thirty bits; for float32 two, a high one and
+// a low one that are added up apart, so that no carry is needed: atomic additions of 64 bits in shared
+// memory are loops.
+template <class T>
+constexpr int kWords = sizeof(T) == 2 ? 1 : 2;
+constexpr int kLow = 16;  // bits of the low word
+
+template <class T, int C>
+__global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
+    plane_kernel(const __grid_constant__ Call call) {
+  const Problem& s = call.problem;
+  const int pixels = int(s.height) * int(s.width), pieces = int(s.channels()) / C;
+  const int64_t image = blockIdx.x / pieces;
+  const int first = int(blockIdx.x - image * pieces) * C, group = first / int(s.depth);
+  constexpr int kBits = kWords<T> == 1 ? 30 : 30 + kLow;
+  float bounds[C];
+  find_bounds<T, C>(call, image, first, bounds);
+
+  int* plane = shared_memory<int>();  // (words, C, pixels)
+  for (int i = threadIdx.x; i < kWords<T> * C * pixels; i += blockDim.x) plane[i] = 0;
+  __syncthreads();
+  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
+    const int i = position / int(s.out_width), j = position - i * int(s.out_width);
+    const Place at = {image, i, j, group, first - group * int(s.depth)};
+    const Scaled<T, C> dy(static_cast<const T*>(call.dy) + at.output(s), bounds, kBits);
+    if (!dy.any) break;
+    walk<T>(call, at, [&](int pixel, float weight) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const float v = weight * dy.g[c];
+        if constexpr (kWords<T> == 1) {
+          atomicAdd(&plane[c * pixels + pixel], __float2int_rn(v));
+        } else {
+          const int high = __float2int_rn(v * (1.0f / (1 << kLow)));
+          atomicAdd(&plane[c * pixels + pixel], high);
+          const float rest = v - float(high) * (1 << kLow);  // exact: the parts are multiples of v's last bit
+          atomicAdd(&plane[(C + c) * pixels + pixel], __float2int_rn(rest));
+        }
+      }
+    });
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (is_finite(bounds[c]) || threadIdx.x != c) continue;
+    float* sums = reinterpret_cast<float*>(plane + c * pixels);
+    spread_by_definition<T>(call, image, first + c, [&](int pixel, float v) { sums[pixel] += v; });
+  }
+  __syncthreads();
+  T* dx = static_cast<T*>(call.dx) + image * pixels * s.channels() + first;
+  for (int pixel = threadIdx.x; pixel < pixels; pixel += blockDim.x) {
+    float v[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int* word = plane + c * pixels + pixel;
+      if (!is_finite(bounds[c])) {
+        v[c] = *reinterpret_cast<const float*>(word);
+        continue;
+      }
+      float sum = float(*word);
+      if constexpr (kWords<T> == 2)
+        sum = float(static_cast<long long>(*word) * (1 << kLow) + word[C * pixels]);
+      v[c] = fixed_point(bounds[c], kBits).from_fixed(sum);
+    }
+    store<C>(v, dx + int64_t(pixel) * s.channels());
+  }
+}
+
+// Whether sums of words of 32 bits do not overflow, each term being off by up to a half.
+bool plane_is_exact(const Call& call) {
+  const int64_t terms = call.problem.positions() * (call.problem.points + 1);
+  return call.type != Type::kFloat64 && terms < (call.type == Type::kFloat32 ? 1 << (32 - kLow) : 1 << 30);
+}
+int64_t plane_bytes(const Call& call, int channels) {
+  return call.problem.height * call.problem.width * channels * (call.type == Type::kFloat32 ? 8 : 4);
+}
+
+template <class T, int C>
+cudaError_t launch_plane(cudaStream_t stream, const Call& call) {
+  // Fewer threads would do for fewer positions, but the sum of bounds wants a power of two.
+  int threads = kPlaneThreads;
+  while (threads > 32 && threads / 2 >= call.problem.positions()) threads /= 2;
+  const int64_t bytes = std::max(plane_bytes(call, C), threads * C * int64_t{sizeof(float)});
+  cudaError_t error =
+      cudaFuncSetAttribute(plane_kernel<T, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error) return error;
+  return launch(stream, call.problem.batch * (call.problem.channels() / C), threads, bytes,
+                plane_kernel<T, C>, call);
+}
+
+// As many channels a block as leave room for two blocks in shared memory and work for all processors;
+// 0 where not even one channel fits.
+cudaError_t plane_channels(const Call& call, int* channels) {
+  int device, limit, processors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error) return error;
+  *channels = 0;
+  if (!plane_is_exact(call) || plane_bytes(call, 1) > limit) return cudaSuccess;
+  *channels = 1;
+  const Problem& s = call.problem;
+  for (const int c : {4, 8}) {
+    const bool fits =
+        s.depth % c == 0 && plane_bytes(call, c) <= limit / 2 && aligned(call.dy) && aligned(call.dx);
+    if (fits && s.batch * s.channels() / c >= processors) *channels = c;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+bool is_small(const Call& call) {
+  return plane_is_exact(call) && plane_bytes(call, 1) <= 48 << 10;
+}
+
+cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch) {
+  return with_type(call.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) <= 4) {
+      int channels;
+      if (cudaError_t error = plane_channels(call, &channels)) return error;
+      if (channels == 8) return launch_plane<T, 8>(stream, call);
+      if (channels == 4) return launch_plane<T, 4>(stream, call);
+      if (channels == 1) return launch_plane<T, 1>(stream, call);
+    }
+    const bool four = call.problem.depth % 4 == 0 && aligned(call.dy);
+    return (four ? launch_spread<T, 4> : launch_spread<T, 1>)(stream, call, scratch);
+  });
+}
+
+}  // namespace dcnv3::cuda

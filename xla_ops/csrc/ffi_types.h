@@ -1,0 +1,32 @@
+// What the handlers of all operators and platforms share.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace xla_ops {
+
+constexpr int64_t kVersion = 1;  // of the attributes and layouts, as in xla_ops/_ffi.py
+
+inline bool type_of(xla::ffi::DataType dtype, Type* type) {
+  switch (dtype) {
+    case xla::ffi::F32:
+      *type = Type::kFloat32;
+      return true;
+    case xla::ffi::F64:
+      *type = Type::kFloat64;
+      return true;
+    case xla::ffi::BF16:
+      *type = Type::kBFloat16;
+      return true;
+    case xla::ffi::F16:
+      *type = Type::kFloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace xla_ops

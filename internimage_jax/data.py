@@ -117,9 +117,8 @@ def open_dataset(
         classes = _mapped([own[i] for i in positions], names, shown, "label")
     elif found is None and any("/" in name for name in names):
         kind = "class folders" + ("" if source.kind == "folder" else f" in a {source.kind}")
-        classes = _mapped(
-            [name.rpartition("/")[0].split("/")[0] for name in names], names, shown, "folder"
-        )
+        own = [name.split("/")[0] if "/" in name else "" for name in names]
+        classes = _mapped(own, names, shown, "folder")
     else:
         found = found or _found_beside(place, shown)
         notes.append(f"labels from {printable(found.file)}")
@@ -128,8 +127,10 @@ def open_dataset(
         kept = [i for i, one in enumerate(classes) if one]
         notes.append(f"ReaL labels: {len(names) - len(kept)} of {len(names)} images have none")
         if missing := len(found.classes) - len(names):
-            notes.append(f"ReaL labels {len(found.classes)} images: {missing} of them are not here")
-        positions, names, classes = ([one[i] for i in kept] for one in (positions, names, classes))
+            notes.append(f"of the {len(found.classes)} images of ReaL, {missing} are not here")
+        positions = [positions[i] for i in kept]
+        names = [names[i] for i in kept]
+        classes = [classes[i] for i in kept]
         if not names:
             raise DataError(f"{printable(found.file)}: no image of {shown} has a label")
     subset = _subset(classes)

@@ -220,11 +220,8 @@ def _meta(path: str, content: bytes) -> dict[int, str]:
 
     where = os.path.join(os.path.dirname(path), "meta.mat")
     with one_line_errors(where, "MATLAB"):
-        synsets = loadmat(BytesIO(content), variable_names=["synsets"], squeeze_me=True)["synsets"]
-        pairs = zip(
-            *(np.atleast_1d(synsets[key]) for key in ("ILSVRC2012_ID", "WNID")), strict=True
-        )
-        return {int(number): str(wnid) for number, wnid in pairs}
+        synsets = np.atleast_1d(loadmat(BytesIO(content), squeeze_me=True)["synsets"])
+        return {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
 
 
 def _devkit(path: str) -> Labels:

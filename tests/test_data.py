@@ -90,6 +90,13 @@ def test_of_several_splits_the_validation_images_are_read_and_the_report_says_so
     assert dataset.notes == ("val is read, not train",)
 
 
+def test_training_images_alone_are_read_and_the_report_says_so(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", CLASS_FOLDERS)
+    dataset = open_dataset(tmp_path)
+    check(dataset, CLASS_FOLDERS, CLASS_LABELS)
+    assert dataset.notes == ("train is read, there is no val",)
+
+
 def test_links_are_followed_and_hidden_files_left_out(tmp_path: Path) -> None:
     write_folder(tmp_path / "store", CLASS_FOLDERS)
     root = write_folder(
@@ -233,11 +240,12 @@ def test_real_labels_are_several_and_images_without_any_are_left_out(
     dataset = open_dataset(tmp_path / "val", labels=real)
     assert list(dataset.names) == [names[0], names[2]]
     assert list(dataset.labels) == [(65, 60), (230,)]
+    assert dataset.kind == ("class folders" if folders else "flat folder")
     assert dataset.read(1) == FLAT[val(3)]
     assert dataset.notes == (
         f"labels from {real}",
         "ReaL labels: 1 of 3 images have none",
-        "of the 4 images of ReaL, 1 are not here",
+        "ReaL labels: 1 of 4 images are not here",
     )
 
 

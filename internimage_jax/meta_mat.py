@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-INT8, UINT8, UINT16, INT32, MATRIX, COMPRESSED, UTF8 = 1, 2, 4, 5, 14, 15, 16
+INT8, UINT8, UINT16, MATRIX, COMPRESSED, UTF8 = 1, 2, 4, 14, 15, 16
 STRUCT_CLASS = 2
 NUMBERS = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+NUMBERS |= {12: "<i8", 13: "<u8"}
 CHARACTERS = {INT8: "ascii", UINT8: "ascii", UINT16: "utf-16-le", UTF8: "utf-8"}
 MAX_BYTES = 2**27  # decompressed; the devkit's has 1.5 million
 

@@ -70,6 +70,21 @@ def compiled_forward(
     return jax.jit(forward).lower(leaves, images).compile(), leaves, images
 
 
+def lowered_forward(
+    config: InternImageConfig, batch_size: int, side: int, dtype: str = "float32"
+) -> tuple[jax.stages.Lowered, list[jax.ShapeDtypeStruct]]:
+    """The forward pass before compilation, and its parameters' shapes; no parameter is made."""
+    model = InternImage(config, dtype=dtype, param_dtype=dtype)  # has shapes in their place
+    graphdef, state = nnx.split(nnx.eval_shape(InternImage.fused, model))
+    leaves, tree = jax.tree.flatten(state)
+
+    def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(images)
+
+    images = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.dtype(dtype))
+    return jax.jit(forward).lower(leaves, images), leaves
+
+
 def interleaved(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each call, the functions taking turns for about `seconds`."""
     times: dict[str, list[float]] = {name: [] for name in runs}

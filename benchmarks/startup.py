@@ -23,11 +23,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from benchmarks.model import lowered_forward
 from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import released_model
-from internimage_jax.model import InternImage
 
 T, G = "internimage_t_1k_224", "internimage_g_22kto1k_512"
 
@@ -77,14 +76,8 @@ def command_line(rounds: int) -> dict[str, float]:
 def compilation(name: str) -> dict[str, float]:
     """Seconds to trace and to compile a model's forward at batch 1; no parameter is made."""
     released = released_model(name)
-    model = InternImage(released.config)  # has shapes in place of parameters
-    graphdef, state = nnx.split(nnx.eval_shape(InternImage.fused, model))
-    leaves, tree = jax.tree.flatten(state)
-    images = jax.ShapeDtypeStruct((1, released.image_size, released.image_size, 3), jnp.float32)
     start = time.perf_counter()
-    lowered = jax.jit(
-        lambda leaves, images: nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(images)
-    ).lower(leaves, images)
+    lowered, leaves = lowered_forward(released.config, 1, released.image_size)
     traced = time.perf_counter()
     lowered.compile()
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from tests.support import (
     reference_config,
 )
 
+README = Path(__file__).parent.parent / "README.md"
 WITH_GRADIENTS = (
     "tiny_g_like",
     "tiny_h_like",
@@ -222,6 +225,25 @@ def test_training_updates_batch_statistics_and_evaluation_does_not():
 
         assert not any(changed(train=False))
         assert all(changed(train=True))
+
+
+def test_the_training_loop_of_the_readme_lowers_the_loss():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (loop,) = (block for block in blocks if "def step(" in block)
+    config = SMALLEST.replace(drop_path_rate=0.1)
+    labels, losses = jnp.asarray([0, 1]), []
+
+    def batches():
+        for i in range(4):
+            yield images(), labels, jax.random.key(i)
+            losses.append(float(names["value"]))
+
+    names = {"model": InternImage(config, rngs=nnx.Rngs(0)), "batches": batches()}
+    before = nnx.split(names["model"], nnx.Param, ...)[2]
+    exec(loop.replace("1e-3", "1e-2"), names)
+    assert losses[-1] < losses[0]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, names["statistics"])
+    assert all(jax.tree.leaves(moved))
 
 
 def test_dropout_and_stochastic_depth_act_in_training_alone():

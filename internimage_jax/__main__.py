@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from internimage_jax.commands import demo, info, models, predict
+from internimage_jax.commands import demo, evaluate, info, models, predict
 
-COMMANDS = {"predict": predict, "list": models, "info": info, "demo": demo}
+COMMANDS = {"predict": predict, "evaluate": evaluate, "list": models, "info": info, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

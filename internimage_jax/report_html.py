@@ -1,0 +1,2 @@
+def make_page(report, results, read):
+    return "<!doctype html>"

@@ -197,18 +197,17 @@ class _Loop:
         self._folder, self._group, self._progress = folder, group, progress
 
     def run(self, step: Step, batches: Iterable[Batch]) -> None:
-        """Evaluates all batches; each is computed while the one before is being written."""
-        start = time.perf_counter()
-        pending: tuple[Batch, Outputs] | None = None
-        for batch in batches:
+        """Evaluates all batches; the devices are two ahead of what is being written."""
+
+        def begin(batch: Batch) -> tuple[Batch, Outputs]:
             self._group.check()
             labels = [self._dataset.labels[i] for i in batch.indices if i >= 0]
-            started = batch, step(batch.pixels, labels)
-            if pending is not None:
-                self._keep(pending[0], step.read(pending[1]))
-            pending = started
-        if pending is not None:
-            self._keep(pending[0], step.read(pending[1]))
+            return batch, step(batch.pixels, labels)
+
+        start = time.perf_counter()
+        # An error in the batches is raised after the ones before it have been kept.
+        for batch, outputs in prefetch_to_device(batches, begin, ahead=2):
+            self._keep(batch, step.read(outputs))
         self.seconds = time.perf_counter() - start
 
     def _keep(self, batch: Batch, outputs: Outputs) -> None:

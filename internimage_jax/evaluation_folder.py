@@ -80,7 +80,7 @@ class EvaluationFolder:
         if self._resume and self._own.exists():
             self._check_settings(settings)
             done = from_lines(self._own.read_bytes(), str(self._own), torn=True)
-            kept = done if len(done) >= images else _whole_batches(done, batch)
+            kept = done if len(done) >= images else done[: len(done) // batch * batch]
         if self._first or not (self.path / SETTINGS).exists():
             self._write(SETTINGS, json.dumps(settings, indent=2) + "\n")
         self._writer = PredictionsWriter(self._own, kept)
@@ -133,13 +133,3 @@ class EvaluationFolder:
         finally:
             unfinished.unlink(missing_ok=True)
 
-
-def _whole_batches(results: list[ImageResult], batch: int) -> list[ImageResult]:
-    """The beginning of `results` that ends with a whole batch; skipped images are in none."""
-    evaluated = end = 0
-    for position, one in enumerate(results, 1):
-        if one.error is None:
-            evaluated += 1
-            if evaluated % batch == 0:
-                end = position
-    return results[:end]

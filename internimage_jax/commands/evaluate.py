@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import Any
+import os
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from internimage_jax.commands import output
+
+if TYPE_CHECKING:
+    from internimage_jax.processes import Group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,25 +90,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from internimage_jax.processes import Group, join
+
+    alone = not args.distributed and args.coordinator is None
+    if alone and (args.num_processes is not None or args.process_id is not None):
+        raise ValueError("--num-processes and --process-id: need --coordinator HOST:PORT")
+    if args.distributed and args.coordinator is not None:
+        raise ValueError("--distributed and --coordinator exclude each other, got both")
+    if alone:
+        report = _evaluate(args, Group())
+    else:
+        # Of what the runtime logs while the processes meet and part, nothing is an error of theirs.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        with join(args.coordinator, args.num_processes, args.process_id) as group:
+            report = _evaluate(args, group)
+            if group.index > 0:
+                return
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print_table(report, args.output)
+
+
+def _evaluate(args: argparse.Namespace, group: Group) -> dict[str, Any]:
+    from PIL.Image import DecompressionBombWarning
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn
 
     from internimage_jax.evaluate import evaluate
-    from internimage_jax.processes import Group
 
-    report = evaluate(
-        args.model,
-        args.data,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        implementation=args.implementation,
-        workers=args.workers,
-        num_images=args.num_images,
-        labels=args.labels,
-        output=args.output,
-        resume=args.resume,
-        parallel=args.parallel,
-        on_error=args.on_error,
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
     )
-    print(json.dumps(report))
+    console = Console(stderr=True)
+    with (
+        warnings.catch_warnings(),
+        Progress(
+            *columns,
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            disable=not console.is_terminal or group.index > 0,
+        ) as bar,
+    ):
+        # Of an image this large PIL warns first; the error that follows says it all.
+        warnings.simplefilter("error", DecompressionBombWarning)
+        task = bar.add_task("Loading and compiling", total=None, figures="")
+        first: list[float] = []  # when the first batch was done, and how many images there were
+
+        def show(done: int, total: int, right: int) -> None:
+            now = time.monotonic()
+            if not first:
+                first.extend((now, done))
+            rate = (done - first[1]) / (now - first[0]) if now > first[0] else 0
+            figures = f"top-1 {100 * right / done:.2f} %"
+            figures += f"  {rate:.1f} images/s" if rate else ""
+            bar.update(
+                task, description="Images", completed=done, total=total, figures=figures
+            )
+
+        return evaluate(
+            args.model,
+            args.data,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            implementation=args.implementation,
+            workers=args.workers,
+            num_images=args.num_images,
+            labels=args.labels,
+            output=args.output,
+            resume=args.resume,
+            parallel=args.parallel,
+            on_error=args.on_error,
+            group=group,
+            progress=show,
+        )
+
+
+def print_table(report: dict[str, Any], folder: str | None) -> None:
+    """Prints the figures of a report, and where the rest is."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for key, name in (("top1", "top-1"), ("top5", "top-5")):
+        low, high = report[f"{key}_interval"]
+        table.add_row(name, f"{report[key]:.3f} %  (95 % interval {low:.2f} to {high:.2f})")
+    skipped = f", {report['num_skipped']:,} skipped" if report["num_skipped"] else ""
+    table.add_row("images", f"{report['num_images']:,}{skipped}")
+    error = report["calibration"]["expected_calibration_error"]
+    table.add_row("calibration error", f"{error:.2f} %")
+    if report["images_per_second"] is not None:
+        table.add_row("speed", f"{report['images_per_second']:,.1f} images/s")
+    table.add_section()
+    table.add_row("model", f"{report['model']}, {report['dtype']}, {report['implementation']}")
+    table.add_row("data", f"{report['source']} ({report['dataset']['kind']})")
+    for note in report["notes"]:
+        table.add_row("note", note)
+    if folder is not None:
+        table.add_row("report", os.path.join(folder, "report.html"))
+    output().print(table)

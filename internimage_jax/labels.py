@@ -53,6 +53,34 @@ def map_22k_to_1k() -> np.ndarray:
     return _parse_map(_read("map22kto1k.txt"), "map22kto1k.txt")
 
 
+@functools.cache
+def ilsvrc2012_wnids() -> tuple[str, ...]:
+    """Return the WordNet id of each ILSVRC2012 id: the first is that of id 1, "n02119789".
+
+    The devkit's ground truth counts classes so, in an order of its own.
+    Raises ValueError where the package's table is damaged.
+    Source: meta.mat of the ILSVRC2012 devkit.
+    """
+    wnids = _parse_wnids(_read("ilsvrc2012_ids.txt"), "ilsvrc2012_ids.txt", NUM_CLASSES_1K)
+    return tuple(wnids)
+
+
+@functools.cache
+def class_subsets() -> Mapping[str, tuple[int, ...]]:
+    """Return the class indices, rising, of the data sets that have 200 of the 1000 classes.
+
+    Their published evaluation compares the logits of these classes only.
+    Raises ValueError where the package's table is damaged.
+    Source: Hendrycks et al., Natural Adversarial Examples (CVPR 2021); The Many Faces of
+    Robustness (ICCV 2021).
+    """
+    subsets = {}
+    for name, file in (("A", "imagenet_a_classes.txt"), ("R", "imagenet_r_classes.txt")):
+        wnids = _parse_wnids(_read(file), file, 200)
+        subsets[f"ImageNet-{name}"] = tuple(sorted(wnid_to_index()[wnid] for wnid in wnids))
+    return MappingProxyType(subsets)
+
+
 @functools.lru_cache(maxsize=4)
 def class_names(num_classes: int) -> tuple[ImageClass, ...]:
     """Return a class for each output of a model.
@@ -117,6 +145,14 @@ def _parse_map(text: str, name: str) -> np.ndarray:
     indices = np.array(lines, dtype=np.int32)
     indices.setflags(write=False)
     return indices
+
+
+def _parse_wnids(text: str, name: str, count: int) -> list[str]:
+    """Read WordNet ids of ImageNet-1K, one a line, none twice; errors call the table `name`."""
+    wnids = text.split()
+    if len(wnids) != count or len(set(wnids)) != count or not set(wnids) <= set(wnid_to_index()):
+        raise ValueError(f"{name}: expected {count} different WordNet ids of ImageNet-1K")
+    return wnids
 
 
 def _read(name: str) -> str:

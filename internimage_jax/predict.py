@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -16,17 +14,11 @@ from flax import nnx
 from jax import lax
 from PIL import Image
 
+from internimage_jax.image_files import printable
 from internimage_jax.labels import class_names
+from internimage_jax.loader import default_workers, map_ahead
 from internimage_jax.model import InternImage
-from internimage_jax.preprocess import ImageSource, load_image, normalize, resize_and_crop
-
-# What counts as an image in a folder, in either case. A file that is named itself may be called
-# anything.
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"),
-    *(".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"),
-)
-DECODING_THREADS = min(8, os.cpu_count() or 1)
+from internimage_jax.preprocess import ImageSource, normalize, preprocess
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,31 +112,17 @@ class Predictor:
         return self._predictions(sources)
 
     def _predictions(self, sources: Iterable[ImageSource]) -> Iterator[Prediction]:
-        with contextlib.closing(self._decoded(sources)) as images:
+        workers, ahead = default_workers(), 2 * self.batch_size
+        decoded = map_ahead(self._decode, enumerate(sources), workers=workers, ahead=ahead)
+        with contextlib.closing(decoded) as images:
             while batch := list(itertools.islice(images, self.batch_size)):
                 yield from self._classify(batch)
 
-    def _decoded(
-        self, sources: Iterable[ImageSource]
-    ) -> Generator[tuple[str, np.ndarray], None, None]:
-        """Yields name and pixels of each image, while threads decode the ones that follow."""
-        pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
-        pending: deque[Future[tuple[str, np.ndarray]]] = deque()
-        try:
-            for position, source in enumerate(sources):
-                pending.append(pool.submit(self._decode, position, source))
-                if len(pending) > 2 * self.batch_size:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:  # also at an error, at Ctrl-C, and where the caller stops early
-            pool.shutdown(cancel_futures=True)
-
-    def _decode(self, position: int, source: ImageSource) -> tuple[str, np.ndarray]:
+    def _decode(self, item: tuple[int, ImageSource]) -> tuple[str, np.ndarray]:
+        position, source = item
         is_path = isinstance(source, str | os.PathLike)
         file = os.fsdecode(source) if is_path else f"image {position}"
-        name = printable(file)
-        return file, resize_and_crop(load_image(source, name), self._preprocessing, name)
+        return file, preprocess(source, self._preprocessing, printable(file))
 
     def _classify(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
         pixels = np.zeros(self._shape, np.uint8)
@@ -161,43 +139,3 @@ class Predictor:
     def _labelled(self, probability: float, index: int) -> PredictedClass:
         one = self._classes[index]
         return PredictedClass(one.index, one.wnid, one.name, probability)
-
-
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Returns the images that `paths` stand for: files as they are, folders with all below them.
-
-    Args:
-        paths: Files and folders. Of a folder, the files whose names end in one of `IMAGE_SUFFIXES`,
-            sorted by path; names that begin with a dot are left out, and links to folders.
-
-    Raises:
-        FileNotFoundError: There is no such file or folder.
-        ValueError: A folder has no image.
-    """
-    return [image for path in paths for image in _images_of(os.fsdecode(path))]
-
-
-def printable(path: str) -> str:
-    """Returns `path` as messages show it: quoted where it has control or undecodable characters."""
-    return path if path and path.isprintable() else repr(path)
-
-
-def _images_of(path: str) -> list[str]:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{printable(path)}: no such file or folder")
-    if not os.path.isdir(path):
-        return [path]
-    found = []
-    for folder, folders, files in os.walk(path, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                found.append(os.path.join(folder, name))
-    if not found:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise ValueError(f"{printable(path)}: no image below this folder; looked for {suffixes}")
-    return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    raise error

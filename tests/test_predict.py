@@ -17,8 +17,9 @@ from PIL import Image
 
 from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import InternImageConfig
+from internimage_jax.image_files import IMAGE_SUFFIXES, find_images
 from internimage_jax.model import InternImage
-from internimage_jax.predict import IMAGE_SUFFIXES, Predictor, find_images
+from internimage_jax.predict import Predictor
 from internimage_jax.preprocess import load_image, normalize, resize_and_crop
 from internimage_jax.pretrained import from_pretrained
 

@@ -65,7 +65,8 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from internimage_jax.predict import Predictor, find_images
+    from internimage_jax.image_files import find_images
+    from internimage_jax.predict import Predictor
     from internimage_jax.pretrained import from_pretrained
 
     images = find_images(args.images)
@@ -100,7 +101,7 @@ def print_table(prediction: Prediction) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from internimage_jax.predict import printable
+    from internimage_jax.image_files import printable
 
     table = Table(box=SIMPLE_HEAD)
     table.add_column("class", justify="right")

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import xla_ops
-from internimage_jax._standin import Batch, Dataset, load_batches, open_dataset
+from internimage_jax._standin import Dataset, open_dataset
 from internimage_jax.evaluation_folder import EvaluationFolder
 from internimage_jax.evaluation_settings import (
     array_digests,
@@ -39,6 +39,7 @@ from internimage_jax.evaluation_step import (
     class_notes,
     make_step,
 )
+from internimage_jax.loader import Batch, load_batches, prefetch_to_device
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import ImageResult, from_lines, to_lines
 from internimage_jax.pretrained import from_pretrained, locate
@@ -214,7 +215,9 @@ class _Loop:
         new = [self._skipped(index, message) for index, message in batch.failed]
         for row, index in enumerate(batch.indices):
             if index >= 0:
-                new.append(self._result(int(index), outputs.classes[row], outputs.probabilities[row]))
+                new.append(
+                    self._result(int(index), outputs.classes[row], outputs.probabilities[row])
+                )
         new.sort(key=lambda one: one.index)
         right = sum(one.right for one in new)
         evaluated = len(new) - len(batch.failed)

@@ -39,9 +39,7 @@ class EvaluationFolder:
         OSError: The folder cannot be made.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], resume: bool, index: int = 0, count: int = 1
-    ):
+    def __init__(self, path: str | os.PathLike[str], resume: bool, index: int = 0, count: int = 1):
         self.path = Path(path)
         self._resume, self._first = resume, index == 0
         self._own = self.path / PREDICTIONS
@@ -132,4 +130,3 @@ class EvaluationFolder:
             raise OSError(error.errno, error.strerror, str(self.path / name)) from None
         finally:
             unfinished.unlink(missing_ok=True)
-

@@ -108,7 +108,9 @@ class PredictionsWriter:
         start = to_lines(kept)
         present = path.read_bytes() if path.exists() else b""
         if present[: len(start)] != start:  # impossible, unless somebody edited the file
-            raise ValueError(f"{path}: was not written by this version; start anew without --resume")
+            raise ValueError(
+                f"{path}: was not written by this version; start anew without --resume"
+            )
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         self._file.truncate(len(start))
 

@@ -216,9 +216,7 @@ def join(
         group.leave(None)
 
 
-def _connected(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> Group:
+def _connected(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Group:
     import jax
     from jax._src.distributed import global_state
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on ImageNet, in any form it comes in. Results go to stdout, all else to stderr."""
+"""Evaluate a model on ImageNet, in any form it comes in; the result goes to stdout."""
 
 from __future__ import annotations
 
@@ -115,8 +115,13 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace, group: Group) -> dict[str, Any]:
     from PIL.Image import DecompressionBombWarning
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from internimage_jax.evaluate import evaluate
 
@@ -150,9 +155,7 @@ def _evaluate(args: argparse.Namespace, group: Group) -> dict[str, Any]:
             rate = (done - first[1]) / (now - first[0]) if now > first[0] else 0
             figures = f"top-1 {100 * right / done:.2f} %"
             figures += f"  {rate:.1f} images/s" if rate else ""
-            bar.update(
-                task, description="Images", completed=done, total=total, figures=figures
-            )
+            bar.update(task, description="Images", completed=done, total=total, figures=figures)
 
         return evaluate(
             args.model,

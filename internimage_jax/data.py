@@ -1,0 +1,316 @@
+"""ImageNet and its relatives, in whatever form they lie: recognised, labelled, read in place.
+
+Classes come from names (WordNet ids, numbered folders, label files), never from the order of what
+happens to be there. What cannot be mapped to a class is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from internimage_jax.data_labels import (
+    USUAL_NAMES,
+    Labels,
+    assign,
+    find_labels,
+    parse_class,
+    read_labels,
+)
+from internimage_jax.data_sources import (
+    DataError,
+    FolderSource,
+    ParquetSource,
+    Source,
+    TarSource,
+    ZipSource,
+    is_hidden,
+    is_image,
+    listing,
+)
+from internimage_jax.image_files import IMAGE_SUFFIXES, printable
+from internimage_jax.labels import class_subsets
+
+# Of a folder with several splits, the one that is evaluated; and where Kaggle's archive has it.
+EVALUATED = ("val", "validation", "ILSVRC2012_img_val", "Data", "CLS-LOC")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with their labels, read one by one; nothing is unpacked to disk.
+
+    Args:
+        source: The path as given.
+        kind: What it was recognised as, in words.
+        names: Of each image, none twice, in the order of the images: sorted by path, or as
+            they lie in the shards of a WebDataset or of parquet files. Printable.
+        labels: Of each image, the classes from 0 to 999 that count as right: one, but for ReaL.
+        classes: The classes that logits are to be restricted to; None for all 1000.
+        notes: What else a report should say, a sentence each.
+        container: Where the images lie.
+        positions: Of each image, in the container.
+    """
+
+    source: str
+    kind: str
+    names: Sequence[str] = field(repr=False)
+    labels: Sequence[tuple[int, ...]] = field(repr=False)
+    classes: tuple[int, ...] | None = field(repr=False)
+    notes: tuple[str, ...]
+    container: Source = field(repr=False)
+    positions: Sequence[int] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int) -> bytes:
+        """Returns image `i` as it is encoded. Safe to call from several threads.
+
+        Raises ValueError or FileNotFoundError, with one line that names the image.
+        """
+        try:
+            return self.container.read(self.positions[i])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.names[i]}: no such file") from None
+        except Exception as error:  # of zipfile, zlib, pyarrow or the system
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = " ".join(str(reason).split())
+            raise ValueError(f"{self.names[i]}: cannot be read ({reason})") from error
+
+
+def open_dataset(
+    path: str | os.PathLike[str], *, labels: str | os.PathLike[str] | None = None
+) -> Dataset:
+    """Recognises a data set by its content and finds the class of each image.
+
+    Args:
+        path: A folder of class folders, of images, of tars or of parquet files; a tar, zip or
+            parquet file; or a folder with one of these inside. See docs/data.md.
+        labels: A label file, the ILSVRC2012 devkit or ReaL's real.json, which counts instead of
+            what is found.
+
+    Raises:
+        ValueError: There are no images, an image has no class, a label no image, or a file is
+            damaged. The message names it, in one line.
+        FileNotFoundError: `path` or `labels` does not exist.
+    """
+    path = os.fsdecode(path)
+    for given in (path, None if labels is None else os.fsdecode(labels)):
+        if given is not None and not os.path.exists(given):
+            raise FileNotFoundError(f"{printable(given)}: no such file or folder")
+    place = _locate(path)
+    source = _open(place)
+    positions, names, notes = _without_splits(source)
+    notes = [*place.notes, *notes]
+    shown = printable(path)
+    if not positions:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        raise DataError(f"{printable(place.paths[0])}: no images; looked for {suffixes}")
+
+    kind = source.kind if source.kind in ("parquet", "WebDataset") else f"flat {source.kind}"
+    found = None if labels is None else read_labels(os.fsdecode(labels))
+    if found is None and source.labels is not None:
+        own = source.labels
+        classes = _mapped([own[i] for i in positions], names, shown, "label")
+    elif found is None and any("/" in name for name in names):
+        kind = "class folders" + ("" if source.kind == "folder" else f" in a {source.kind}")
+        classes = _mapped(
+            [name.rpartition("/")[0].split("/")[0] for name in names], names, shown, "folder"
+        )
+    else:
+        found = found or _found_beside(place, shown)
+        notes.append(f"labels from {printable(found.file)}")
+        classes = assign(found, names, shown)
+    if found is not None and found.is_real:
+        kept = [i for i, one in enumerate(classes) if one]
+        notes.append(f"ReaL labels: {len(names) - len(kept)} of {len(names)} images have none")
+        if missing := len(found.classes) - len(names):
+            notes.append(f"ReaL labels {len(found.classes)} images: {missing} of them are not here")
+        positions, names, classes = ([one[i] for i in kept] for one in (positions, names, classes))
+        if not names:
+            raise DataError(f"{printable(found.file)}: no image of {shown} has a label")
+    subset = _subset(classes)
+    if subset:
+        notes.append(f"the 200 classes of {subset}: logits are restricted to them")
+    return Dataset(
+        source=path,
+        kind=kind,
+        names=[printable(name) for name in names],
+        labels=classes,
+        classes=class_subsets()[subset] if subset else None,
+        notes=tuple(notes),
+        container=source,
+        positions=positions,
+    )
+
+
+class _Place(NamedTuple):
+    """Where a data set is: one folder, or archives; and the folders to look for labels in."""
+
+    paths: list[str]
+    kind: str
+    folders: list[str]
+    notes: list[str]
+
+
+def _locate(path: str) -> _Place:
+    """Follows a folder to where the images are."""
+    if not os.path.isdir(path):
+        return _Place([path], _kind(path), [_parent(path)], [])
+    folders, notes = [path], []
+    while True:
+        here = folders[0]
+        entries = sorted(name for name in os.listdir(here) if not is_hidden(name))
+        inner = [name for name in entries if os.path.isdir(os.path.join(here, name))]
+        files = [name for name in entries if name not in set(inner)]
+        has_images = any(map(is_image, files))
+        chosen = _evaluated_folder(inner, has_images, alone=False)
+        archives = [name for name in files if _kind_by_name(name)]
+        if chosen is None and archives and not has_images and not any(map(_is_class, inner)):
+            names, others = _evaluated_archives(archives)
+            if others:
+                notes.append(f"{names[0]} is read, not {', '.join(others)}")
+            paths = [os.path.join(here, name) for name in names]
+            kinds = {_kind(one) for one in paths}
+            if len(kinds) > 1 or (len(paths) > 1 and kinds == {"zip"}):
+                raise DataError(
+                    f"{printable(here)}: {listing('archive', names)}, expected a single one, or "
+                    "only tars or only parquet files"
+                )
+            return _Place(paths, kinds.pop(), folders, notes)
+        chosen = chosen or _evaluated_folder(inner, has_images, alone=True)
+        if chosen is None:
+            # Beside the images' folder only where it was given itself.
+            around = folders if len(folders) > 1 else [here, _parent(here)]
+            return _Place([here], "folder", around, notes)
+        notes += _other_splits(chosen, inner)
+        folders.insert(0, os.path.join(here, chosen))
+
+
+def _evaluated_folder(folders: Sequence[str], has_images: bool, *, alone: bool) -> str | None:
+    """The folder to go into; None where the images or their class folders are here.
+
+    alone: also where its name says nothing but it is the only one.
+    """
+    if has_images or any(map(_is_class, folders)):
+        return None
+    for name in EVALUATED:
+        if name in folders:
+            return name
+    return folders[0] if alone and len(folders) == 1 else None
+
+
+def _is_class(folder: str) -> bool:
+    return parse_class(folder) is not None
+
+
+def _other_splits(chosen: str, folders: Sequence[str]) -> list[str]:
+    others = [name for name in folders if name != chosen and name.startswith(("train", "test"))]
+    return [f"{chosen} is read, not {', '.join(others)}"] if others else []
+
+
+def _evaluated_archives(names: list[str]) -> tuple[list[str], list[str]]:
+    """The archives to read, and those left out: of the training images, or of the devkit."""
+    ours = [name for name in names if re.search(r"(^|[-_.])val(idation)?([-_.\d]|$)", name)]
+    if not ours:
+        ours = [name for name in names if "devkit" not in name]
+    chosen = ours or names
+    return chosen, [name for name in names if name not in chosen]
+
+
+def _kind_by_name(name: str) -> bool:
+    return name.lower().endswith((".tar", ".zip", ".parquet"))
+
+
+def _kind(path: str) -> str:
+    """What a file is, by its content."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start[:4] == b"PK\x03\x04" or start[:4] == b"PK\x05\x06":
+        return "zip"
+    if start[:4] == b"PAR1":
+        return "parquet"
+    if start[257:262] == b"ustar":
+        return "tar"
+    if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00":
+        raise DataError(
+            f"{printable(path)}: compressed, so images cannot be read one by one; decompress it "
+            "to a .tar (its images need no unpacking)"
+        )
+    if path.lower().endswith(".tar"):
+        return "tar"  # an old one, or a damaged one
+    raise DataError(
+        f"{printable(path)}: not a data set, expected a folder or a tar, zip or parquet file"
+    )
+
+
+def _open(place: _Place) -> Source:
+    match place.kind:
+        case "folder":
+            return FolderSource(place.paths[0])
+        case "zip":
+            return ZipSource(place.paths[0])
+        case "tar":
+            return TarSource(place.paths)
+        case _:
+            return ParquetSource(place.paths)
+
+
+def _without_splits(source: Source) -> tuple[list[int], list[str], list[str]]:
+    """Positions and names of the evaluated images, without the folders that all of them are in.
+
+    An archive may hold several splits, or one folder around all others, as a folder may.
+    """
+    positions, names = list(range(len(source.paths))), list(source.paths)
+    notes: list[str] = []
+    if source.kind in ("parquet", "WebDataset"):
+        return positions, names, notes
+    while names:
+        folders = sorted({name.split("/")[0] for name in names if "/" in name})
+        has_images = any("/" not in name for name in names)
+        chosen = _evaluated_folder(folders, has_images, alone=True)
+        if chosen is None:
+            break
+        notes += _other_splits(chosen, folders)
+        kept = [i for i, name in enumerate(names) if name.startswith(chosen + "/")]
+        positions = [positions[i] for i in kept]
+        names = [names[i][len(chosen) + 1 :] for i in kept]
+    return positions, names, notes
+
+
+def _mapped(texts: list[str], names: list[str], source: str, noun: str) -> list[tuple[int, ...]]:
+    """The class of each image, from its folder's name or its label; `noun` says which."""
+    classes = {text: (parse_class(text),) for text in set(texts)}
+    unknown = [text for text, (index,) in classes.items() if index is None]
+    if noun == "folder" and "" in unknown:
+        stray = [name for name, text in zip(names, texts, strict=True) if not text]
+        raise DataError(f"{source}: outside the class folders there is {listing('image', stray)}")
+    if unknown:
+        raise DataError(
+            f"{source}: no class of ImageNet-1K for {listing(noun, unknown)}; expected WordNet ids "
+            "such as n01440764, or numbers from 0 to 999"
+        )
+    return [classes[text] for text in texts]  # type: ignore[misc] - None was sorted out
+
+
+def _found_beside(place: _Place, source: str) -> Labels:
+    stem = os.path.splitext(os.path.basename(os.path.abspath(place.paths[0])))[0]
+    path = find_labels(place.folders, stem)
+    if path is None:
+        looked = ", ".join(dict.fromkeys(name.format(stem) for name in USUAL_NAMES))
+        where = " and ".join(map(printable, place.folders))
+        raise DataError(f"{source}: images without labels; looked in {where} for {looked}")
+    return read_labels(path)
+
+
+def _subset(classes: Sequence[tuple[int, ...]]) -> str | None:
+    """The data set that has exactly these classes, if one is known."""
+    found = {index for one in classes for index in one}
+    return next((name for name, own in class_subsets().items() if found == set(own)), None)
+
+
+def _parent(path: str) -> str:
+    return os.path.dirname(os.path.abspath(path))

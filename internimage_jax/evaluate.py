@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import xla_ops
-from internimage_jax._standin import Dataset, open_dataset
+from internimage_jax.data import Dataset, open_dataset
 from internimage_jax.evaluation_folder import EvaluationFolder
 from internimage_jax.evaluation_settings import (
     array_digests,

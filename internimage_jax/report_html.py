@@ -96,11 +96,15 @@ def _figures(report: Mapping[str, Any]) -> str:
     shown = "&ndash;" if speed is None else f"{speed:,.{1 if speed < 1000 else 0}f}"
     devices = f"on {_devices(report['devices'], report['processes'])}"
     boxes.append(("Images per second", shown, "", escape(devices)))
-    return '<section class="figures">' + "".join(
-        f'<div class="figure"><div class="name">{name}</div><div class="value">{value}</div>'
-        f'{extra}<div class="more">{more}</div></div>'
-        for name, value, extra, more in boxes
-    ) + "</section>"
+    return (
+        '<section class="figures">'
+        + "".join(
+            f'<div class="figure"><div class="name">{name}</div><div class="value">{value}</div>'
+            f'{extra}<div class="more">{more}</div></div>'
+            for name, value, extra, more in boxes
+        )
+        + "</section>"
+    )
 
 
 def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult]) -> str:
@@ -134,7 +138,7 @@ def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult]) -> str:
         '<section class="card"><h2>Accuracy by class</h2>'
         f'<p class="soft">Top-1 of each of {len(classes):,} classes, lowest first: '
         f"{perfect:,} without a mistake, {below:,} below 50 %.</p>"
-        f"{_class_chart(rising, report['top1'])}<div style=\"height:20px\"></div>{hardest}"
+        f'{_class_chart(rising, report["top1"])}<div style="height:20px"></div>{hardest}'
         f"{_all_classes(classes)}</section>"
     )
 
@@ -294,7 +298,9 @@ def _setup(report: Mapping[str, Any]) -> str:
     of_all = f"{report['batch_size']} images on each of {len(report['devices'])} devices"
     rows = {
         "Model": f"{report['model']}, {report['num_classes']:,} classes",
-        "Weights": "\n".join(f"{one['file']}  SHA-256 {one['sha256']}" for one in report["weights"]),
+        "Weights": "\n".join(
+            f"{one['file']}  SHA-256 {one['sha256']}" for one in report["weights"]
+        ),
         "Preprocessing": f"short side to {short} pixels (bicubic), middle {prep['image_size']} x "
         f"{prep['image_size']}, mean {prep['mean']}, deviation {prep['std']}",
         "Arithmetic": f"{report['dtype']}, DCNv3: {report['implementation']}",
@@ -320,9 +326,7 @@ def _setup(report: Mapping[str, Any]) -> str:
     )
 
 
-def _percent_axis(
-    left: int, width: int, height: int, ticks: Sequence[int], top: int = 0
-) -> str:
+def _percent_axis(left: int, width: int, height: int, ticks: Sequence[int], top: int = 0) -> str:
     lines = []
     for tick in ticks:
         y = top + height * (1 - tick / 100)

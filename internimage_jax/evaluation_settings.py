@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import jax
+
     from internimage_jax.data import Dataset
     from internimage_jax.model import InternImage
 
@@ -52,7 +54,7 @@ def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dic
         "dtype": model.dtype.name,
         "implementation": implementation,
         "backend": jax.default_backend(),
-        "devices": [f"{one.platform} {one.device_kind}" for one in jax.local_devices()],
+        "devices": [_device_name(one) for one in jax.local_devices()],
     }
 
 
@@ -120,6 +122,11 @@ def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> 
         elif old != new:
             found.append(f"{path}{key} was {_short(old)} and is {_short(new)}")
     return found
+
+
+def _device_name(device: jax.Device) -> str:
+    kind = device.device_kind
+    return kind if kind == device.platform else f"{device.platform} {kind}"
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from internimage_jax.labels import imagenet1k_classes
 from internimage_jax.predictions import ImageResult
 from internimage_jax.preprocess import Preprocessing, preprocess
 
-MISTAKES = 24  # shown with their pictures
+MISTAKES = 25  # shown with their pictures
 PICTURE = 200  # pixels of a side
 LISTED = 12  # classes and confusions in the short tables
 
@@ -81,7 +81,8 @@ def _figures(report: Mapping[str, Any]) -> str:
         scale = (
             '<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
             '<rect class="track" x="0" y="3" width="100" height="4" rx="1"/>'
-            f'<rect class="range" x="{low:.2f}" y="0" width="{width:.2f}" height="10" rx="1"/></svg>'
+            f'<rect class="range" x="{low:.2f}" y="0" width="{width:.2f}" height="10" rx="1"/>'
+            "</svg>"
         )
         more = (
             f"95 % interval {low:.2f} to {high:.2f}<br>"
@@ -94,8 +95,8 @@ def _figures(report: Mapping[str, Any]) -> str:
     boxes.append(("Calibration error", f"{error:.2f} <small>%</small>", "", "ECE, 15 bins"))
     speed = report["images_per_second"]
     shown = "&ndash;" if speed is None else f"{speed:,.{1 if speed < 1000 else 0}f}"
-    devices = f"on {_devices(report['devices'], report['processes'])}"
-    boxes.append(("Images per second", shown, "", escape(devices)))
+    devices = f"images/s on {_devices(report['devices'], report['processes'])}"
+    boxes.append(("Speed", shown, "", escape(devices)))
     return (
         '<section class="figures">'
         + "".join(
@@ -137,7 +138,7 @@ def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult]) -> str:
     return (
         '<section class="card"><h2>Accuracy by class</h2>'
         f'<p class="soft">Top-1 of each of {len(classes):,} classes, lowest first: '
-        f"{perfect:,} without a mistake, {below:,} below 50 %.</p>"
+        f"{perfect:,} without a mistake, {below:,} below 50 %. The dotted line is all images.</p>"
         f'{_class_chart(rising, report["top1"])}<div style="height:20px"></div>{hardest}'
         f"{_all_classes(classes)}</section>"
     )
@@ -146,20 +147,24 @@ def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult]) -> str:
 def _class_chart(rising: Sequence[Mapping[str, Any]], mean: float) -> str:
     left, width, height = 34, 1000, 170
     step = width / len(rising)
-    bars = "".join(
-        f'<rect class="bar" x="{left + i * step:.2f}" y="{height * (1 - top / 100):.2f}" '
-        f'width="{max(step - (1 if step > 4 else 0), 0.5):.2f}" '
-        f'height="{max(height * top / 100, 1):.2f}"><title>{escape(one["name"])}: {top:.1f} % '
-        f"({one['correct_top1']} of {one['images']})</title></rect>"
-        for i, one in enumerate(rising)
-        for top in (one["top1"],)
-    )
+    outline, bars = [f"M{left} {height}"], []
+    for i, one in enumerate(rising):
+        x, y = left + i * step, height * (1 - one["top1"] / 100)
+        gap = 1 if step > 4 else 0  # bars where there is room for them, or else one shape
+        outline.append(f"V{y:.1f}H{x + step - gap:.2f}" + (f"V{height}h{gap}" if gap else ""))
+        bars.append(
+            f'<rect class="over" x="{x:.2f}" y="0" width="{step:.2f}" height="{height}">'
+            f"<title>{escape(one['name'])}: {one['top1']:.1f} % "
+            f"({one['correct_top1']} of {one['images']})</title></rect>"
+        )
     y = height * (1 - mean / 100)
     return (
         f'<svg viewBox="0 0 {left + width} {height + 6}" role="img" '
         'aria-label="top-1 accuracy of each class, sorted">'
-        f"{_percent_axis(left, width, height, (0, 50, 100))}{bars}"
-        f'<line class="mean" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/></svg>'
+        f"{_percent_axis(left, width, height, (0, 50, 100))}"
+        f'<path class="bar" d="{"".join(outline)}V{height}Z"/>'
+        f'<line class="mean" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f"{''.join(bars)}</svg>"
     )
 
 
@@ -180,44 +185,49 @@ def _all_classes(classes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:
-    left, top, side, below = 34, 8, 300, 64
+    left, top, width, height, below = 34, 8, 440, 330, 60
     bins = calibration["bins"]
     most = max(one["images"] for one in bins)
+    bottom = top + height
+    floor = bottom + 34 + below  # of the lower chart
     shapes = []
     for one in bins:
         if not one["images"]:
             continue
-        x, width = left + side * one["low"], side * (one["high"] - one["low"]) - 1.5
+        x, wide = left + width * one["low"], width * (one["high"] - one["low"]) - 1.5
         accuracy, confidence = (
-            top + side * (1 - one[key] / 100) for key in ("accuracy", "confidence")
+            top + height * (1 - one[key] / 100) for key in ("accuracy", "confidence")
         )
-        count = max(below * one["images"] / most, 1)
+        rows = (
+            ("bar", accuracy, bottom),
+            ("over-sure" if confidence < accuracy else "under-sure", accuracy, confidence),
+            ("quiet", floor - max(below * one["images"] / most, 1), floor),
+        )
         text = (
             f"<title>probability {one['low']:.2f} to {one['high']:.2f}: {one['images']:,} images, "
             f"accuracy {one['accuracy']:.1f} %, mean probability {one['confidence']:.1f} %</title>"
         )
-        shapes.append(
-            f'<rect class="bar" x="{x:.1f}" y="{accuracy:.1f}" width="{width:.1f}" '
-            f'height="{top + side - accuracy:.1f}">{text}</rect>'
-            f'<rect class="gap" x="{x:.1f}" y="{min(accuracy, confidence):.1f}" '
-            f'width="{width:.1f}" height="{abs(accuracy - confidence):.1f}">{text}</rect>'
-            f'<rect class="quiet" x="{x:.1f}" y="{top + side + 34:.1f}" width="{width:.1f}" '
-            f'height="{count:.1f}">{text}</rect>'
-        )
-    bottom = top + side
-    axis = _percent_axis(left, side, side, (0, 25, 50, 75, 100), top)
+        shapes += [
+            f'<rect class="{kind}" x="{x:.1f}" y="{min(start, end):.1f}" width="{wide:.1f}" '
+            f'height="{abs(end - start):.1f}">{text}</rect>'
+            for kind, start, end in rows
+        ]
     ticks = "".join(
-        f'<text x="{left + side * part:.1f}" y="{bottom + 16}" text-anchor="middle">{part:g}</text>'
-        for part in (0, 0.25, 0.5, 0.75, 1)
+        f'<text x="{left + width * at:.1f}" y="{bottom + 18}" text-anchor="middle">{at:g}</text>'
+        for at in (0, 0.25, 0.5, 0.75, 1)
     )
     return (
         '<section class="card"><h2>Calibration</h2>'
-        f'<p class="soft">Accuracy of the images whose first class has a given probability. A '
-        "calibrated model follows the dashed line; red is the gap. Below, how many images there "
-        f"are. Expected calibration error {calibration['expected_calibration_error']:.2f} %.</p>"
-        f'<svg viewBox="0 0 {left + side + 8} {bottom + 34 + below}" role="img" '
-        f'aria-label="reliability diagram">{axis}{"".join(shapes)}{ticks}'
-        f'<path class="ideal" d="M{left} {bottom}L{left + side} {top}"/></svg></section>'
+        '<p class="soft">Accuracy (%) of the images whose first class has a given probability, '
+        "beside the mean of that probability, which is the dashed line: red is too sure, pale is "
+        "not sure enough. Below, how many images there are. Expected calibration error "
+        f"{calibration['expected_calibration_error']:.2f} %.</p>"
+        f'<svg viewBox="0 0 {left + width + 8} {floor}" role="img" '
+        'aria-label="reliability diagram">'
+        f"{_percent_axis(left, width, height, (0, 25, 50, 75, 100), top)}{''.join(shapes)}{ticks}"
+        f'<line class="axis" x1="{left}" x2="{left + width}" y1="{floor}" y2="{floor}"/>'
+        f'<text x="{left - 6}" y="{floor - below + 8}" text-anchor="end">{most:,}</text>'
+        f'<path class="ideal" d="M{left} {bottom}L{left + width} {top}"/></svg></section>'
     )
 
 

@@ -7,9 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from internimage_jax.commands import demo, evaluate, info, models, predict
+from internimage_jax.commands import compare, demo, evaluate, info, models, predict
 
-COMMANDS = {"predict": predict, "evaluate": evaluate, "list": models, "info": info, "demo": demo}
+COMMANDS = {
+    "predict": predict,
+    "evaluate": evaluate,
+    "compare": compare,
+    "list": models,
+    "info": info,
+    "demo": demo,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

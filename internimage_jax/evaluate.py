@@ -131,7 +131,7 @@ def evaluate(
         "versions": versions(),
     }
     group.check_same(settings)
-    part = np.array_split(chosen, group.count)[group.index]
+    part = np.array_split(chosen, group.count)[group.index].tolist()
 
     with contextlib.ExitStack() as stack:
         done: list[ImageResult] = []
@@ -268,10 +268,10 @@ def _of_all(group: Group, loop: _Loop) -> tuple[list[ImageResult], int, float]:
     return results, images, seconds
 
 
-def _evenly_spaced(count: int, wanted: int | None) -> np.ndarray:
+def _evenly_spaced(count: int, wanted: int | None) -> list[int]:
     """Which images are evaluated; the first ones alone would all be of a few classes."""
     if wanted is None:
-        return np.arange(count)
+        return list(range(count))
     if not 1 <= wanted <= count:
         raise ValueError(f"num_images: expected 1 to {count}, the dataset's images, got {wanted}")
-    return np.arange(wanted) * count // wanted
+    return [i * count // wanted for i in range(wanted)]

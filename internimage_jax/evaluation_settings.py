@@ -8,15 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
+import platform as machine
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import jax
-
     from internimage_jax.data import Dataset
     from internimage_jax.model import InternImage
 
@@ -25,7 +23,7 @@ PACKAGES = ("internimage-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on; None if not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": machine.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -43,7 +41,8 @@ def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dic
     device = jax.local_devices()[0]
     implementation = model.levels[0].blocks[0].dcn.implementation
     if implementation is None:
-        serving = xla_ops.status().get({"gpu": "cuda"}.get(device.platform, device.platform))
+        platform = "cuda" if device.platform == "gpu" else device.platform
+        serving = xla_ops.status().get(platform)
         implementation = "gather" if serving is None else serving.implementation
     return {
         "model": model.name,
@@ -124,7 +123,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> 
     return found
 
 
-def _device_name(device: jax.Device) -> str:
+def _device_name(device: Any) -> str:
     kind = device.device_kind
     return kind if kind == device.platform else f"{device.platform} {kind}"
 

@@ -54,7 +54,7 @@ class Step:
         self,
         run: Callable[[jax.Array, jax.Array], Outputs],
         sharding: NamedSharding,
-        devices: Sequence[jax.Device],
+        devices: Sequence[Any],
         batch_size: int,
         labels: int,
     ):

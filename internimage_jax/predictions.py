@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internimage_jax.labels import NUM_CLASSES_1K
+
 PREDICTIONS = "predictions.jsonl"
+_CLASSES = frozenset(range(NUM_CLASSES_1K))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +148,18 @@ def _read_line(line: bytes, name: str) -> ImageResult:
             tuple(map(float, values.get("probabilities", ()))),
             values.get("error"),
         )
-        if (result.error is None) != bool(result.top5) or not result.labels:
+        classes = {*result.labels, *result.top5}
+        whole = (
+            result.labels
+            and classes <= _CLASSES
+            and (result.error is None) == bool(result.top5)
+            and len(result.top5) == len(result.probabilities)
+            and all(0 <= one <= 1 for one in result.probabilities)
+            and isinstance(result.error, str | None)
+        )
+        if not whole:
             raise ValueError
-        if len(result.top5) != len(result.probabilities):
-            raise ValueError
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         shown = line[:60].decode("ascii", "replace")
         raise ValueError(
             f"{name}: got {shown!r}, expected an object with index, file, labels, top5 and "

@@ -98,9 +98,9 @@ def open_dataset(
         FileNotFoundError: `path` or `labels` does not exist.
     """
     path = os.fsdecode(path)
-    for given in (path, None if labels is None else os.fsdecode(labels)):
-        if given is not None and not os.path.exists(given):
-            raise FileNotFoundError(f"{printable(given)}: no such file or folder")
+    for needed in [path] if labels is None else [path, os.fsdecode(labels)]:
+        if not os.path.exists(needed):
+            raise FileNotFoundError(f"{printable(needed)}: no such file or folder")
     place = _locate(path)
     source = _open(place)
     positions, names, notes = _without_splits(source)
@@ -110,34 +110,33 @@ def open_dataset(
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise DataError(f"{printable(place.paths[0])}: no images; looked for {suffixes}")
 
-    kind = source.kind if source.kind in ("parquet", "WebDataset") else f"flat {source.kind}"
-    found = None if labels is None else read_labels(os.fsdecode(labels))
-    if found is None and source.labels is not None:
-        own = source.labels
+    given = None if labels is None else read_labels(os.fsdecode(labels))
+    own = source.labels
+    folders = [name.split("/")[0] if "/" in name else "" for name in names]
+    if given is None and own is not None:
         classes = _mapped([own[i] for i in positions], names, shown, "label")
-    elif found is None and any("/" in name for name in names):
-        kind = "class folders" + ("" if source.kind == "folder" else f" in a {source.kind}")
-        classes = _mapped(
-            [name.rpartition("/")[0].split("/")[0] for name in names], names, shown, "folder"
-        )
+    elif given is None and any(folders):
+        classes = _mapped(folders, names, shown, "folder")
     else:
-        found = found or _found_beside(place, shown)
-        notes.append(f"labels from {printable(found.file)}")
-        classes = assign(found, names, shown)
-    if found is not None and found.is_real:
+        given = given or _found_beside(place, shown)
+        notes.append(f"labels from {printable(given.file)}")
+        classes = assign(given, names, shown)
+    if given is not None and given.is_real:
         kept = [i for i, one in enumerate(classes) if one]
+        if not kept:
+            raise DataError(f"{printable(given.file)}: no image of {shown} has a label")
         notes.append(f"ReaL labels: {len(names) - len(kept)} of {len(names)} images have none")
-        if missing := len(found.classes) - len(names):
-            notes.append(f"ReaL labels {len(found.classes)} images: {missing} of them are not here")
-        positions, names, classes = ([one[i] for i in kept] for one in (positions, names, classes))
-        if not names:
-            raise DataError(f"{printable(found.file)}: no image of {shown} has a label")
+        if missing := len(given.classes) - len(names):
+            notes.append(f"ReaL labels: {missing} of {len(given.classes)} images are not here")
+        positions = [positions[i] for i in kept]
+        names = [names[i] for i in kept]
+        classes = [classes[i] for i in kept]
     subset = _subset(classes)
     if subset:
         notes.append(f"the 200 classes of {subset}: logits are restricted to them")
     return Dataset(
         source=path,
-        kind=kind,
+        kind=_kind_of(source, set(folders)),
         names=[printable(name) for name in names],
         labels=classes,
         classes=class_subsets()[subset] if subset else None,
@@ -208,6 +207,8 @@ def _is_class(folder: str) -> bool:
 
 
 def _other_splits(chosen: str, folders: Sequence[str]) -> list[str]:
+    if chosen.startswith(("train", "test")):
+        return [f"{chosen} is read, there is no val"]
     others = [name for name in folders if name != chosen and name.startswith(("train", "test"))]
     return [f"{chosen} is read, not {', '.join(others)}"] if others else []
 
@@ -279,6 +280,16 @@ def _without_splits(source: Source) -> tuple[list[int], list[str], list[str]]:
         positions = [positions[i] for i in kept]
         names = [names[i][len(chosen) + 1 :] for i in kept]
     return positions, names, notes
+
+
+def _kind_of(source: Source, folders: set[str]) -> str:
+    """What the data set is, in words; `folders` are those of the images, "" for none."""
+    if source.labels is not None:
+        return source.kind
+    if folders == {""}:
+        return f"flat {source.kind}"
+    kind = "class folders" if all(map(_is_class, folders)) else "folders"
+    return kind if source.kind == "folder" else f"{kind} in a {source.kind}"
 
 
 def _mapped(texts: list[str], names: list[str], source: str, noun: str) -> list[tuple[int, ...]]:

@@ -9,14 +9,12 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from io import BytesIO
 from typing import NamedTuple
-
-import numpy as np
 
 from internimage_jax.data_sources import DataError, listing, one_line_errors
 from internimage_jax.image_files import IMAGE_SUFFIXES, printable
 from internimage_jax.labels import NUM_CLASSES_1K, ilsvrc2012_wnids, wnid_to_index
+from internimage_jax.meta_mat import read_ilsvrc2012_ids
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -216,15 +214,8 @@ def _meta_beside(path: str) -> bytes | None:
 
 def _meta(path: str, content: bytes) -> dict[int, str]:
     """The WordNet id of each ILSVRC2012 id, as the devkit's meta.mat has them."""
-    from scipy.io import loadmat
-
-    where = os.path.join(os.path.dirname(path), "meta.mat")
-    with one_line_errors(where, "MATLAB"):
-        synsets = loadmat(BytesIO(content), variable_names=["synsets"], squeeze_me=True)["synsets"]
-        pairs = zip(
-            *(np.atleast_1d(synsets[key]) for key in ("ILSVRC2012_ID", "WNID")), strict=True
-        )
-        return {int(number): str(wnid) for number, wnid in pairs}
+    with one_line_errors(os.path.join(os.path.dirname(path), "meta.mat"), "MATLAB"):
+        return read_ilsvrc2012_ids(content)
 
 
 def _devkit(path: str) -> Labels:

@@ -12,7 +12,7 @@ import threading
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from internimage_jax.image_files import IMAGE_SUFFIXES, printable
 from internimage_jax.labels import wnid_to_index
@@ -28,7 +28,7 @@ class DataError(ValueError):
     """What is wrong with a data set, in one line that names it."""
 
 
-class Source(Protocol):
+class Source:
     """Images in a container.
 
     Args:
@@ -39,19 +39,18 @@ class Source(Protocol):
     """
 
     kind: str
-    paths: Sequence[str]
-    labels: Sequence[str] | None
+    paths: list[str]
+    labels: list[str] | None = None
 
     def read(self, position: int) -> bytes:
         """Returns the encoded image. Safe to call from several threads."""
-        ...
+        raise NotImplementedError
 
 
-class FolderSource:
+class FolderSource(Source):
     """Image files below a folder, links followed."""
 
     kind = "folder"
-    labels = None
 
     def __init__(self, folder: str):
         self._folder = folder
@@ -64,11 +63,10 @@ class FolderSource:
             return file.read()
 
 
-class ZipSource:
+class ZipSource(Source):
     """Images in a zip file."""
 
     kind = "zip"
-    labels = None
 
     def __init__(self, path: str):
         with one_line_errors(path, "zip"):
@@ -108,8 +106,10 @@ class Member(NamedTuple):
         return data
 
 
-class TarSource:
+class TarSource(Source):
     """Images in a tar, or in several: WebDataset shards, whose `.cls` files are the labels."""
+
+    kind = "tar"
 
     def __init__(self, paths: Sequence[str]):
         images: dict[str, Member] = {}
@@ -127,22 +127,16 @@ class TarSource:
         if classes:
             self.kind = "WebDataset"
             self.paths = list(images)
-            self.labels = _classes_of(
-                images,
-                classes,
-                printable(os.path.dirname(paths[0]) if len(paths) > 1 else paths[0]),
-            )
+            self.labels = _classes_of(images, classes, printable(paths[0]))
         else:
-            self.kind = "tar"
             self.paths = sorted(images)
-            self.labels = None
         self._members = [images[name] for name in self.paths]
 
     def read(self, position: int) -> bytes:
         return self._members[position].read()
 
 
-class ParquetSource:
+class ParquetSource(Source):
     """Images in parquet files as Hugging Face writes them: `image.bytes`, `image.path`, `label`.
 
     The row group of an image is read when the image is; the last ones are kept.
@@ -166,12 +160,12 @@ class ParquetSource:
         self.paths, self.labels = [], []
         for path in paths:
             with one_line_errors(path, "parquet"):
-                self._list(path)
+                self._list(path, self.labels)
         if len(set(self.paths)) < len(self.paths):
             digits = len(str(len(self.paths) - 1))
             self.paths = [f"{i:0{digits}}" for i in range(len(self.paths))]
 
-    def _list(self, path: str) -> None:
+    def _list(self, path: str, labels: list[str]) -> None:
         with self._parquet.ParquetFile(path) as file:
             columns = {file.schema.column(i).path for i in range(len(file.schema))}
             if missing := {"image.bytes", "label"} - columns:
@@ -189,8 +183,8 @@ class ParquetSource:
                     )
                 for row, values in enumerate(file.read_row_group(number, wanted).to_pylist()):
                     label, image = values["label"], values.get("image") or {}
-                    known = names is not None and type(label) is int and 0 <= label < len(names)
-                    self.labels.append(names[label] if known else str(label))
+                    known = type(label) is int and 0 <= label < len(names)
+                    labels.append(names[label] if known else str(label))
                     self.paths.append(image.get("path") or f"{stem}/{number}/{row:06}")
                     self._rows.append((len(self._groups), row))
                 self._groups.append((path, number))
@@ -319,13 +313,13 @@ def _classes_of(images: dict[str, Member], classes: dict[str, Member], source: s
     return [classes[stem].read()[:100].decode("ascii", "replace").strip() for stem in stems]
 
 
-def _label_names(metadata: dict[bytes, bytes] | None, path: str) -> list[str] | None:
-    """The names that Hugging Face's metadata give the labels, if they are WordNet ids."""
+def _label_names(metadata: dict[bytes, bytes] | None, path: str) -> list[str]:
+    """The names that Hugging Face's metadata give the labels if they are WordNet ids, else none."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
-        return None
+        return []
     if set(names) <= set(wnid_to_index()):
         return names
     if len(names) != 1000:  # labels 0 to 199 of ImageNet-R would be taken for other classes
@@ -333,4 +327,4 @@ def _label_names(metadata: dict[bytes, bytes] | None, path: str) -> list[str] | 
             f"{printable(path)}: labels are numbers of {len(names)} classes without WordNet ids, "
             "expected the 1000 of ImageNet-1K"
         )
-    return None
+    return []

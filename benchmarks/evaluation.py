@@ -97,7 +97,7 @@ def layouts(dataset: Dataset, folder: Path) -> Iterator[tuple[str, str, str | No
     labels = [row[0] for row in dataset.labels]
     images = [dataset.read(i) for i in range(len(dataset))]
     wnids = [str(imagenet1k_classes()[label].wnid) for label in labels]
-    folders = {name: image for name, image in zip(dataset.names, images, strict=True)}
+    folders = dict(zip(dataset.names, images, strict=True))
     numbered = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, len(dataset) + 1)]
     flat = dict(zip(numbered, images, strict=True))
     yield "class folders", dataset.source, None
@@ -148,7 +148,7 @@ def _tar(path: Path, files: Mapping[str, bytes]) -> str:
 
 
 def one_at_a_time(model: InternImage, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The five best classes of each image and their probabilities, without the evaluation's code."""
+    """The five best classes of each image and their probabilities; the oracle."""
     graph, state = nnx.split(model)
     forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
     rows = []
@@ -169,8 +169,9 @@ def exactness(options: argparse.Namespace) -> None:
     best, probabilities = one_at_a_time(model, dataset)
     labels = np.array([row[0] for row in dataset.labels])[:, None]
     wanted = int((best[:, :1] == labels).sum()), int((best == labels).sum()), len(dataset)
-    print("| data | processes x devices | batch on each | | top-1, top-5, images | same as one at a "
-          "time | largest difference of a probability |\n" + "| --- " * 7 + "|")  # fmt: skip
+    headings = ("data", "processes x devices", "batch on each", "by", "top-1, top-5, images")
+    headings += ("as one at a time", "largest difference of a probability")
+    print(f"| {' | '.join(headings)} |\n{'| --- ' * 7}|")
     print(f"| class folders | one image at a time | 1 | jit | {wanted} | | |", flush=True)
 
     def row(name: str, where: str, batch: int, how: str, folder: Path) -> None:
@@ -234,8 +235,9 @@ def _run(options: argparse.Namespace, arguments: list[str], processes: int, devi
         started.append(
             subprocess.Popen(command, env=_environment(devices), stdout=subprocess.DEVNULL)
         )
-    if any([process.wait() for process in started]):
-        sys.exit(f"{processes} processes: exit statuses {[one.returncode for one in started]}")
+    statuses = [process.wait() for process in started]
+    if any(statuses):
+        sys.exit(f"{processes} processes: exit statuses {statuses}")
 
 
 # Kills

@@ -113,13 +113,14 @@ def evaluate(
     chosen = _evenly_spaced(len(dataset), num_images)
     notes: tuple[str, ...] = tuple(dataset.notes)
     if isinstance(model, InternImage):
+        check_classes(model)
         weights = array_digests(model)
     else:
         path = locate(model)
         model = from_pretrained(path, dtype=dtype, implementation=implementation)
+        check_classes(model)
         weights = file_digests(path)
         notes += conversion_notes(path)
-    check_classes(model)
     notes += class_notes(model.config.num_classes)
     settings = {
         **model_settings(model, weights),

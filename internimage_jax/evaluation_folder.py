@@ -13,6 +13,7 @@ from internimage_jax.predictions import (
     PREDICTIONS,
     ImageResult,
     PredictionsWriter,
+    cannot_write,
     from_lines,
     to_lines,
 )
@@ -73,7 +74,7 @@ class EvaluationFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+            raise cannot_write(self.path, error) from None
         kept: list[ImageResult] = []
         if self._resume and self._own.exists():
             self._check_settings(settings)
@@ -127,6 +128,6 @@ class EvaluationFolder:
             unfinished.write_text(text, encoding="utf-8")
             unfinished.replace(self.path / name)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path / name)) from None
+            raise cannot_write(self.path / name, error) from None
         finally:
             unfinished.unlink(missing_ok=True)

@@ -114,8 +114,11 @@ class PredictionsWriter:
             raise ValueError(
                 f"{path}: was not written by this version; start anew without --resume"
             )
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._file.truncate(len(start))
+        try:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file.truncate(len(start))
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
     def write(self, results: Sequence[ImageResult]) -> None:
         """Writes a line for each result, at once: nothing waits in a buffer of this process."""
@@ -124,10 +127,15 @@ class PredictionsWriter:
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+            raise cannot_write(self._path, error) from None
 
     def close(self) -> None:
         self._file.close()
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """`error` in words that name the file or folder."""
+    return OSError(f"{path}: cannot be written ({error.strerror})")
 
 
 def _values(result: ImageResult) -> dict[str, Any]:

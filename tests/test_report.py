@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from internimage_jax.__main__ import main
+from internimage_jax.commands.evaluate import print_table
 from internimage_jax.comparison import compare, mcnemar
 from internimage_jax.evaluation_settings import differences
 from internimage_jax.labels import imagenet1k_classes
@@ -325,3 +326,24 @@ def test_the_command_takes_folders_and_files(
     assert main(["compare", a, str(tmp_path)]) == 1
     assert re.fullmatch(r"error: .*predictions\.jsonl: no such file; .*\n", capsys.readouterr().err)
     assert read_predictions(a) == [result(0, RIGHT)]
+
+
+# The table of the command `evaluate`
+
+
+def test_the_table_names_figures_notes_and_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [result(0, RIGHT), result(1, FIFTH), ImageResult(2, "2", (0,), error="bad")]
+    report = make_report(
+        results, SETTINGS, source="[val]", notes=["a note"], images_per_second=1234.5
+    )
+    print_table(report, "out")
+    out = capsys.readouterr().out
+    for text in ("50.000 %", "9.45 to 90.55", "100.000 %", "2, 1 skipped", "1,234.5 images/s"):
+        assert text in out
+    for text in (
+        "a <b> & c, float32, kernel",
+        "[val] (class folders)",
+        "a note",
+        "out/report.html",
+    ):
+        assert text in out

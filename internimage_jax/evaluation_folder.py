@@ -49,7 +49,7 @@ class EvaluationFolder:
         self._writer: PredictionsWriter | None = None
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path}: is a file; the output is a folder")
-        if not resume and self._own.exists():
+        if not resume and any(self.path.glob("predictions*.jsonl")):
             raise FileExistsError(
                 f"{self.path}: holds an evaluation; --resume goes on with it, or choose another "
                 "folder"
@@ -76,8 +76,9 @@ class EvaluationFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from None
         kept: list[ImageResult] = []
-        if self._resume and self._own.exists():
+        if self._resume and (self._own.exists() or (self.path / SETTINGS).exists()):
             self._check_settings(settings)
+        if self._resume and self._own.exists():
             done = from_lines(self._own.read_bytes(), str(self._own), torn=True)
             kept = done if len(done) >= images else done[: len(done) // batch * batch]
         if self._first or not (self.path / SETTINGS).exists():

@@ -51,6 +51,8 @@ def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dic
         "image_size": model.preprocessing.image_size,
         "preprocessing": model.preprocessing.to_dict(),
         "dtype": model.dtype.name,
+        # None is the backend's own: on a GPU, float32 products have the accuracy of TF32.
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "implementation": implementation,
         "backend": jax.default_backend(),
         "devices": [_device_name(one) for one in jax.local_devices()],

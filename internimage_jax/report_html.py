@@ -313,7 +313,8 @@ def _setup(report: Mapping[str, Any]) -> str:
         ),
         "Preprocessing": f"short side to {short} pixels (bicubic), middle {prep['image_size']} x "
         f"{prep['image_size']}, mean {prep['mean']}, deviation {prep['std']}",
-        "Arithmetic": f"{report['dtype']}, DCNv3: {report['implementation']}",
+        "Arithmetic": f"{report['dtype']}, matrix products at "
+        f"{report['matmul_precision'] or 'default'} precision, DCNv3: {report['implementation']}",
         "Devices": f"{_devices(report['devices'], report['processes'])}, {report['parallel']}",
         "Batch": of_all if len(report["devices"]) > 1 else f"{report['batch_size']} images",
         "Data": f"{report['source']}: {report['dataset']['kind']}, {report['dataset']['images']:,} "

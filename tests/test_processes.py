@@ -19,6 +19,7 @@ from PIL import Image
 
 from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import InternImageConfig
+from internimage_jax.evaluation_folder import EvaluationFolder
 from internimage_jax.labels import imagenet1k_classes
 from internimage_jax.processes import ConnectedGroup, Group, join
 from internimage_jax.report import TIMES
@@ -191,3 +192,16 @@ def test_two_processes_and_eight_devices_count_as_one_does(work: Path) -> None:
         lines = (work / name / "predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["index"] for line in lines] == list(range(COUNT))
     assert json.loads((work / "two" / "report.json").read_text()) == two
+
+
+def test_another_number_of_processes_neither_resumes_nor_overwrites(tmp_path: Path) -> None:
+    ours, theirs = ({"processes": count} for count in (1, 2))
+    for index in range(2):
+        folder = EvaluationFolder(tmp_path, resume=index > 0, index=index, count=2)
+        assert folder.begin(theirs, batch=1, images=3) == []
+        folder.close()
+    with pytest.raises(FileExistsError, match="holds an evaluation"):
+        EvaluationFolder(tmp_path, resume=False)
+    with pytest.raises(ValueError, match="processes was 2 and is 1"):
+        EvaluationFolder(tmp_path, resume=True).begin(ours, batch=1, images=3)
+    assert json.loads((tmp_path / "settings.json").read_text()) == theirs

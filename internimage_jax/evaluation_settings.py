@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from internimage_jax.data import Dataset
     from internimage_jax.model import InternImage
 
+_PRECISION = "jax_default_matmul_precision"
 PACKAGES = ("internimage-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
@@ -52,7 +53,7 @@ def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dic
         "preprocessing": model.preprocessing.to_dict(),
         "dtype": model.dtype.name,
         # None is the backend's own: on a GPU, float32 products have the accuracy of TF32.
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "matmul_precision": getattr(jax.config, _PRECISION),
         "implementation": implementation,
         "backend": jax.default_backend(),
         "devices": [_device_name(one) for one in jax.local_devices()],

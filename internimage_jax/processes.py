@@ -228,6 +228,11 @@ def _connected(coordinator: str | None, num_processes: int | None, process_id: i
         connections = {} if count == 1 else _connections(global_state, index, count)
         jax.distributed.shutdown()
     except (RuntimeError, ValueError) as error:
+        if coordinator is None and isinstance(error, ValueError):
+            raise ValueError(
+                "coordinator: this is no job of Slurm, Open MPI or a TPU that jax.distributed "
+                "knows; expected coordinator, num_processes and process_id"
+            ) from None
         reason = str(error).strip().partition("\n")[0]
         raise OSError(f"the processes did not come together: {reason}") from error
     # From here on, JAX is to see this process alone: what it would do with the others needs the

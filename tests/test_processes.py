@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -100,6 +101,28 @@ def test_one_process_is_a_group_of_its_own() -> None:
 )
 def test_wrong_arguments_are_named(arguments: tuple[str, int, int | None], message: str) -> None:
     with pytest.raises(ValueError, match=message), join(*arguments):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "raised", "error", "message"),
+    [
+        ((), ValueError("coordinator_address should be"), ValueError, "no job of Slurm, Open MPI"),
+        (("localhost:1", 2, 0), RuntimeError("too late\nby far"), OSError, r"together: too late$"),
+    ],
+)
+def test_processes_that_do_not_come_together_say_why(
+    arguments: tuple[()] | tuple[str, int, int],
+    raised: Exception,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def initialize(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(error, match=message), join(*arguments):
         pass
 
 

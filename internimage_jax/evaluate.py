@@ -134,33 +134,32 @@ def evaluate(
     group.check_same(settings)
     part = np.array_split(chosen, group.count)[group.index].tolist()
 
-    with contextlib.ExitStack() as stack:
-        done: list[ImageResult] = []
-        if folder is not None:
-            done = folder.begin(settings, batch_size * jax.local_device_count(), len(part))
-            stack.callback(folder.close)
-        if [(one.index, one.file) for one in done] != [
-            (i, dataset.names[i]) for i in part[: len(done)]
-        ]:
-            raise ValueError(f"{output}: its predictions are not of these images, in this order")
-        loop = _Loop(dataset, model, done, len(part), folder, group, progress)
-        if len(done) < len(part):
-            step = make_step(
-                model,
-                batch_size=batch_size,
-                restricted_to=dataset.classes,
-                labels=max(len(dataset.labels[i]) for i in chosen),
-                parallel=parallel,
-            )
-            batches = load_batches(
-                dataset,
-                model.preprocessing,
-                part[len(done) :],
-                batch_size=step.batch_size,
-                workers=workers,
-                on_error=on_error,
-            )
-            stack.enter_context(contextlib.closing(batches))
+    together = batch_size * jax.local_device_count()
+    done = [] if folder is None else folder.done(settings, together, len(part))
+    if [(one.index, one.file) for one in done] != [
+        (i, dataset.names[i]) for i in part[: len(done)]
+    ]:
+        raise ValueError(f"{output}: its predictions are not of these images, in this order")
+    loop = _Loop(dataset, model, done, len(part), folder, group, progress)
+    if len(done) < len(part):
+        batches = load_batches(
+            dataset,
+            model.preprocessing,
+            part[len(done) :],
+            batch_size=together,
+            workers=workers,
+            on_error=on_error,
+        )
+        step = make_step(
+            model,
+            batch_size=batch_size,
+            restricted_to=dataset.classes,
+            labels=max(len(dataset.labels[i]) for i in chosen),
+            parallel=parallel,
+        )
+        with contextlib.closing(batches), folder or contextlib.nullcontext():
+            if folder is not None:  # nothing is written before all this is known to fit
+                folder.open(settings, done)
             loop.run(step, batches)
 
     results, images, seconds = _of_all(group, loop)

@@ -55,8 +55,8 @@ class EvaluationFolder:
                 "folder"
             )
 
-    def begin(self, settings: dict[str, Any], batch: int, images: int) -> list[ImageResult]:
-        """Opens the predictions file.
+    def done(self, settings: dict[str, Any], batch: int, images: int) -> list[ImageResult]:
+        """Returns what can be kept of the evaluation that is resumed; writes nothing.
 
         Args:
             settings: What the results depend on; JSON values.
@@ -64,27 +64,32 @@ class EvaluationFolder:
                 other neighbours the last digits of its probabilities might be others.
             images: How many there are for this process.
 
-        Returns:
-            What is done already.
-
         Raises:
             ValueError: The folder's evaluation had other settings, or its files are damaged.
+        """
+        if not self._resume or not self.path.exists():
+            return []
+        if self._own.exists() or (self.path / SETTINGS).exists():
+            self._check_settings(settings)
+        if not self._own.exists():
+            return []
+        found = from_lines(self._own.read_bytes(), str(self._own), torn=True)
+        return found if len(found) >= images else found[: len(found) // batch * batch]
+
+    def open(self, settings: dict[str, Any], done: Sequence[ImageResult]) -> None:
+        """Opens the predictions file, which is to begin with `done`; used as a context manager,
+        the folder closes it.
+
+        Raises:
             OSError: A file cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        kept: list[ImageResult] = []
-        if self._resume and (self._own.exists() or (self.path / SETTINGS).exists()):
-            self._check_settings(settings)
-        if self._resume and self._own.exists():
-            done = from_lines(self._own.read_bytes(), str(self._own), torn=True)
-            kept = done if len(done) >= images else done[: len(done) // batch * batch]
         if self._first or not (self.path / SETTINGS).exists():
             self._write(SETTINGS, json.dumps(settings, indent=2) + "\n")
-        self._writer = PredictionsWriter(self._own, kept)
-        return kept
+        self._writer = PredictionsWriter(self._own, done)
 
     def write(self, results: Sequence[ImageResult]) -> None:
         """Appends to the predictions; after this, a kill does not lose them."""
@@ -100,7 +105,10 @@ class EvaluationFolder:
         self._write(PAGE, page)
         self._write(REPORT, json.dumps(report, indent=2) + "\n")
 
-    def close(self) -> None:
+    def __enter__(self) -> EvaluationFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
 

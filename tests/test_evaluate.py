@@ -432,14 +432,18 @@ def test_a_model_of_other_classes_is_an_error_that_names_both_numbers(dataset: D
         ({"num_images": 24}, "num_images: expected 1 to 23, the dataset's images, got 24"),
         ({"num_images": 0}, "num_images: expected 1 to 23"),
         ({"resume": True}, "resume: needs the output folder"),
+        ({"workers": 0}, "workers: got 0, expected at least 1"),
+        ({"on_error": "ignore"}, "on_error: got 'ignore', expected 'fail' or 'skip'"),
         ({"parallel": "tensor"}, "parallel: expected 'pmap' or 'fsdp', got 'tensor'"),
     ],
 )
-def test_settings_out_of_range_are_named(
-    model: InternImage, dataset: Dataset, options: dict[str, Any], message: str
+def test_settings_out_of_range_are_named_and_nothing_is_written(
+    model: InternImage, dataset: Dataset, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    output = None if "resume" in options else tmp_path / "out"
     with pytest.raises(ValueError, match=message):
-        evaluate(model, dataset, **options)
+        evaluate(model, dataset, output=output, **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_is_not_finite_is_an_error_that_names_the_image(

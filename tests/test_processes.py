@@ -220,11 +220,11 @@ def test_two_processes_and_eight_devices_count_as_one_does(work: Path) -> None:
 def test_another_number_of_processes_neither_resumes_nor_overwrites(tmp_path: Path) -> None:
     ours, theirs = ({"processes": count} for count in (1, 2))
     for index in range(2):
-        folder = EvaluationFolder(tmp_path, resume=index > 0, index=index, count=2)
-        assert folder.begin(theirs, batch=1, images=3) == []
-        folder.close()
+        with EvaluationFolder(tmp_path, resume=index > 0, index=index, count=2) as folder:
+            assert folder.done(theirs, batch=1, images=3) == []
+            folder.open(theirs, [])
     with pytest.raises(FileExistsError, match="holds an evaluation"):
         EvaluationFolder(tmp_path, resume=False)
     with pytest.raises(ValueError, match="processes was 2 and is 1"):
-        EvaluationFolder(tmp_path, resume=True).begin(ours, batch=1, images=3)
+        EvaluationFolder(tmp_path, resume=True).done(ours, batch=1, images=3)
     assert json.loads((tmp_path / "settings.json").read_text()) == theirs

@@ -36,8 +36,9 @@ class EvaluationFolder:
         count: Of processes.
 
     Raises:
-        FileExistsError: There is an evaluation and `resume` is not set, or the path is a file.
-        OSError: The folder cannot be made.
+        FileExistsError: There is an evaluation and `resume` is not set, or there is a file in the
+            folder's place.
+        OSError: The folder may not be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool, index: int = 0, count: int = 1):
@@ -47,8 +48,11 @@ class EvaluationFolder:
         if count > 1:
             self._own = self.path / f"predictions-{index}-of-{count}.jsonl"
         self._writer: PredictionsWriter | None = None
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path}: is a file; the output is a folder")
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not there.is_dir():
+            raise FileExistsError(f"{there}: is a file; the output is a folder")
+        if not os.access(there, os.W_OK):
+            raise OSError(f"{there}: cannot be written (Permission denied)")
         if not resume and any(self.path.glob("predictions*.jsonl")):
             raise FileExistsError(
                 f"{self.path}: holds an evaluation; --resume goes on with it, or choose another "

@@ -514,7 +514,7 @@ def test_a_checkpoint_is_reported_by_the_sha256_of_its_file(
         (["DATA", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["DATA", "--labels", "DATA/none.txt"], "DATA/none.txt: no such file"),
         (["DATA", "--output", "FILE"], "FILE: is a file; the output is a folder"),
-        (["DATA", "--output", "FILE/below"], "FILE/below: cannot be written (Not a directory)"),
+        (["DATA", "--output", "FILE/below"], "FILE: is a file; the output is a folder"),
         (["DATA", "--num-processes", "2"], "need --coordinator HOST:PORT"),
         (["DATA", "--coordinator", "localhost:1"], "expected all three, or none"),
         (["DATA", "--coordinator", "a:1", "--distributed"], "exclude each other"),

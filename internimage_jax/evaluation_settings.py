@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform as machine
 from collections.abc import Sequence
 from importlib import metadata
@@ -106,12 +105,13 @@ def array_digests(model: InternImage) -> list[dict[str, str]]:
 
 def conversion_notes(path: str) -> tuple[str, ...]:
     """What the converter noted of a folder that it wrote, such as 1,000 classes out of 21,841."""
-    settings = Path(path, "config.json") if os.path.isdir(path) else None
-    if settings is None or not settings.exists():
+    from convert.export import FORMAT, SETTINGS
+
+    settings = Path(path, SETTINGS)
+    values = json.loads(settings.read_bytes()) if settings.exists() else {}
+    if values.get("format") != FORMAT:
         return ()
-    values = json.loads(settings.read_bytes())
-    notes = values.get("notes") if values.get("format") == "internimage_jax" else None
-    return tuple(f"The weights' conversion: {note}." for note in notes or ())
+    return tuple(f"The weights' conversion: {note}." for note in values.get("notes", ()))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

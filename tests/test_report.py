@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from convert.export import FORMAT
 from internimage_jax.__main__ import main
 from internimage_jax.commands.evaluate import print_table
 from internimage_jax.comparison import compare, mcnemar
-from internimage_jax.evaluation_settings import differences
+from internimage_jax.evaluation_settings import conversion_notes, differences
 from internimage_jax.labels import imagenet1k_classes
 from internimage_jax.predictions import ImageResult, from_lines, read_predictions, to_lines
 from internimage_jax.report import calibration, make_report, per_class, wilson_interval
@@ -177,6 +178,16 @@ def test_differences_are_named_by_their_path() -> None:
         "only was 1 and is null",
     ]
     assert differences(before, json.loads(json.dumps(before))) == []
+
+
+def test_what_the_converter_noted_is_told(tmp_path: Path) -> None:
+    assert conversion_notes(str(tmp_path)) == ()
+    settings: dict[str, Any] = {"format": "another", "notes": ["class 850 is masked"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert conversion_notes(str(tmp_path)) == ()
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"format": FORMAT}))
+    assert conversion_notes(str(tmp_path)) == ("The weights' conversion: class 850 is masked.",)
+    assert conversion_notes(str(tmp_path / "config.json")) == ()  # a file, such as a .pth
 
 
 # The page

@@ -17,6 +17,7 @@ from internimage_jax.data_labels import (
     Labels,
     assign,
     find_labels,
+    is_wnid,
     parse_class,
     read_labels,
 )
@@ -171,7 +172,7 @@ def _locate(path: str) -> _Place:
         if chosen is None and archives and not has_images and not any(map(_is_class, inner)):
             names, others = _evaluated_archives(archives)
             if others:
-                notes.append(f"{names[0]} is read, not {', '.join(others)}")
+                notes.append(f"{listing('file', names)} read, not {listing('file', others)}")
             paths = [os.path.join(here, name) for name in names]
             kinds = {_kind(one) for one in paths}
             if len(kinds) > 1 or (len(paths) > 1 and kinds == {"zip"}):
@@ -194,7 +195,7 @@ def _evaluated_folder(folders: Sequence[str], has_images: bool, *, alone: bool) 
 
     alone: also where its name says nothing but it is the only one.
     """
-    if has_images or any(map(_is_class, folders)):
+    if has_images or any(_is_class(name) or is_wnid(name) for name in folders):
         return None
     for name in EVALUATED:
         if name in folders:

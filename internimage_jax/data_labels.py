@@ -42,9 +42,14 @@ class Labels(NamedTuple):
     is_real: bool = False
 
 
+def is_wnid(text: str) -> bool:
+    """Whether the text has the form of a WordNet id, of whatever class."""
+    return re.fullmatch(r"n\d{8}", text, re.ASCII) is not None
+
+
 def parse_class(text: str) -> int | None:
     """The class that a WordNet id or an index from 0 to 999 stands for, None for other text."""
-    if re.fullmatch(r"n\d{8}", text):
+    if is_wnid(text):
         return wnid_to_index().get(text)
     number = int(text) if re.fullmatch(r"[0-9]{1,8}", text) else -1
     return number if 0 <= number < NUM_CLASSES_1K else None

@@ -211,7 +211,7 @@ def test_a_zip_is_read_with_its_map_file(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path)
     check(dataset, FLAT, FLAT_LABELS)
     assert dataset.kind == "flat zip"
-    assert dataset.notes[0] == "val.zip is read, not train.zip"
+    assert dataset.notes[0] == "file val.zip read, not file train.zip"
 
 
 def test_kaggles_folders_are_followed(tmp_path: Path) -> None:

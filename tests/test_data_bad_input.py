@@ -50,6 +50,11 @@ def test_folders_that_are_no_classes_are_listed(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_another_wordnet_id_is_no_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"n99999999/b.jpg": b""})
+    assert f"{tmp_path}: no class of ImageNet-1K for folder n99999999;" in error(tmp_path)
+
+
 def test_images_beside_class_folders_are_listed(tmp_path: Path) -> None:
     write_folder(tmp_path, IMAGES | {"a.jpg": b""})
     assert error(tmp_path) == f"{tmp_path}: outside the class folders there is image a.jpg"

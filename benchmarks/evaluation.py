@@ -48,19 +48,24 @@ from internimage_jax.report import TIMES
 # Speed
 
 
-def alone(step: Step, side: int, batches: int) -> float:
-    """Seconds of the model on pixels that are on the devices, its results read as they are used."""
+def alone(step: Step, side: int, batches: int) -> None:
+    """Runs the model on pixels that are on the devices, and reads its results as they come."""
     pixels = step.place(np.zeros((step.batch_size, side, side, 3), np.uint8))
     labels = [(0,)] * step.batch_size
     pending: deque[Any] = deque()
-    start = time.perf_counter()
     for _ in range(batches):
         pending.append(step(pixels, labels))
         if len(pending) > 2:
             step.read(pending.popleft())
     while pending:
         step.read(pending.popleft())
-    return time.perf_counter() - start
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds on the clock, and of all cores together."""
+    start = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -68,25 +73,28 @@ def speed(options: argparse.Namespace) -> None:
     dataset = open_dataset(options.data)
     shared = functools.cache(make_step)
     evaluation.make_step = shared
-    step = shared(
-        model, batch_size=options.batch_size, restricted_to=None, labels=1, parallel="pmap"
-    )
-    batches = -(-len(dataset) // step.batch_size)
+    size = options.batch_size
+    step = shared(model, batch_size=size, restricted_to=None, labels=1, parallel="pmap")
+    count = options.num_images or len(dataset)
+    batches = -(-count // step.batch_size)
     side = model.preprocessing.image_size
-    alone(step, side, 1)
-    rows = []
-    for _ in range(options.repeats):
-        model_alone = alone(step, side, batches)
-        end_to_end = evaluate(model, dataset, batch_size=options.batch_size)["seconds"]
-        rows.append((len(dataset) / model_alone, len(dataset) / end_to_end))
-    ratios = [end / only for only, end in rows]
-    only, end = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"{len(dataset)} images, batches of {step.batch_size} on {len(step.devices)} devices")
-    print(f"model alone   {only:8.1f} images/s")
-    print(f"end to end    {end:8.1f} images/s")
-    print(
-        f"ratio         {statistics.median(ratios):8.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    )
+
+    def whole() -> None:
+        evaluate(model, dataset, batch_size=size, num_images=count)
+
+    runs = {"model alone": lambda: alone(step, side, batches), "end to end": whole}
+    rows: list[list[tuple[float, float]]] = []
+    for _ in range(options.repeats + 1):
+        rows.append([timed(run) for run in runs.values()])
+    rows = rows[1:]  # the first is to warm up
+    print(f"{count} images, batches of {step.batch_size} on {len(step.devices)} devices")
+    for place, name in enumerate(runs):
+        wall, cpu = (statistics.median(row[place][kind] for row in rows) for kind in (0, 1))
+        print(f"{name:12} {count / wall:8.2f} images/s {1e3 * cpu / count:8.1f} ms of CPU an image")
+    for kind, name in enumerate(("images/s", "CPU time")):
+        ratios = sorted(only[kind] / end[kind] for only, end in rows)
+        middle = statistics.median(ratios)
+        print(f"end to end / alone, by {name}: {middle:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
 
 
 # Exactness
@@ -305,6 +313,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--batch-size", type=int, default=8, help="of speed and kills")
     parser.add_argument("--repeats", type=int, default=5, help="of speed")
+    parser.add_argument("--num-images", type=int, help="of speed; all by default")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args()

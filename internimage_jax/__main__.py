@@ -8,9 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from internimage_jax.cache import keep_compiled_programs
-from internimage_jax.commands import demo, info, models, predict
+from internimage_jax.commands import compare, demo, evaluate, info, models, predict
 
-COMMANDS = {"predict": predict, "list": models, "info": info, "demo": demo}
+COMMANDS = {
+    "predict": predict,
+    "evaluate": evaluate,
+    "compare": compare,
+    "list": models,
+    "info": info,
+    "demo": demo,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -109,7 +109,7 @@ def from_pretrained(
         OSError: The hub cannot be reached.
     """
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    path = _locate(source)
+    path = locate(source)
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
@@ -128,7 +128,7 @@ def from_pretrained(
     return loaded
 
 
-def _locate(source: str | os.PathLike[str]) -> str:
+def locate(source: str | os.PathLike[str]) -> str:
     """The path of a checkpoint: `source` itself, or where the released model of that name is."""
     name = os.fspath(source)
     if os.path.exists(name):

@@ -6,12 +6,10 @@ import argparse
 import json
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 from internimage_jax.commands import output
-
-PACKAGES = ("internimage-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+from internimage_jax.evaluation_settings import versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     found = {
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
         **_devices(),
         "dcnv3": _dcnv3(),
@@ -29,16 +27,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(found))
     else:
         _print_table(found)
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _devices() -> dict[str, Any]:

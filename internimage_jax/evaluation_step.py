@@ -124,7 +124,7 @@ def make_step(
     mesh = Mesh(np.array(devices), (_AXIS,))
     spread = NamedSharding(mesh, PartitionSpec(_AXIS))
     whole = NamedSharding(mesh, PartitionSpec())
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(model.fused())
     leaves, tree = jax.tree.flatten(state)
     choose = _chooser(model.config.num_classes, restricted_to)
     side = model.preprocessing.image_size

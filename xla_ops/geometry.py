@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -95,6 +96,7 @@ class Record(NamedTuple):
         """Columns of the centre-scale logits (G)."""
         return self._columns(3 * self.points, 3 * self.points + 1)
 
+    @functools.partial(jax.jit, static_argnums=0)  # one small program for each shape
     def join(
         self, offset: jax.Array, mask: jax.Array, center: jax.Array | None = None
     ) -> jax.Array:

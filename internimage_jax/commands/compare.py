@@ -7,9 +7,6 @@ import json
 from typing import Any
 
 from internimage_jax.commands import output
-from internimage_jax.comparison import compare
-from internimage_jax.labels import imagenet1k_classes
-from internimage_jax.predictions import read_predictions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.show < 0:
         raise ValueError(f"--show: expected at least 0, got {args.show}")
+
+    from internimage_jax.comparison import compare
+    from internimage_jax.predictions import read_predictions
+
     found = compare(read_predictions(args.a), read_predictions(args.b))
     if args.json:
         print(json.dumps({"a": args.a, "b": args.b, **found}))
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
 def _print(found: dict[str, Any], a: str, b: str, shown: int) -> None:
     from rich.box import SIMPLE, SIMPLE_HEAD
     from rich.table import Table
+
+    from internimage_jax.labels import imagenet1k_classes
 
     count = found["num_images"]
     table = Table(box=SIMPLE, show_header=False)

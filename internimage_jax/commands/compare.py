@@ -42,8 +42,6 @@ def _print(found: dict[str, Any], a: str, b: str, shown: int) -> None:
     from rich.box import SIMPLE, SIMPLE_HEAD
     from rich.table import Table
 
-    from internimage_jax.labels import imagenet1k_classes
-
     count = found["num_images"]
     table = Table(box=SIMPLE, show_header=False)
     table.add_column(no_wrap=True)
@@ -85,4 +83,6 @@ def _said(answer: dict[str, Any]) -> str:
 
 
 def _name(index: int) -> str:
+    from internimage_jax.labels import imagenet1k_classes
+
     return imagenet1k_classes()[index].name

@@ -24,6 +24,8 @@ FUSED_FORWARD = "internimage_dcnv3_fused_forward"
 FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
 DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
 DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
+GELU_FORWARD = "internimage_bias_gelu_forward"
+GELU_BACKWARD = "internimage_bias_gelu_backward"
 
 PLATFORMS = ("cpu",)  # as XLA names them; the module with a platform's handlers is `_cpu`
 
@@ -89,7 +91,8 @@ def _try(platform: str) -> None:
     geometry = np.array([1, 1, 1, 1, 0, 0, 1, 1, 1, 0, VERSION], np.int64)
     plain: dict[str, Any] = {"geometry": geometry, "offset_scale": np.float64(1)}
     fused = plain | {"center_feature_scale": False}
-    dwconv: dict[str, Any] = {"epsilon": np.float64(1e-6), "version": np.int64(VERSION)}
+    gelu: dict[str, Any] = {"version": np.int64(VERSION)}
+    dwconv = gelu | {"epsilon": np.float64(1e-6)}
     cases = {  # operands, attributes, arrays like the results, and how these begin
         FORWARD: ((one * 3, pair, one * 2), plain, (one,), [6.0]),
         BACKWARD: ((one * 3, pair, one * 2, one), plain, (one, pair, one), [2.0, -6.0, 3.0]),
@@ -97,6 +100,8 @@ def _try(platform: str) -> None:
         FUSED_BACKWARD: ((one * 3, record, one), fused, (one, record), [1.0, -3.0]),
         DWCONV_FORWARD: (layer, dwconv, (one,), [13.0]),
         DWCONV_BACKWARD: ((*layer, one), dwconv, (one, np.zeros((1, 1, 4, 1), "f")), [0.0, 1.0]),
+        GELU_FORWARD: ((one * 6, one[0, 0, 0] * 7), gelu, (one,), [13.0]),
+        GELU_BACKWARD: ((one * 6, one[0, 0, 0] * 7, one * 5), gelu, (one,), [5.0]),
     }
     with jax.default_device(device):
         for target in _targets(platform):

@@ -83,4 +83,8 @@ inline bool type_of(ffi::DataType dtype, Type* type) {
   }
 }
 
+inline bool same(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  return a.element_count() == b.element_count() && a.element_type() == b.element_type();
+}
+
 }  // namespace cpu

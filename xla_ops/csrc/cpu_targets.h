@@ -36,9 +36,9 @@ namespace avx512 {
 #undef CPU_BYTES
 }  // namespace avx512
 
-#define CPU_CALL(f, ...)                                                                   \
-  ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx512 ? avx512::f(__VA_ARGS__)      \
-  : ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx2 ? avx2::f(__VA_ARGS__)        \
+#define CPU_CALL(f, ...)                                                              \
+  ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx512 ? avx512::f(__VA_ARGS__) \
+  : ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx2 ? avx2::f(__VA_ARGS__)   \
                                                              : baseline::f(__VA_ARGS__)
 #else
 #define CPU_CALL(f, ...) baseline::f(__VA_ARGS__)

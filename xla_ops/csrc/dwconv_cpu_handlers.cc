@@ -75,9 +75,8 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   if (!same(*y, x)) return failed(invalid("the result does not fit"));
   call.y = y->untyped_data();
   const int64_t rows = call.batch * call.height, pieces = pieces_of(pool, rows, cost_of(call));
-  return run(pool, pieces, [call, rows, pieces](int64_t i) {
-    forward(call, i * rows / pieces, (i + 1) * rows / pieces);
-  });
+  return run(pool, pieces,
+             [call, rows, pieces](int64_t i) { forward(call, i * rows / pieces, (i + 1) * rows / pieces); });
 }
 
 ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operand bias, Operand scale,
@@ -128,7 +127,11 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward_call,
 
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() { return kForward; }
-XLA_FFI_Handler* backward_handler() { return kBackward; }
+XLA_FFI_Handler* forward_handler() {
+  return kForward;
+}
+XLA_FFI_Handler* backward_handler() {
+  return kBackward;
+}
 
 }  // namespace dwconv::cpu

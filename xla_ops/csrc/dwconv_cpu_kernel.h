@@ -181,8 +181,7 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
         const Real factor = center(a, v);
         int64_t c = 0;
         for (; c + kLanes <= call.channels; c += kLanes) {
-          const V z =
-              load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
+          const V z = load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
           Memory<T, Real, kLanes>::store(out + c, gelu<Real, kLanes>(z));
         }
         if (c == call.channels) continue;

@@ -49,9 +49,8 @@ ffi::Future start(ffi::ThreadPool pool, Operand x, Operand bias, const Operand* 
   s.dy = dy ? dy->untyped_data() : nullptr;
   s.result = result->untyped_data();
   const int64_t pieces = pieces_of(pool, s.rows, 5.0 * double(s.rows) * double(s.channels));
-  return run(pool, pieces, [s, pieces](int64_t i) {
-    compute(s, i * s.rows / pieces, (i + 1) * s.rows / pieces);
-  });
+  return run(pool, pieces,
+             [s, pieces](int64_t i) { compute(s, i * s.rows / pieces, (i + 1) * s.rows / pieces); });
 }
 
 ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand bias, Result y, int64_t version) {

@@ -114,6 +114,21 @@ def test_agrees_with_torch(implementation: str) -> None:
         assert_close(got, [y.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)], 1e-12)
 
 
+def test_depthwise_convolution_is_that_of_lax() -> None:
+    x, kernel, *_ = operands((2, 6, 9, 4), 5)
+    lowered = jax.jit(xla_ops.depthwise_convolution).lower(x, kernel)
+    assert "convolution" not in lowered.compile().as_text()  # on a CPU
+    wanted = jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (1, 1),
+        ((2, 2), (2, 2)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
+    )
+    assert_close(lowered.compile()(x, kernel), wanted, 1e-6)
+
+
 @needs_kernel
 def test_gelu_is_exact_over_the_whole_line() -> None:
     # One channel is normalised to zero, so `offset` is what GELU sees.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,11 @@ class Context(NamedTuple):
     dtype: DTypeLike  # of the computation
     param_dtype: DTypeLike
     implementation: xla_ops.Implementation | None  # of DCNv3
+
+    @property
+    def implementation_of_layers(self) -> Literal["jnp"] | None:
+        """That of the operators besides DCNv3: their jnp form goes with its, else the best."""
+        return "jnp" if self.implementation == "gather" else None
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:
 
 
 def in_dtype_of(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
-    """The parameter's value in the dtype of `x`, or in float32 if that is more precise."""
+    """The parameter's value in the dtype of `x`, or in float32 where `x` is in half precision."""
     assert parameter is not None  # as above
     return parameter[...].astype(jnp.promote_types(x.dtype, jnp.float32))
 

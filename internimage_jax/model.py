@@ -69,10 +69,18 @@ class MLPLayer(nnx.Module):
         self.fc2 = ctx.linear(hidden, channels)
         self.activation = activation(ctx.config)
         self.drop_rate = ctx.config.drop_rate
+        self.fused = ctx.config.act_layer == "GELU"
+        self.implementation = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         key1, key2 = split(key, 2)
-        x = dropout(self.activation(self.fc1(x)), self.drop_rate, key1)
+        if self.fused:  # bias and activation in one pass
+            x = x @ self.fc1.kernel[...].astype(x.dtype)
+            bias = in_dtype_of(x, self.fc1.bias)
+            x = xla_ops.bias_gelu(x, bias, implementation=self.implementation)
+        else:
+            x = self.activation(self.fc1(x))
+        x = dropout(x, self.drop_rate, key1)
         return dropout(self.fc2(x), self.drop_rate, key2)
 
 
@@ -86,7 +94,7 @@ class DepthwiseLayer(nnx.Module):
         self.activation = activation(ctx.config)
         # As one operator where it is the released models' kind.
         self.fused = (ctx.config.norm_layer, ctx.config.act_layer) == ("LN", "GELU")
-        self.implementation = "jnp" if ctx.implementation == "gather" else None
+        self.implementation = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = x.astype(self.conv.dtype)

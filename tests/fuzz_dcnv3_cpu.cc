@@ -47,6 +47,6 @@ int main(int argc, char** argv) {
     return 1;
   }
   if (!huge()) return 1;
-  std::printf("%d geometries, %s\n", count, dcnv3::cpu::instruction_set());
+  std::printf("%d geometries, %s\n", count, cpu::instruction_set_name());
   return 0;
 }

@@ -169,14 +169,6 @@ def test_activations_are_the_ones_named():
     np.testing.assert_allclose(values["ReLU"], [0, 0.5, 2])
 
 
-@pytest.mark.parametrize("size", [3, 5])
-def test_the_sum_of_shifts_is_the_depthwise_convolution(size):
-    model = InternImage(SMALLEST.replace(dw_kernel_size=size), rngs=nnx.Rngs(1))
-    layer = model.levels[0].blocks[0].dcn.dw_conv
-    x = jnp.asarray(np.random.RandomState(2).standard_normal((2, 6, 9, 16)), jnp.float32)
-    np.testing.assert_allclose(layer._sum_of_shifts(x), layer.conv(x), atol=1e-5)
-
-
 def test_layer_norm_is_exact_where_the_mean_is_large():
     norm = InternImage(SMALLEST, rngs=nnx.Rngs(0)).levels[0].blocks[0].norm1
     x = np.random.RandomState(0).standard_normal((1, 1, 1, 16)) * 1e-2 + 300

@@ -1,6 +1,7 @@
 """The operators of InternImage for JAX: DCNv3, and the depthwise layer before its offsets."""
 
 from xla_ops._ffi import Status, status
+from xla_ops.bias_gelu import bias_gelu
 from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.dwconv_jnp import depthwise_convolution
@@ -10,6 +11,7 @@ __all__ = [
     "Implementation",
     "Record",
     "Status",
+    "bias_gelu",
     "dcnv3",
     "dcnv3_fused",
     "depthwise_convolution",

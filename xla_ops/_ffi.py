@@ -24,6 +24,8 @@ FUSED_FORWARD = "internimage_dcnv3_fused_forward"
 FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
 DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
 DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
+GELU_FORWARD = "internimage_bias_gelu_forward"
+GELU_BACKWARD = "internimage_bias_gelu_backward"
 
 # As JAX names them; the module with a platform's handlers is `_cpu` or `_cuda`.
 PLATFORMS = ("cpu", "cuda")
@@ -101,7 +103,8 @@ def _try(platform: str, device: Any) -> None:
     geometry = np.array([1, 1, 1, 1, 0, 0, 1, 1, 1, 0, VERSION], np.int64)
     plain: dict[str, Any] = {"geometry": geometry, "offset_scale": np.float64(1)}
     fused = plain | {"center_feature_scale": False}
-    dwconv: dict[str, Any] = {"epsilon": np.float64(1e-6), "version": np.int64(VERSION)}
+    gelu: dict[str, Any] = {"version": np.int64(VERSION)}
+    dwconv = gelu | {"epsilon": np.float64(1e-6)}
     scratch = (np.zeros((1, 1, 1, 1), np.uint32),) if platform == "cuda" else ()
     cases = {  # operands, attributes, arrays like the results, and how these begin
         FORWARD: ((one * 3, pair, one * 2), plain, (one,), [6.0]),
@@ -115,6 +118,8 @@ def _try(platform: str, device: Any) -> None:
         FUSED_BACKWARD: ((one * 3, record, one), fused, (one, record, *scratch), [1.0, -3.0]),
         DWCONV_FORWARD: (layer, dwconv, (one,), [13.0]),
         DWCONV_BACKWARD: ((*layer, one), dwconv, (one, np.zeros((1, 1, 4, 1), "f")), [0.0, 1.0]),
+        GELU_FORWARD: ((one * 6, one[0, 0, 0] * 7), gelu, (one,), [13.0]),
+        GELU_BACKWARD: ((one * 6, one[0, 0, 0] * 7, one * 5), gelu, (one,), [5.0]),
     }
     with jax.default_device(device):
         for target in _targets(platform):

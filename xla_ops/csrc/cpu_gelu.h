@@ -14,10 +14,10 @@ struct Normal {
 template <int W>
 CPU_FN Normal<Vec<float, W>> normal(Vec<float, W> t) {
   using V = Vec<float, W>;
-  using I = Vec<int32_t, W>;
+  using U = Vec<uint32_t, W>;
   t = t < 13.f ? t : V{} + 13.f;
   // t^2 would lose the digits that the exponential needs: `high` is t cut to 12 bits, its square exact.
-  const V high = bits<V>(bits<I>(t) & int32_t(0xfffff000));
+  const V high = bits<V>(bits<U>(t) & 0xfffff000u);
   const V a = -0.5f * high * high, rest = -0.5f * (t - high) * (t + high);
   // exp(a + rest) = 2^n exp(r), |r| < 0.4. Adding 1.5 * 2^23 rounds to an integer, in the low bits.
   const V shifted = a * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
@@ -29,7 +29,7 @@ CPU_FN Normal<Vec<float, W>> normal(Vec<float, W> t) {
   e = e * r + 0.499999672f;
   e = e * r + 1.f;
   e = e * r + 1.f;
-  const V density = bits<V>(bits<I>(e) + (bits<I>(shifted) << 23));
+  const V density = bits<V>(bits<U>(e) + (bits<U>(shifted) << 23));
   // m(t) = p(s) / (t + 2.5), s = (t - 2.5) / (t + 2.5): a fit of degree 9, relative error 1.5e-8.
   const V d = 1.f / (t + 2.5f), s = (t - 2.5f) * d;
   V p = V{} - 0.000155626331f;

@@ -67,4 +67,8 @@ inline int64_t pieces_of(const ffi::ThreadPool& pool, int64_t units, double cost
   return std::max<int64_t>(static_cast<int64_t>(pieces), units > 0 ? 1 : 0);
 }
 
+inline bool same(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  return a.element_count() == b.element_count() && a.element_type() == b.element_type();
+}
+
 }  // namespace cpu

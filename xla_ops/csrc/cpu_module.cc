@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "cpu_handlers.h"
+#include "cpu_layers.h"
 #include "dcnv3_cpu.h"
 #include "dcnv3_ffi.h"
-#include "dwconv_cpu_handlers.h"
 
 namespace dcnv3::cpu {
 namespace {
@@ -124,6 +124,8 @@ PYBIND11_MODULE(_cpu, m) {
     targets["internimage_dcnv3_fused_backward"] = capsule(kFusedBackward);
     targets["internimage_dwconv_norm_gelu_forward"] = capsule(dwconv::cpu::forward_handler());
     targets["internimage_dwconv_norm_gelu_backward"] = capsule(dwconv::cpu::backward_handler());
+    targets["internimage_bias_gelu_forward"] = capsule(gelu::cpu::forward_handler());
+    targets["internimage_bias_gelu_backward"] = capsule(gelu::cpu::backward_handler());
     return targets;
   });
   m.def("instruction_set", &instruction_set_name);

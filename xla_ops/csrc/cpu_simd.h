@@ -1,5 +1,6 @@
 // Vectors of a fixed number of lanes, loads and stores of the four dtypes. Included once for each
-// instruction set, as part of an operator's kernels, with CPU_TARGET and CPU_BYTES defined.
+// instruction set, as part of an operator's kernels, with CPU_TARGET and CPU_BYTES defined by
+// cpu_targets.h; no include guard for that reason.
 //
 // The vector types are GCC's and Clang's: the compiler lowers them to what the target has.
 

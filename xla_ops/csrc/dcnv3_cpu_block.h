@@ -95,7 +95,7 @@ CPU_TARGET void load_columns(const Block<Real>& b, const Columns& from, int64_t 
 
 template <class R, class Real>
 CPU_TARGET void store_columns(const Block<Real>& b, const Real* rows, int64_t n, void* data,
-                                const Columns& like) {
+                              const Columns& like) {
   using M = Memory<R, Real, 4>;
   for (int l = 0; l < b.count; l += 4) {
     const int pairs = b.count - l < 4 ? b.count - l : 4;

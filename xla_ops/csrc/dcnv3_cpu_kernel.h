@@ -1,5 +1,4 @@
-// The kernels for one instruction set. Included once for each, inside a namespace of its own, with
-// CPU_TARGET and CPU_BYTES defined; no include guard for that reason.
+// The kernels for one instruction set; included by cpu_targets.h.
 //
 // Work goes in blocks of kBlock (position, group) pairs, and a lane of a vector owns a pair:
 //   load    the pairs' learned numbers, transposed: row r holds number r of every pair
@@ -59,9 +58,3 @@ CPU_TARGET void backward(const Call& call, int64_t image, int64_t g0, int64_t g1
       return backward_any<Float16>(call, image, g0, g1);
   }
 }
-
-#undef CPU_FN
-#undef CPU_ALWAYS
-#undef CPU_SHUFFLE
-#undef CPU_TARGET
-#undef CPU_BYTES

@@ -1,4 +1,4 @@
-// The kernels of dwconv_cpu_kernel.h for several instruction sets, chosen among at run time.
+// Depthwise convolution, LayerNorm and GELU on CPU: the kernels of dwconv_cpu_kernel.h.
 #include "dwconv_cpu.h"
 
 #include <cmath>
@@ -9,42 +9,17 @@ namespace {
 
 using namespace ::cpu;
 
-namespace baseline {
-#define CPU_TARGET
-#define CPU_BYTES 16
-#include "dwconv_cpu_kernel.h"
-}  // namespace baseline
-
-#if CPU_X86
-namespace avx2 {
-#define CPU_TARGET __attribute__((target("avx2,fma,f16c")))
-#define CPU_BYTES 32
-#include "dwconv_cpu_kernel.h"
-}  // namespace avx2
-
-namespace avx512 {
-#define CPU_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")))
-#define CPU_BYTES 64
-#include "dwconv_cpu_kernel.h"
-}  // namespace avx512
-#endif
+#define CPU_KERNELS "dwconv_cpu_kernel.h"
+#include "cpu_targets.h"
 
 }  // namespace
 
 void forward(const Call& call, int64_t begin, int64_t end) {
-#if CPU_X86
-  if (instruction_set() == InstructionSet::kAvx512) return avx512::forward(call, begin, end);
-  if (instruction_set() == InstructionSet::kAvx2) return avx2::forward(call, begin, end);
-#endif
-  baseline::forward(call, begin, end);
+  CPU_CALL(forward, call, begin, end);
 }
 
 void backward(const Call& call, int64_t i) {
-#if CPU_X86
-  if (instruction_set() == InstructionSet::kAvx512) return avx512::backward(call, i);
-  if (instruction_set() == InstructionSet::kAvx2) return avx2::backward(call, i);
-#endif
-  baseline::backward(call, i);
+  CPU_CALL(backward, call, i);
 }
 
 }  // namespace dwconv::cpu

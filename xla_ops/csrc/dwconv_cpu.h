@@ -17,10 +17,10 @@ struct Call {
   int64_t shared;                                // consecutive images that use the same parameters
   int64_t chunks;                                // backward: an image's rows go in so many pieces
   double epsilon;
-  Type type;             // of x, y and their gradients
-  Type parameters_type;  // of the five parameters
-  const void* x;         // (N, H, W, C)
-  const void* kernel;    // (N / shared, K, K, C)
+  Type type;                          // of x, y and their gradients
+  Type parameters_type;               // of the five parameters
+  const void* x;                      // (N, H, W, C)
+  const void* kernel;                 // (N / shared, K, K, C)
   const void *bias, *scale, *offset;  // (N / shared, C)
   void* y;
   const void* dy;

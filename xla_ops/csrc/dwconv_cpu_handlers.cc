@@ -3,12 +3,11 @@
 // Operands: x (..., N, H, W, C), kernel (..., K, K, C), bias, scale, offset (..., C). What precedes the
 // parameters' own axes also precedes x's, and says which images use which parameters: `vmap` over the
 // parameters adds an axis to all of them.
-#include "dwconv_cpu_handlers.h"
-
 #include <algorithm>
 #include <string>
 
 #include "cpu_handlers.h"
+#include "cpu_layers.h"
 #include "dwconv_cpu.h"
 
 namespace dwconv::cpu {
@@ -73,14 +72,11 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   Call call = {};
   ffi::Error error = describe(x, kernel, bias, scale, offset, epsilon, version, &call);
   if (error.failure()) return failed(error);
-  if (y->element_count() != x.element_count() || y->element_type() != x.element_type()) {
-    return failed(invalid("the result does not fit"));
-  }
+  if (!same(*y, x)) return failed(invalid("the result does not fit"));
   call.y = y->untyped_data();
   const int64_t rows = call.batch * call.height, pieces = pieces_of(pool, rows, cost_of(call));
-  return run(pool, pieces, [call, rows, pieces](int64_t i) {
-    forward(call, i * rows / pieces, (i + 1) * rows / pieces);
-  });
+  return run(pool, pieces,
+             [call, rows, pieces](int64_t i) { forward(call, i * rows / pieces, (i + 1) * rows / pieces); });
 }
 
 ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operand bias, Operand scale,
@@ -89,10 +85,7 @@ ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Opera
   Call call = {};
   ffi::Error error = describe(x, kernel, bias, scale, offset, epsilon, version, &call);
   if (error.failure()) return failed(error);
-  if (dy.element_count() != x.element_count() || dy.element_type() != x.element_type() ||
-      dx->element_count() != x.element_count() || dx->element_type() != x.element_type()) {
-    return failed(invalid("dy or dx does not fit"));
-  }
+  if (!same(dy, x) || !same(*dx, x)) return failed(invalid("dy or dx does not fit"));
   const auto dims = partial->dimensions();  // (..., N, chunks, 3 + K * K, C)
   const int64_t each = (3 + call.size * call.size) * call.channels;
   call.chunks = dims.size() < 3 ? 0 : dims[dims.size() - 3];
@@ -134,7 +127,11 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward_call,
 
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() { return kForward; }
-XLA_FFI_Handler* backward_handler() { return kBackward; }
+XLA_FFI_Handler* forward_handler() {
+  return kForward;
+}
+XLA_FFI_Handler* backward_handler() {
+  return kBackward;
+}
 
 }  // namespace dwconv::cpu

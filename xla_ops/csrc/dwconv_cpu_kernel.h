@@ -1,5 +1,4 @@
-// The kernels for one instruction set. Included once for each, inside a namespace of its own, with
-// CPU_TARGET and CPU_BYTES defined; no include guard for that reason.
+// The kernels for one instruction set; included by cpu_targets.h.
 //
 // Rows of a map come into a ring of K padded rows: values widened to Real, r zero pixels on either
 // side, channels filled up with zeros to whole vectors. So the loops have no edges and no dtypes.
@@ -182,8 +181,7 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
         const Real factor = center(a, v);
         int64_t c = 0;
         for (; c + kLanes <= call.channels; c += kLanes) {
-          const V z =
-              load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
+          const V z = load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
           Memory<T, Real, kLanes>::store(out + c, gelu<Real, kLanes>(z));
         }
         if (c == call.channels) continue;
@@ -370,9 +368,3 @@ CPU_TARGET void backward(const Call& call, int64_t piece) {
       return backward_any<Float16>(call, piece);
   }
 }
-
-#undef CPU_FN
-#undef CPU_ALWAYS
-#undef CPU_SHUFFLE
-#undef CPU_TARGET
-#undef CPU_BYTES

@@ -1,0 +1,105 @@
+"""Bias and GELU: kernel and definition. What all kernels share is tested in test_dwconv.py."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import xla_ops
+from tests.test_dwconv import TOLERANCE, assert_close, mesh, needs_kernel
+
+
+def operands(shape: tuple[int, ...], dtype: str = "float32") -> list[jax.Array]:
+    """x, bias and dy."""
+    stream = np.random.RandomState(0)
+    arrays = 3 * stream.standard_normal(shape), stream.standard_normal(shape[-1:])
+    return [jnp.asarray(a, dtype) for a in (*arrays, stream.standard_normal(shape))]
+
+
+@functools.cache
+def program(implementation: str | None):
+    """From operands and dy to y and the gradients."""
+
+    def run(x: jax.Array, bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        function = functools.partial(xla_ops.bias_gelu, implementation=implementation)
+        y, pullback = jax.vjp(function, x, bias)
+        return y, *pullback(dy)
+
+    return jax.jit(run)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernel_agrees_with_the_definition_in_float64(dtype: str) -> None:
+    with jax.enable_x64(True):
+        for shape in ((2, 3, 5, 37), (1, 1, 1, 1), (0, 2, 2, 8)):
+            arrays = operands(shape, dtype)
+            got = program("kernel")(*arrays)
+            wanted = program("jnp")(*(a.astype("float64") for a in arrays))
+            assert [a.dtype for a in got] == [dtype] * 3
+            # The bias's gradient sums what is rounded to the dtype.
+            assert_close(got, wanted, 2 * TOLERANCE[dtype])
+        if dtype in ("bfloat16", "float16"):
+            x, bias, dy = operands((1, 2, 3, 20), dtype)
+            mixed = program("kernel")(x, bias.astype("float32"), dy)
+            assert mixed[2].dtype == "float32"
+            assert_close(mixed, program("kernel")(x, bias, dy), 2 * TOLERANCE[dtype])
+
+
+@needs_kernel
+def test_what_is_not_finite() -> None:
+    x = jnp.asarray([np.nan, np.inf, -np.inf, 1e30, -1e30, 0], "float32").reshape(1, 1, 1, 6)
+    y, dx, _ = program("kernel")(x, jnp.zeros(6), jnp.ones_like(x))
+    np.testing.assert_array_equal(np.ravel(y)[[0, 1, 3, 5]], np.ravel(x)[[0, 1, 3, 5]])
+    np.testing.assert_allclose(np.ravel(y)[[2, 4]], 0, atol=2e-37)
+    np.testing.assert_allclose(np.ravel(dx), [np.nan, 1, 0, 1, 0, 0.5], atol=1e-35)
+
+
+@needs_kernel
+def test_transforms() -> None:
+    x, bias, dy = operands((2, 3, 4, 8))
+    stacked = jnp.stack([bias, 2 * bias])
+    for axes in ((None, 0, None), (0, None, 0), (0, 0, 0)):
+        arrays = [
+            a if axis is None else b
+            for a, b, axis in zip(
+                (x, bias, dy), (x[:, None], stacked, dy[:, None]), axes, strict=True
+            )
+        ]
+        got, wanted = (jax.jit(jax.vmap(program(i), axes))(*arrays) for i in ("kernel", "jnp"))
+        assert_close(got, wanted)
+    specs = (P("data"), P(), P("data"))
+    mapped = jax.shard_map(
+        program(None), mesh=mesh(), in_specs=specs, out_specs=(P("data"), P("data"), P())
+    )
+    wanted = program("jnp")(x, bias, dy)
+    assert_close(jax.jit(mapped)(x, bias, dy), wanted)
+    local = [
+        jax.device_put(a, NamedSharding(mesh(), s))
+        for a, s in zip((x, bias, dy), specs, strict=True)
+    ]
+    compiled = program(None).lower(*local).compile()
+    assert "all-gather" not in compiled.as_text() and "internimage" in compiled.as_text()
+    assert_close(compiled(*local), wanted)
+    with pytest.raises(ValueError, match="no forward mode"):
+        jax.jvp(xla_ops.bias_gelu, (x, bias), (x, bias))
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (jnp.zeros((2, 3)), jnp.zeros(3), r"x: expected shape \(N, H, W, C\).* got \(2, 3\)"),
+        (jnp.zeros((1, 1, 1, 3), int), jnp.zeros(3), "x: expected one of float32"),
+        (jnp.zeros((1, 1, 1, 3)), jnp.zeros(4), r"bias: expected shape \(3,\) .* got \(4,\)"),
+        (jnp.zeros((1, 1, 1, 3)), jnp.zeros(3, "bfloat16"), "bias: .* and bfloat16"),
+    ],
+)
+def test_what_does_not_fit_is_named(x: jax.Array, bias: jax.Array, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        xla_ops.bias_gelu(x, bias)

@@ -1,0 +1,81 @@
+"""Bias and GELU as one operator: what follows the first matrix product of an MLP."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from xla_ops import _ffi
+from xla_ops.custom_call import Arrays, Shapes, Target, call
+from xla_ops.geometry import DTYPES, at_least_float32
+
+
+def bias_gelu(
+    x: jax.Array,
+    bias: jax.Array,
+    *,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> jax.Array:
+    """Returns z * Phi(z) for z = x + bias, Phi the distribution function of the normal law.
+
+    This is the erf form of GELU (not the tanh form, another function), accurate to the rounding of
+    float32 also where Phi(z) is tiny.
+
+    Args:
+        x: (N, H, W, C), float32, bfloat16, float16 or float64.
+        bias: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
+        implementation: As for `xla_ops.dwconv_norm_gelu`; the targets to name for `jax.export` are
+            "internimage_bias_gelu_forward" and "internimage_bias_gelu_backward".
+
+    Returns:
+        (N, H, W, C) of x's dtype, computed in float32 for bfloat16 and float16.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+
+    Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
+    """
+    if x.ndim != 4 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    real = at_least_float32(x.dtype)
+    if bias.shape != x.shape[-1:] or bias.dtype not in (x.dtype, real):
+        also = f" or {real}" if real != x.dtype else ""
+        raise ValueError(
+            f"bias: expected shape {x.shape[-1:]} and dtype {x.dtype}{also}, "
+            f"got {bias.shape} and {bias.dtype}"
+        )
+    return call(BiasGelu(), implementation, x, bias)
+
+
+class BiasGelu(NamedTuple):
+    """`bias_gelu` as `xla_ops.custom_call` takes it."""
+
+    plain = "jnp"
+
+    @property
+    def forward(self) -> Target:
+        return Target(_ffi.GELU_FORWARD, (3, 1), (3,), _like_x, _ATTRIBUTES, shared=(1,))
+
+    def backward(self, platform: str) -> Target:
+        del platform  # they all have the same
+        return Target(_ffi.GELU_BACKWARD, (3, 1, 3), (3,), _like_x, _ATTRIBUTES, shared=(1,))
+
+    def definition(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        real = at_least_float32(x.dtype)
+        z = x.astype(real) + bias.astype(real)[None, None, None]
+        return jax.nn.gelu(z, approximate=False).astype(x.dtype)
+
+    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
+        (x, bias), (dx,) = operands, results
+        return dx, dx.astype(at_least_float32(x.dtype)).sum((0, 1, 2)).astype(bias.dtype)
+
+
+_ATTRIBUTES = (("version", np.int64(_ffi.VERSION)),)
+
+
+def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:
+    return [(x.shape, x.dtype)]

@@ -1,0 +1,14 @@
+// The handlers of the operators besides DCNv3, for the module to hand over.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+namespace dwconv::cpu {
+XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* backward_handler();
+}  // namespace dwconv::cpu
+
+namespace gelu::cpu {
+XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* backward_handler();
+}  // namespace gelu::cpu

@@ -1,0 +1,45 @@
+// Compiles CPU_KERNELS, an operator's kernels, for each instruction set, in a namespace of its own.
+// CPU_CALL(f, ...) then calls f of the set in use, so that a build from elsewhere runs on any
+// processor of its kind. Included once in an operator's .cc file.
+
+namespace baseline {
+#define CPU_TARGET
+#define CPU_BYTES 16
+#include CPU_KERNELS
+#undef CPU_FN
+#undef CPU_ALWAYS
+#undef CPU_SHUFFLE
+#undef CPU_TARGET
+#undef CPU_BYTES
+}  // namespace baseline
+
+#if CPU_X86
+namespace avx2 {
+#define CPU_TARGET __attribute__((target("avx2,fma,f16c")))
+#define CPU_BYTES 32
+#include CPU_KERNELS
+#undef CPU_FN
+#undef CPU_ALWAYS
+#undef CPU_SHUFFLE
+#undef CPU_TARGET
+#undef CPU_BYTES
+}  // namespace avx2
+
+namespace avx512 {
+#define CPU_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")))
+#define CPU_BYTES 64
+#include CPU_KERNELS
+#undef CPU_FN
+#undef CPU_ALWAYS
+#undef CPU_SHUFFLE
+#undef CPU_TARGET
+#undef CPU_BYTES
+}  // namespace avx512
+
+#define CPU_CALL(f, ...)                                                              \
+  ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx512 ? avx512::f(__VA_ARGS__) \
+  : ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx2 ? avx2::f(__VA_ARGS__)   \
+                                                             : baseline::f(__VA_ARGS__)
+#else
+#define CPU_CALL(f, ...) baseline::f(__VA_ARGS__)
+#endif

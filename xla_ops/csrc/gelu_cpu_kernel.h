@@ -1,0 +1,59 @@
+// The kernels for one instruction set; included by cpu_targets.h.
+
+#include "cpu_simd.h"
+#include "cpu_gelu.h"
+
+// W channels of a row from channel c on.
+template <class T, int W, bool backward, class Real>
+CPU_FN void step(const T* x, const Real* bias, const T* dy, T* to, int64_t c) {
+  using M = Memory<T, Real, W>;
+  const Vec<Real, W> z = M::load(x + c) + Memory<Real, Real, W>::load(bias + c);
+  if constexpr (backward) {
+    M::store(to + c, M::load(dy + c) * gelu_slope<Real, W>(z));
+  } else {
+    M::store(to + c, gelu<Real, W>(z));
+  }
+}
+
+template <class T, class P, bool backward>
+CPU_TARGET void compute_of(const Call& call, int64_t begin, int64_t end) {
+  using Real = RealOf<T>;
+  constexpr int kLanes = kBytes / int(sizeof(Real));
+  const int64_t n = call.channels;
+  const std::unique_ptr<Real[]> bias(new Real[n]);
+  for (int64_t row = begin, set = -1; row < end; ++row) {
+    if (row / call.shared != set) {
+      set = row / call.shared;
+      const P* from = static_cast<const P*>(call.bias) + set * n;
+      for (int64_t c = 0; c < n; ++c) bias[c] = Memory<P, Real, 1>::load(from + c);
+    }
+    const T* x = static_cast<const T*>(call.x) + row * n;
+    const T* dy = backward ? static_cast<const T*>(call.dy) + row * n : nullptr;
+    T* to = static_cast<T*>(call.result) + row * n;
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) step<T, kLanes, backward>(x, bias.get(), dy, to, c);
+    for (; c < n; ++c) step<T, 1, backward>(x, bias.get(), dy, to, c);
+  }
+}
+
+template <class T, class P>
+CPU_TARGET void compute_with(const Call& call, int64_t begin, int64_t end) {
+  if (call.dy) return compute_of<T, P, true>(call, begin, end);
+  compute_of<T, P, false>(call, begin, end);
+}
+
+CPU_TARGET void compute(const Call& call, int64_t begin, int64_t end) {
+  const bool same = call.type == call.bias_type;
+  switch (call.type) {
+    case Type::kFloat32:
+      return compute_with<float, float>(call, begin, end);
+    case Type::kFloat64:
+      return compute_with<double, double>(call, begin, end);
+    case Type::kBFloat16:
+      if (same) return compute_with<BFloat16, BFloat16>(call, begin, end);
+      return compute_with<BFloat16, float>(call, begin, end);
+    case Type::kFloat16:
+      if (same) return compute_with<Float16, Float16>(call, begin, end);
+      return compute_with<Float16, float>(call, begin, end);
+  }
+}

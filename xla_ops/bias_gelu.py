@@ -65,7 +65,8 @@ class BiasGelu(NamedTuple):
     def backward(self) -> Target:
         return Target(_ffi.GELU_BACKWARD, (3, 1, 3), (3,), _like_x, _ATTRIBUTES, shared=(1,))
 
-    def definition(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        x, bias = operands
         real = at_least_float32(x.dtype)
         z = x.astype(real) + bias.astype(real)[None, None, None]
         return gelu(z).astype(x.dtype)

@@ -40,7 +40,7 @@ def depthwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    side = (kernel.shape[0] // 2,) * 2
+    side = (kernel.shape[0] // 2, kernel.shape[0] // 2)
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None],

@@ -7,7 +7,7 @@ by reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class MLPLayer(nnx.Module):
         self.activation = activation(ctx.config)
         self.drop_rate = ctx.config.drop_rate
         self.fused = ctx.config.act_layer == "GELU"
-        self.implementation = ctx.implementation_of_layers
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         key1, key2 = split(key, 2)
@@ -94,7 +94,7 @@ class DepthwiseLayer(nnx.Module):
         self.activation = activation(ctx.config)
         # As one operator where it is the released models' kind.
         self.fused = (ctx.config.norm_layer, ctx.config.act_layer) == ("LN", "GELU")
-        self.implementation = ctx.implementation_of_layers
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = x.astype(self.conv.dtype)

@@ -39,7 +39,11 @@ class DCNv3(NamedTuple):
         return Target(name, operands, results, shapes, self._attributes)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
-        return (dcnv3_fused_gather if self.fused else dcnv3_gather)(*operands, self.geometry)
+        if self.fused:
+            x, record = operands
+            return dcnv3_fused_gather(x, record, self.geometry)
+        x, offset, mask = operands
+        return dcnv3_gather(x, offset, mask, self.geometry)
 
     def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
         return results[: len(operands)]

@@ -83,7 +83,8 @@ class DwconvNormGelu(NamedTuple):
         )
 
     def definition(self, *operands: jax.Array) -> jax.Array:
-        return dwconv_norm_gelu_jnp(*operands, self.epsilon)
+        x, kernel, bias, scale, offset = operands
+        return dwconv_norm_gelu_jnp(x, kernel, bias, scale, offset, self.epsilon)
 
     def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
         dx, parts = results
@@ -101,17 +102,17 @@ _OPERANDS = (3, 3, 1, 1, 1)  # axes of x, kernel, bias, scale, offset; the batch
 _PARAMETERS = (1, 2, 3, 4)
 
 
-def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:
+def _like_x(x: jax.Array, *others: jax.Array) -> Shapes:
     return [(x.shape, x.dtype)]
 
 
-def _parts(x: jax.Array, kernel: jax.Array, *_: jax.Array) -> Shapes:
+def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
     """Shapes of dx and of each chunk's part of the parameters' gradients.
 
     A chunk is some rows of an image: enough chunks for several threads, and rows enough that the
     neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
     """
-    *batch, height, _, channels = x.shape
+    *batch, height, _width, channels = x.shape
     chunks = max(1, min(8 // max(1, int(np.prod(batch))), height // 4))
     parts = (*batch, chunks, 3 + kernel.shape[-2] ** 2, channels)
     return [(x.shape, x.dtype), (parts, at_least_float32(x.dtype))]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xla_ops.dcnv3_gather import varying_like
+from xla_ops.gelu_jnp import gelu
 from xla_ops.geometry import at_least_float32
 
 
@@ -29,7 +30,7 @@ def dwconv_norm_gelu_jnp(
     # Not E[x^2] - E[x]^2, which cancels where the mean is large.
     y -= y.mean(-1, keepdims=True)
     y *= lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
-    return jax.nn.gelu(y * scale + offset, approximate=False).astype(x.dtype)
+    return gelu(y * scale + offset).astype(x.dtype)
 
 
 def depthwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ def depthwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    side = (kernel.shape[0] // 2,) * 2
+    side = (kernel.shape[0] // 2, kernel.shape[0] // 2)
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None],

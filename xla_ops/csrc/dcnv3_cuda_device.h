@@ -237,6 +237,7 @@ struct Points {
     grid_w = Real(int(grid(at.j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w)));
     scale = Real(s.offset_scale);
     if (c.fused) {
+#pragma unroll 3
       for (int p = 0; p < count(); ++p) {
         const Real logit = read_weight(p);
         top = p == 0 || logit > top ? logit : top;
@@ -263,6 +264,7 @@ struct Points {
   __device__ __forceinline__ Real share() const {
     if (!call.fused) return Real(1);
     Real total = 0;
+#pragma unroll 3
     for (int p = 0; p < count(); ++p) total += weight(p);
     return Real(1) / total;
   }

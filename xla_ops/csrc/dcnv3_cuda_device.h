@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -91,26 +92,30 @@ __device__ __forceinline__ void unpack(uint32_t word, Float16, float* v) {
   v[1] = to_real(Float16{uint16_t(word >> 16)});
 }
 
+// The values of T in a word.
+template <class T, class W, class Real>
+__device__ __forceinline__ void unpack_word(const W& word, Real* v) {
+  constexpr int kEach = sizeof(W) / sizeof(T);
+  if constexpr (sizeof(T) == 2 && kEach > 1) {
+    uint32_t pairs[kEach / 2];
+    memcpy(pairs, &word, sizeof word);
+#pragma unroll
+    for (int j = 0; j < kEach / 2; ++j) unpack(pairs[j], T(), v + 2 * j);
+  } else {
+    T value[kEach];
+    memcpy(value, &word, sizeof word);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) v[j] = to_real(value[j]);
+  }
+}
+
 // Reads and writes C neighbouring values. `p` is a multiple of C values, from a base of 16 bytes.
 template <int C, class T, class Real>
 __device__ __forceinline__ void load(const T* p, Real* v) {
   using W = Word<T, C>;
   constexpr int kEach = sizeof(W) / sizeof(T);
 #pragma unroll
-  for (int i = 0; i < C; i += kEach) {
-    const W word = *reinterpret_cast<const W*>(p + i);
-    if constexpr (sizeof(T) == 2 && kEach > 1) {
-      uint32_t pairs[kEach / 2];
-      memcpy(pairs, &word, sizeof word);
-#pragma unroll
-      for (int j = 0; j < kEach / 2; ++j) unpack(pairs[j], T(), v + i + 2 * j);
-    } else {
-      T value[kEach];
-      memcpy(value, &word, sizeof word);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) v[i + j] = to_real(value[j]);
-    }
-  }
+  for (int i = 0; i < C; i += kEach) unpack_word<T>(*reinterpret_cast<const W*>(p + i), v + i);
 }
 template <int C, class T, class Real>
 __device__ __forceinline__ void store(const Real* v, T* p) {
@@ -370,6 +375,23 @@ struct Map {
   const char* base;
   int pixel_bytes;
 };
+
+// The GPU at hand: shared memory that a block may ask for, in bytes, and multiprocessors.
+struct Device {
+  int shared = 0, processors = 0;
+};
+inline cudaError_t find_device(Device* to) {
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&to->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&to->processors, cudaDevAttrMultiProcessorCount, device);
+  return error;
+}
+// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory, to compare.
+inline bool only_global() {
+  const char* form = std::getenv("INTERNIMAGE_CUDA_FORM");
+  return form && !std::strcmp(form, "global");
+}
 
 // Calls f with a null pointer to the storage type.
 template <class F>

@@ -311,19 +311,17 @@ cudaError_t launch_plane(cudaStream_t stream, const Call& call) {
 // As many channels a block as leave room for two blocks in shared memory and work for all processors;
 // 0 where not even one channel fits.
 cudaError_t plane_channels(const Call& call, int* channels) {
-  int device, limit, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error) return error;
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
   *channels = 0;
-  if (!plane_is_exact(call) || plane_bytes(call, 1) > limit) return cudaSuccess;
+  if (!plane_is_exact(call) || plane_bytes(call, 1) > device.shared) return cudaSuccess;
+  if (only_global()) return cudaSuccess;
   *channels = 1;
   const Problem& s = call.problem;
   for (const int c : {4, 8}) {
     const bool fits =
-        s.depth % c == 0 && plane_bytes(call, c) <= limit / 2 && aligned(call.dy) && aligned(call.dx);
-    if (fits && s.batch * s.channels() / c >= processors) *channels = c;
+        s.depth % c == 0 && plane_bytes(call, c) <= device.shared / 2 && aligned(call.dy) && aligned(call.dx);
+    if (fits && s.batch * s.channels() / c >= device.processors) *channels = c;
   }
   return cudaSuccess;
 }
@@ -331,7 +329,7 @@ cudaError_t plane_channels(const Call& call, int* channels) {
 }  // namespace
 
 bool is_small(const Call& call) {
-  return plane_is_exact(call) && plane_bytes(call, 1) <= 48 << 10;
+  return plane_is_exact(call) && plane_bytes(call, 1) <= 48 << 10 && !only_global();
 }
 
 cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch) {

@@ -4,7 +4,7 @@
     python -m benchmarks.cuda_code --kernels 16 plane --archs 90
 
 Compiles each .cu file for each architecture, and reads what ptxas reports and the disassembly
-(nvdisasm or cuobjdump, on the path or in CUDA_HOME; without either there are no instruction counts).
+(nvdisasm on the path or in CUDA_HOME; without it there are no counts of instructions).
 Instructions are those of the loop over points: of one point, and of the 9 points and 16 channels of
 a (position, group), which takes 16 / C threads of C channels. A multiprocessor issues for 128
 threads a clock, so an 128th of them is a bound in clocks.

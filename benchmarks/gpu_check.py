@@ -16,6 +16,7 @@ to the result of the last, and the difference between long and short programs is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -158,6 +159,19 @@ def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, f
     return {"forward_us": slope(forward, 2, 12, 7), "backward_us": slope(backward, 2, 12, 5)}
 
 
+@contextlib.contextmanager
+def only_global() -> Iterator[None]:
+    import jax
+
+    os.environ["INTERNIMAGE_CUDA_FORM"] = "global"
+    jax.clear_caches()  # the scratch of a traced call depends on it
+    try:
+        yield
+    finally:
+        del os.environ["INTERNIMAGE_CUDA_FORM"]
+        jax.clear_caches()
+
+
 # Peers take torch tensors (x, offset, mask, group) and return y, which autograd goes back through.
 
 
@@ -242,6 +256,9 @@ def time_operator(check: Check) -> Iterator[dict[str, Any]]:
                 forms = ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",)
                 for form in forms:
                     row[form] = check.attempt(time_ours, stage, dtype, spread, form)
+                # The forms without planes in shared memory, to see whether the choice is right.
+                with only_global():
+                    row["fused_global"] = check.attempt(time_ours, stage, dtype, spread, "fused")
                 row |= floors(stage, dtype, device)
                 for name, peer in check.peers.items():
                     kind = (

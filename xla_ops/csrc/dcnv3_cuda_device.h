@@ -92,9 +92,9 @@ __device__ __forceinline__ void unpack(uint32_t word, Float16, float* v) {
   v[1] = to_real(Float16{uint16_t(word >> 16)});
 }
 
-// The values of T in a word.
+// The values of T in a word. By value: a reference to memory would be read byte by byte.
 template <class T, class W, class Real>
-__device__ __forceinline__ void unpack_word(const W& word, Real* v) {
+__device__ __forceinline__ void unpack_word(W word, Real* v) {
   constexpr int kEach = sizeof(W) / sizeof(T);
   if constexpr (sizeof(T) == 2 && kEach > 1) {
     uint32_t pairs[kEach / 2];

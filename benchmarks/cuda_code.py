@@ -32,7 +32,6 @@ class Kernel(NamedTuple):
     arch: str
     registers: int
     spilled: int  # bytes stored
-    stack: int  # bytes
     point: int | None  # instructions of the loop over points
     group: int | None  # of a (position, group) of 16 channels and 9 points
 
@@ -87,7 +86,7 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
         [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
     )
     report = re.findall(
-        r"entry function '(\w+)'.*?\n.*?\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores.*?\n"
+        r"entry function '(\w+)'.*?\n.*?\n.*?, (\d+) bytes spill stores.*?\n"
         r".*?Used (\d+) registers",
         done.stderr,
     )
@@ -97,13 +96,12 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
         for part in text.split("//--------------------- .text.")[1:]:
             listings[part.split()[0]] = part
     found = []
-    for symbol, stack, spilled, registers in report:
+    for symbol, spilled, registers in report:
         name = short(symbol)
         point = instructions(listings.get(symbol, ""))
         threads = CHANNELS / int(re.search(r"(\d+)>", name)[1]) if ", " in name else 1  # type: ignore[index]
         group = round(point * POINTS * threads) if point else None
-        numbers = (int(registers), int(spilled), int(stack))
-        found.append(Kernel(name, arch, *numbers, point, group))
+        found.append(Kernel(name, arch, int(registers), int(spilled), point, group))
     return found
 
 

@@ -161,15 +161,11 @@ def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, f
 
 @contextlib.contextmanager
 def only_global() -> Iterator[None]:
-    import jax
-
     os.environ["INTERNIMAGE_CUDA_FORM"] = "global"
-    jax.clear_caches()  # the scratch of a traced call depends on it
     try:
         yield
     finally:
         del os.environ["INTERNIMAGE_CUDA_FORM"]
-        jax.clear_caches()
 
 
 # Peers take torch tensors (x, offset, mask, group) and return y, which autograd goes back through.
@@ -256,7 +252,7 @@ def time_operator(check: Check) -> Iterator[dict[str, Any]]:
                 forms = ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",)
                 for form in forms:
                     row[form] = check.attempt(time_ours, stage, dtype, spread, form)
-                # The forms without planes in shared memory, to see whether the choice is right.
+                # Without planes in shared memory where there is a choice, to see if it is right.
                 with only_global():
                     row["fused_global"] = check.attempt(time_ours, stage, dtype, spread, "fused")
                 row |= floors(stage, dtype, device)

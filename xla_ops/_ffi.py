@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,8 +99,7 @@ def scratch(x: Array, dy: Array, points: int) -> jax.ShapeDtypeStruct:
     *batch, h, w, channels = x.shape
     terms = dy.shape[-3] * dy.shape[-2] * (points + 1)  # at most, of the sum that is a pixel's
     word, most = {2: (4, 2**30), 4: (8, 2**16), 8: (8, 0)}[x.dtype.itemsize]
-    only_global = os.environ.get("INTERNIMAGE_CUDA_FORM") == "global"
-    if h * w * word <= 48 * 1024 and terms < most and not only_global:
+    if h * w * word <= 48 * 1024 and terms < most:
         return jax.ShapeDtypeStruct((*batch, 1, 1, 1), np.uint32)
     return jax.ShapeDtypeStruct((*batch, 1, h * w + 1, 2 * channels), np.uint32)
 

@@ -387,7 +387,8 @@ inline cudaError_t find_device(Device* to) {
   if (!error) error = cudaDeviceGetAttribute(&to->processors, cudaDevAttrMultiProcessorCount, device);
   return error;
 }
-// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory, to compare.
+// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory where it can,
+// to compare.
 inline bool only_global() {
   const char* form = std::getenv("INTERNIMAGE_CUDA_FORM");
   return form && !std::strcmp(form, "global");

@@ -315,7 +315,7 @@ cudaError_t plane_channels(const Call& call, int* channels) {
   if (cudaError_t error = find_device(&device)) return error;
   *channels = 0;
   if (!plane_is_exact(call) || plane_bytes(call, 1) > device.shared) return cudaSuccess;
-  if (only_global()) return cudaSuccess;
+  if (only_global() && !is_small(call)) return cudaSuccess;
   *channels = 1;
   const Problem& s = call.problem;
   for (const int c : {4, 8}) {
@@ -329,7 +329,7 @@ cudaError_t plane_channels(const Call& call, int* channels) {
 }  // namespace
 
 bool is_small(const Call& call) {
-  return plane_is_exact(call) && plane_bytes(call, 1) <= 48 << 10 && !only_global();
+  return plane_is_exact(call) && plane_bytes(call, 1) <= 48 << 10;
 }
 
 cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch) {

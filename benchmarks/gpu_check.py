@@ -4,9 +4,9 @@
     python -m benchmarks.gpu_check --official --dcnv4 --peer deformops=my_adapters:deformops
 
 In this order: builds the extensions for the GPU at hand, runs the tests on it (nothing is timed
-where they fail, unless --keep-going), looks at what the compiled T consists of, times whole models
-and the operator beside its peers, and runs compute-sanitizer where it is. The failure of a section
-is written down in the place of its result, and the file is written anew after each.
+where they fail, unless --keep-going), times whole models and looks at what their programs consist
+of, times the operator beside its peers, and runs compute-sanitizer where it is. The failure of a
+section is written down in the place of its result, and the file is written anew after each.
 `--platform cpu` tries all of it without a GPU, at sizes that say nothing.
 
 Operator times have no launch in them: a program applies the operator many times in a row, each time
@@ -16,6 +16,7 @@ to the result of the last, and the difference between long and short programs is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -158,6 +159,15 @@ def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, f
     return {"forward_us": slope(forward, 2, 12, 7), "backward_us": slope(backward, 2, 12, 5)}
 
 
+@contextlib.contextmanager
+def only_global() -> Iterator[None]:
+    os.environ["INTERNIMAGE_CUDA_FORM"] = "global"
+    try:
+        yield
+    finally:
+        del os.environ["INTERNIMAGE_CUDA_FORM"]
+
+
 # Peers take torch tensors (x, offset, mask, group) and return y, which autograd goes back through.
 
 
@@ -242,6 +252,9 @@ def time_operator(check: Check) -> Iterator[dict[str, Any]]:
                 forms = ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",)
                 for form in forms:
                     row[form] = check.attempt(time_ours, stage, dtype, spread, form)
+                # Without planes in shared memory where there is a choice, to see if it is right.
+                with only_global():
+                    row["fused_global"] = check.attempt(time_ours, stage, dtype, spread, "fused")
                 row |= floors(stage, dtype, device)
                 for name, peer in check.peers.items():
                     kind = (
@@ -284,6 +297,7 @@ def compiled_model(name: str, batch: int, dtype: str, side: int | None) -> tuple
 
 
 def time_models(check: Check) -> Iterator[dict[str, Any]]:
+    """How fast they are, and what of their programs splits a CUDA graph or moves data."""
     cpu = check.options.platform == "cpu"
     for name in ("internimage_t_1k_224", "internimage_b_1k_224"):
         for batch in (1, 2) if cpu else (1, 64):
@@ -291,7 +305,7 @@ def time_models(check: Check) -> Iterator[dict[str, Any]]:
                 yield {"stopped": f"no time left at {name}, batch {batch}"}
                 return
             start = time.perf_counter()
-            _, run = compiled_model(name, batch, "bfloat16", 64 if cpu else None)
+            compiled, run = compiled_model(name, batch, "bfloat16", 64 if cpu else None)
             run()
             ready = time.perf_counter() - start
             times = []
@@ -301,7 +315,8 @@ def time_models(check: Check) -> Iterator[dict[str, Any]]:
                 times.append(time.perf_counter() - start)
             median = statistics.median(times)
             row = {"model": name, "batch": batch, "milliseconds": 1e3 * median}
-            yield row | {"images_per_second": batch / median, "seconds_to_first_result": ready}
+            row |= {"images_per_second": batch / median, "seconds_to_first_result": ready}
+            yield row | count_instructions(compiled.as_text())
 
 
 def count_instructions(text: str) -> dict[str, int]:
@@ -316,13 +331,6 @@ def count_instructions(text: str) -> dict[str, int]:
         "dcnv3_calls": text.count('custom_call_target="internimage_dcnv3'),
         "instructions_of_entry": entry.count(" = "),
     }
-
-
-def inspect_program(check: Check) -> Iterator[dict[str, Any]]:
-    cpu = check.options.platform == "cpu"
-    for batch in (1,) if cpu else (1, 64):
-        compiled, _ = compiled_model("internimage_t_1k_224", batch, "bfloat16", 64 if cpu else None)
-        yield {"batch": batch, **count_instructions(compiled.as_text())}
 
 
 # ---- build and tests ----
@@ -475,7 +483,6 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "kernels": {name: list(status) for name, status in xla_ops.status().items()},
     }
-    check.section(inspect_program)
     check.section(time_models)
     check.section(time_operator)
     check.section(sanitize)

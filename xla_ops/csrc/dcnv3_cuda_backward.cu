@@ -48,6 +48,10 @@ __global__ void __launch_bounds__(kThreads)
 
   Points<T> points(call, at);
   const Real share = points.share();
+  const Numbers<T, char> dnumbers(static_cast<char*>(call.doffset), call.points_type,
+                                  points.first_number(call, at));
+  const Numbers<T, char> dweights(static_cast<char*>(call.fused ? call.doffset : call.dweight),
+                                  call.points_type, points.first_weight(call, at));
   Real g[C], mean = 0;
   load<C>(dy, g);
   for (int p = 0; p < points.count(); ++p) {
@@ -75,18 +79,18 @@ __global__ void __launch_bounds__(kThreads)
     // Zero outside, even where the weight is NaN.
     const Real by_w = sample.slope_w != 0 ? factor * sample.slope_w : Real(0);
     const Real by_h = sample.slope_h != 0 ? factor * sample.slope_h : Real(0);
-    write<T>(by_w, call.doffset, call.points_type, points.numbers + 2 * p);
-    write<T>(by_h, call.doffset, call.points_type, points.numbers + 2 * p + 1);
+    dnumbers.set(2 * p, by_w);
+    dnumbers.set(2 * p + 1, by_h);
   }
   if (!call.fused) {
     for (int p = 0; p < points.count(); ++p) {
-      write<T>(values[p * blockDim.x], call.dweight, call.points_type, points.weights + p);
+      dweights.set(p, values[p * blockDim.x]);
     }
     return;
   }
   for (int p = 0; p < points.count(); ++p) {
     const Real gradient = points.weight(p) * share * points.keep * (values[p * blockDim.x] - mean);
-    write<T>(gradient, call.doffset, call.points_type, points.weights + p);
+    dweights.set(p, gradient);
   }
   Real centre = 0;
   if (call.centre) {
@@ -94,13 +98,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < depth; ++c) centre += to_real(dy[c]) * to_real(own[c]);
     centre = points.blend * points.keep * (centre - mean);
   }
-  write<T>(centre, call.doffset, call.points_type, points.numbers + 3 * s.points);
+  dnumbers.set(3 * points.count(), centre);
   // Padding: after each group's numbers, and after the last group.
-  const int64_t end =
-      at.group + 1 < s.group ? call.offset.group : call.offset.row - at.group * call.offset.group;
-  for (int64_t i = 3 * s.points + 1; i < end; ++i) {
-    write<T>(Real(0), call.doffset, call.points_type, points.numbers + i);
-  }
+  const int end =
+      int(at.group + 1 < s.group ? call.offset.group : call.offset.row - at.group * call.offset.group);
+  for (int i = 3 * points.count() + 1; i < end; ++i) dnumbers.set(i, Real(0));
 }
 
 template <class T, int C>

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -91,26 +92,30 @@ __device__ __forceinline__ void unpack(uint32_t word, Float16, float* v) {
   v[1] = to_real(Float16{uint16_t(word >> 16)});
 }
 
+// The values of T in a word. By value: a reference to memory would be read byte by byte.
+template <class T, class W, class Real>
+__device__ __forceinline__ void unpack_word(W word, Real* v) {
+  constexpr int kEach = sizeof(W) / sizeof(T);
+  if constexpr (sizeof(T) == 2 && kEach > 1) {
+    uint32_t pairs[kEach / 2];
+    memcpy(pairs, &word, sizeof word);
+#pragma unroll
+    for (int j = 0; j < kEach / 2; ++j) unpack(pairs[j], T(), v + 2 * j);
+  } else {
+    T value[kEach];
+    memcpy(value, &word, sizeof word);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) v[j] = to_real(value[j]);
+  }
+}
+
 // Reads and writes C neighbouring values. `p` is a multiple of C values, from a base of 16 bytes.
 template <int C, class T, class Real>
 __device__ __forceinline__ void load(const T* p, Real* v) {
   using W = Word<T, C>;
   constexpr int kEach = sizeof(W) / sizeof(T);
 #pragma unroll
-  for (int i = 0; i < C; i += kEach) {
-    const W word = *reinterpret_cast<const W*>(p + i);
-    if constexpr (sizeof(T) == 2 && kEach > 1) {
-      uint32_t pairs[kEach / 2];
-      memcpy(pairs, &word, sizeof word);
-#pragma unroll
-      for (int j = 0; j < kEach / 2; ++j) unpack(pairs[j], T(), v + i + 2 * j);
-    } else {
-      T value[kEach];
-      memcpy(value, &word, sizeof word);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) v[i + j] = to_real(value[j]);
-    }
-  }
+  for (int i = 0; i < C; i += kEach) unpack_word<T>(*reinterpret_cast<const W*>(p + i), v + i);
 }
 template <int C, class T, class Real>
 __device__ __forceinline__ void store(const Real* v, T* p) {
@@ -127,21 +132,44 @@ __device__ __forceinline__ void store(const Real* v, T* p) {
   }
 }
 
-// A learned number, which has x's dtype T or, where that is of half precision, may be float32.
-template <class T>
-__device__ __forceinline__ RealOf<T> read(const void* data, Type type, int64_t i) {
-  if constexpr (sizeof(T) == 2) {
-    if (type == Type::kFloat32) return static_cast<const float*>(data)[i];
+// Learned numbers in a row, which have x's dtype T or, where that is of half precision, may be float32.
+template <class T, class Byte = const char>
+struct Numbers {
+  using Real = RealOf<T>;
+  static constexpr bool kEither = sizeof(T) == 2;
+
+  __device__ __forceinline__ Numbers(Byte* data, Type type, int64_t first)
+      : wide(kEither && type == Type::kFloat32),
+        bytes(wide ? int(sizeof(float)) : int(sizeof(T))),
+        base(data + first * bytes) {}
+  template <class R>
+  __device__ __forceinline__ auto* at(int i) const {
+    using Element = std::conditional_t<std::is_const_v<Byte>, const R, R>;
+    return reinterpret_cast<Element*>(base + int64_t(i) * bytes);
   }
-  return to_real(static_cast<const T*>(data)[i]);
-}
-template <class T>
-__device__ __forceinline__ void write(RealOf<T> v, void* data, Type type, int64_t i) {
-  if constexpr (sizeof(T) == 2) {
-    if (type == Type::kFloat32) return to_storage(v, static_cast<float*>(data) + i);
+  __device__ __forceinline__ Real operator[](int i) const {
+    if constexpr (kEither) {
+      if (wide) return *at<float>(i);
+    }
+    return to_real(*at<T>(i));
   }
-  to_storage(v, static_cast<T*>(data) + i);
-}
+  __device__ __forceinline__ void get_pair(int i, Real* v) const {  // i is even
+    if constexpr (kEither) {
+      if (wide) return load<2>(at<float>(i), v);
+    }
+    load<2>(at<T>(i), v);
+  }
+  __device__ __forceinline__ void set(int i, Real v) const {
+    if constexpr (kEither) {
+      if (wide) return to_storage(v, at<float>(i));
+    }
+    to_storage(v, at<T>(i));
+  }
+
+  bool wide;
+  int bytes;
+  Byte* base;
+};
 
 // Whether a sum is neither infinite nor NaN.
 template <class Real>
@@ -227,42 +255,52 @@ struct Points {
   using Real = RealOf<T>;
 
   __device__ __forceinline__ Points(const Call& c, const Place& at)
-      : call(c), height(extent<Real>(c.problem.height)), width(extent<Real>(c.problem.width)) {
+      : call(c),
+        height(extent<Real>(c.problem.height)),
+        width(extent<Real>(c.problem.width)),
+        numbers(static_cast<const char*>(c.offset.data), c.points_type, first_number(c, at)),
+        weights(static_cast<const char*>(c.fused ? c.offset.data : c.weight.data), c.points_type,
+                first_weight(c, at)) {
     const Problem& s = c.problem;
-    const int64_t position = at.position(s);
-    numbers = position * c.offset.row + at.group * c.offset.group;
-    weights = c.fused ? numbers + 2 * s.points : position * c.weight.row + at.group * c.weight.group;
-    weight_data = c.fused ? c.offset.data : c.weight.data;
     grid_h = Real(int(grid(at.i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h)));
     grid_w = Real(int(grid(at.j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w)));
     scale = Real(s.offset_scale);
+    centre = s.remove_center ? int(s.kernel_h) * int(s.kernel_w) / 2 : -1;
     if (c.fused) {
+#pragma unroll 3
       for (int p = 0; p < count(); ++p) {
-        const Real logit = read_weight(p);
+        const Real logit = weights[p];
         top = p == 0 || logit > top ? logit : top;
       }
     }
     if (c.centre) {
-      blend = sigmoid(read<T>(c.offset.data, c.points_type, numbers + 3 * s.points));
+      blend = sigmoid(numbers[3 * count()]);
       keep = Real(1) - blend;
     }
     restart();
   }
 
-  __device__ __forceinline__ int count() const { return int(call.problem.points); }
-  __device__ __forceinline__ Real read_weight(int p) const {
-    return read<T>(weight_data, call.points_type, weights + p);
+  // Elements: of the first offset and of the first weight of a place, in their tensors.
+  static __device__ __forceinline__ int64_t first_number(const Call& c, const Place& at) {
+    return at.position(c.problem) * c.offset.row + at.group * c.offset.group;
   }
+  static __device__ __forceinline__ int64_t first_weight(const Call& c, const Place& at) {
+    if (c.fused) return first_number(c, at) + 2 * c.problem.points;
+    return at.position(c.problem) * c.weight.row + at.group * c.weight.group;
+  }
+
+  __device__ __forceinline__ int count() const { return int(call.problem.points); }
 
   // The weight of point p, in the fused form that of a softmax before its division by the sum.
   __device__ __forceinline__ Real weight(int p) const {
-    const Real w = read_weight(p);
+    const Real w = weights[p];
     return call.fused ? exp_nonpositive(w - top) : w;
   }
   // What times these weights is the softmax.
   __device__ __forceinline__ Real share() const {
     if (!call.fused) return Real(1);
     Real total = 0;
+#pragma unroll 3
     for (int p = 0; p < count(); ++p) total += weight(p);
     return Real(1) / total;
   }
@@ -270,7 +308,7 @@ struct Points {
   // The walk: restart, then next for each point, which sets h and w.
   __device__ __forceinline__ void restart() {
     const Problem& s = call.problem;
-    row = -1, column = 0;
+    row = -1;
     start_h = Real(int(-radius(s.kernel_h, s.dilation_h)));
     step_h = start_h - Real(int(s.dilation_h));
     step_w = Real(int(-radius(s.kernel_w, s.dilation_w)));
@@ -279,31 +317,28 @@ struct Points {
     const Problem& s = call.problem;
     step_h += Real(int(s.dilation_h));
     if (++row < int(s.kernel_h)) return;
-    row = 0, ++column;
+    row = 0;
     step_h = start_h;
     step_w += Real(int(s.dilation_w));
   }
   __device__ __forceinline__ void next(int p) {
     advance();
-    if (call.problem.remove_center && 2 * row + 1 == call.problem.kernel_h &&
-        2 * column + 1 == call.problem.kernel_w) {
-      advance();
-    }
-    const int64_t at = numbers + 2 * p;
-    h = grid_h + (step_h + read<T>(call.offset.data, call.points_type, at + 1)) * scale;
-    w = grid_w + (step_w + read<T>(call.offset.data, call.points_type, at)) * scale;
+    if (p == centre) advance();
+    Real offset[2];
+    numbers.get_pair(2 * p, offset);
+    h = grid_h + (step_h + offset[1]) * scale;
+    w = grid_w + (step_w + offset[0]) * scale;
   }
 
   const Call& call;
   const Extent<Real> height, width;
-  const void* weight_data;
-  int64_t numbers, weights;  // elements: of the first offset, of the first weight
+  const Numbers<T> numbers, weights;  // from the first offset on, from the first weight on
   Real grid_h, grid_w, scale;
   Real top = 0;              // of the logits
   Real blend = 0, keep = 1;  // share of the pixel at the position, and the rest
   Real start_h, step_h, step_w;
-  int row, column;
-  Real h, w;  // location of the point at hand
+  int row, centre;  // the row at hand, and the point that is left out
+  Real h, w;        // location of the point at hand
 };
 
 // The cell of a point: its first pixel, the weights of its four pixels.
@@ -340,6 +375,24 @@ struct Map {
   const char* base;
   int pixel_bytes;
 };
+
+// The GPU at hand: shared memory that a block may ask for, in bytes, and multiprocessors.
+struct Device {
+  int shared = 0, processors = 0;
+};
+inline cudaError_t find_device(Device* to) {
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&to->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&to->processors, cudaDevAttrMultiProcessorCount, device);
+  return error;
+}
+// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory where it can,
+// to compare.
+inline bool only_global() {
+  const char* form = std::getenv("INTERNIMAGE_CUDA_FORM");
+  return form && !std::strcmp(form, "global");
+}
 
 // Calls f with a null pointer to the storage type.
 template <class F>

@@ -17,8 +17,9 @@
 namespace dcnv3::cuda {
 namespace {
 
+// The sum of |weight| over the points of a place.
 template <class T>
-__device__ RealOf<T> magnitude_of_weights(const Call& call, const Place& at) {
+__device__ __noinline__ RealOf<T> magnitude_of_weights(const Call& call, const Place& at) {
   Points<T> points(call, at);
   const RealOf<T> share = points.share() * points.keep;
   RealOf<T> sum = points.blend;
@@ -49,10 +50,11 @@ __device__ void find_bounds(const Call& call, int64_t image, int first, RealOf<T
   sum_over_block<C>(sum);
 }
 
-// The gradient of one channel of an image by the definition: add(pixel, term), term by term.
-template <class T, class Add>
-__device__ void spread_by_definition(const Call& call, int64_t image, int channel, Add add) {
-  using Real = RealOf<T>;
+// Adds up the gradient of one channel of an image by the definition, term by term; `sums` has a pixel's
+// every `step` elements. Rare, so kept out of the way.
+template <class T, class Real = RealOf<T>>
+__device__ __noinline__ void spread_by_definition(const Call& call, int64_t image, int channel, Real* sums,
+                                                  int64_t step) {
   const Problem& s = call.problem;
   const Neighbours neighbour(s);
   const int group = channel / int(s.depth);
@@ -67,10 +69,10 @@ __device__ void spread_by_definition(const Call& call, int64_t image, int channe
         const Cell<Real> c = cell(points, Real(1));
         const Real weight = points.weight(p) * share;
         for (int k = 0; k < 4; ++k) {
-          if (c.weight[k] > 0) add(c.pixel + neighbour[k], c.weight[k] * weight * g);
+          if (c.weight[k] > 0) sums[(c.pixel + neighbour[k]) * step] += c.weight[k] * weight * g;
         }
       }
-      if (call.centre) add(at.i * int(s.width) + at.j, points.blend * g);
+      if (call.centre) sums[(at.i * int(s.width) + at.j) * step] += points.blend * g;
     }
   }
 }
@@ -175,9 +177,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t image = index / channels;
   const int channel = int(index - image * channels);
   if (is_finite(scratch.bounds<Real>(image)[channel])) return;
-  spread_by_definition<T>(call, image, channel, [&](int pixel, Real v) {
-    *reinterpret_cast<Real*>(scratch.sums(image) + pixel * channels + channel) += v;
-  });
+  Real* sums = reinterpret_cast<Real*>(scratch.sums(image) + channel);
+  spread_by_definition<T>(call, image, channel, sums, channels * int64_t{8 / sizeof(Real)});
 }
 
 template <class T>
@@ -263,8 +264,7 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (is_finite(bounds[c]) || threadIdx.x != c) continue;
-    float* sums = reinterpret_cast<float*>(plane + c * pixels);
-    spread_by_definition<T>(call, image, first + c, [&](int pixel, float v) { sums[pixel] += v; });
+    spread_by_definition<T>(call, image, first + c, reinterpret_cast<float*>(plane + c * pixels), 1);
   }
   __syncthreads();
   T* dx = static_cast<T*>(call.dx) + image * pixels * s.channels() + first;
@@ -311,19 +311,17 @@ cudaError_t launch_plane(cudaStream_t stream, const Call& call) {
 // As many channels a block as leave room for two blocks in shared memory and work for all processors;
 // 0 where not even one channel fits.
 cudaError_t plane_channels(const Call& call, int* channels) {
-  int device, limit, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error) return error;
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
   *channels = 0;
-  if (!plane_is_exact(call) || plane_bytes(call, 1) > limit) return cudaSuccess;
+  if (!plane_is_exact(call) || plane_bytes(call, 1) > device.shared) return cudaSuccess;
+  if (only_global() && !is_small(call)) return cudaSuccess;
   *channels = 1;
   const Problem& s = call.problem;
   for (const int c : {4, 8}) {
     const bool fits =
-        s.depth % c == 0 && plane_bytes(call, c) <= limit / 2 && aligned(call.dy) && aligned(call.dx);
-    if (fits && s.batch * s.channels() / c >= processors) *channels = c;
+        s.depth % c == 0 && plane_bytes(call, c) <= device.shared / 2 && aligned(call.dy) && aligned(call.dx);
+    if (fits && s.batch * s.channels() / c >= device.processors) *channels = c;
   }
   return cudaSuccess;
 }

@@ -1,0 +1,129 @@
+"""What the CUDA kernels compile to, without a GPU: registers, spills, and instructions.
+
+    python -m benchmarks.cuda_code                    every kernel, for sm_80 and sm_90
+    python -m benchmarks.cuda_code --kernels 16 plane --archs 90
+
+Compiles each .cu file for each architecture, and reads what ptxas reports and the disassembly
+(nvdisasm on the path or in CUDA_HOME; without it there are no counts of instructions).
+Instructions are those of the loop over points: of one point, and of the 9 points and 16 channels of
+a (position, group), which takes 16 / C threads of C channels. A multiprocessor issues for 128
+threads a clock, so an 128th of them is a bound in clocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+CSRC = Path(__file__).resolve().parents[1] / "xla_ops" / "csrc"
+POINTS, CHANNELS = 9, 16
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel; instructions are of one thread, None where nothing could disassemble."""
+
+    name: str
+    arch: str
+    registers: int
+    spilled: int  # bytes stored
+    point: int | None  # instructions of the loop over points
+    group: int | None  # of a (position, group) of 16 channels and 9 points
+
+
+def tool(name: str) -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(name, path=f"{home}/bin{os.pathsep}{os.environ['PATH']}" if home else None)
+
+
+def short(symbol: str) -> str:
+    """`forward<BFloat16, 16>` from a mangled name."""
+    found = re.search(r"\d([a-z_]+)_kernelI(.+?)EEv", symbol)
+    if not found:
+        return symbol
+    kind, parameters = found.groups()
+    types = {"f": "float", "d": "double"}
+    letter = re.match(r"[fd]", parameters)
+    half = re.search(r"(BFloat16|Float16)", parameters)
+    kind += f"<{half[1] if half else types[letter[0]]}"  # type: ignore[index]
+    number = re.search(r"Li(\d+)E", parameters + "E")
+    return f"{kind}, {number[1]}>" if number else f"{kind}>"
+
+
+def instructions(listing: str) -> int | None:
+    """Of the loop over points in a kernel's disassembly: the one that rounds locations down."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"^\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found[1].strip())
+    # Functions that the kernel calls follow its last EXIT.
+    end = max((i for i, operation in enumerate(code) if "EXIT" in operation), default=-1) + 1
+    loops = []
+    for i, operation in enumerate(code[:end]):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", operation)
+        first = labels.get(target[1], end) if target else end
+        if first < i and any("FLOOR" in inside for inside in code[first:i]):
+            loops.append((first, i))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return max((last - first + 1 for first, last in inner), default=None)
+
+
+def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
+    cubin = folder / f"{source.stem}.{arch}.cubin"
+    nvcc = tool("nvcc")
+    if nvcc is None:
+        raise SystemExit("no nvcc on the path or in CUDA_HOME")
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v", f"-I{CSRC}"]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
+    )
+    report = re.findall(
+        r"entry function '(\w+)'.*?\n.*?\n.*?, (\d+) bytes spill stores.*?\n"
+        r".*?Used (\d+) registers",
+        done.stderr,
+    )
+    listings: dict[str, str] = {}
+    if disassemble := tool("nvdisasm"):
+        text = subprocess.run([disassemble, "-c", cubin], capture_output=True, text=True).stdout
+        for part in text.split("//--------------------- .text.")[1:]:
+            listings[part.split()[0]] = part
+    found = []
+    for symbol, spilled, registers in report:
+        name = short(symbol)
+        point = instructions(listings.get(symbol, ""))
+        threads = CHANNELS / int(re.search(r"(\d+)>", name)[1]) if ", " in name else 1  # type: ignore[index]
+        group = round(point * POINTS * threads) if point else None
+        found.append(Kernel(name, arch, int(registers), int(spilled), point, group))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archs", nargs="+", default=["80", "90"])
+    parser.add_argument("--kernels", nargs="+", default=[""], help="parts of names")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            kernel
+            for source in sorted(CSRC.glob("*.cu"))
+            for arch in options.archs
+            for kernel in kernels(source, arch, Path(folder))
+            if all(part in kernel.name for part in options.kernels)
+        ]
+    print("| kernel | sm | registers | spilled, bytes | a point | (position, group) |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for k in sorted(rows):
+        cells = [f"`{k.name}`", k.arch, k.registers, k.spilled, k.point or "", k.group or ""]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()

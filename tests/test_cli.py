@@ -311,8 +311,9 @@ def test_info_says_why_there_is_no_device() -> None:
 
 
 def test_compiled_programs_are_kept_unless_told_otherwise(checkpoint: str, tmp_path: Path) -> None:
-    def predict(*options: str, **variables: str) -> list[Path]:
-        environment = os.environ | {"INTERNIMAGE_CACHE": str(tmp_path)} | variables
+    def predict(*options: str) -> list[Path]:
+        environment = os.environ | {"INTERNIMAGE_CACHE": str(tmp_path)}
+        del environment["JAX_COMPILATION_CACHE_DIR"]  # a user's own setting would be kept
         command = ("-m", "internimage_jax", *options, "predict", CAT, "--model", checkpoint)
         process = run_python(*command, env=environment)
         _, err = process.communicate(timeout=120)

@@ -7,9 +7,6 @@ import json
 from typing import Any
 
 from internimage_jax.commands import output
-from internimage_jax.comparison import compare
-from internimage_jax.labels import imagenet1k_classes
-from internimage_jax.predictions import read_predictions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from internimage_jax.comparison import compare
+    from internimage_jax.predictions import read_predictions
+
     if args.show < 0:
         raise ValueError(f"--show: expected at least 0, got {args.show}")
     found = compare(read_predictions(args.a), read_predictions(args.b))
@@ -82,4 +82,6 @@ def _said(answer: dict[str, Any]) -> str:
 
 
 def _name(index: int) -> str:
+    from internimage_jax.labels import imagenet1k_classes
+
     return imagenet1k_classes()[index].name

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from internimage_jax.comparison import compare
+    from internimage_jax.predictions import read_predictions
+
     if args.show < 0:
         raise ValueError(f"--show: expected at least 0, got {args.show}")
 

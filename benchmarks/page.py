@@ -150,7 +150,10 @@ def main() -> None:
     rows = [json.loads(line) for path in options.results for line in path.read_text().splitlines()]
     page = PAGE.read_text()
     for name, (columns, wanted) in TABLES.items():
-        made = table(columns, [row for row in rows if wanted(row)])
+        chosen = [row for row in rows if wanted(row)]
+        if not chosen:
+            continue
+        made = table(columns, chosen)
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         page, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], page, flags=re.S)
         if count != 1:

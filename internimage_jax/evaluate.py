@@ -109,6 +109,8 @@ def evaluate(
     folder = None
     if output is not None:
         folder = EvaluationFolder(output, resume, group.index, group.count)
+    if labels is not None and isinstance(data, Dataset):
+        raise ValueError("labels: the data set given has labels, expected a path as data or None")
     dataset = data if isinstance(data, Dataset) else open_dataset(data, labels=labels)
     chosen = _evenly_spaced(len(dataset), num_images)
     notes: tuple[str, ...] = tuple(dataset.notes)

@@ -129,6 +129,8 @@ class EvaluationFolder:
             before = None
         if not isinstance(before, dict):
             raise ValueError(f"{file}: is damaged; choose another folder")
+        if before.get("on_error") == "fail":  # the image that ended it may be left out now
+            before["on_error"] = settings["on_error"]
         if found := differences(before, settings):
             raise ValueError(
                 f"{self.path}: cannot be resumed with other settings: {'; '.join(found)}"

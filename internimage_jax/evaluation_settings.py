@@ -47,6 +47,7 @@ def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dic
     return {
         "model": model.name,
         "num_classes": model.config.num_classes,
+        "config": model.config.to_dict(),
         "weights": list(weights),
         "image_size": model.preprocessing.image_size,
         "preprocessing": model.preprocessing.to_dict(),

@@ -182,9 +182,12 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
     """
 
     def call(*operands: jax.Array) -> Arrays:
+        return with_results(target.shapes(*operands), *operands)
+
+    def with_results(shapes: Shapes, *operands: jax.Array) -> Arrays:
         t = jax.typeof(operands[0])  # in a shard_map it has the mesh axes that results vary over
         kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}
-        results = [jax.ShapeDtypeStruct(*a, **kind) for a in target.shapes(*operands)]
+        results = [jax.ShapeDtypeStruct(*a, **kind) for a in shapes]
         attributes = {
             name: np.array(value, np.int64) if isinstance(value, tuple) else value
             for name, value in target.attributes
@@ -198,7 +201,16 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
         spec = tuple(arguments[0].sharding.spec)
         of = lambda count: NamedSharding(mesh, PartitionSpec(*spec[:count]))  # noqa: E731
         operands = tuple(of(batch_axes(i)) for i in range(len(arguments)))
-        return mesh, call, (of(leading),) * len(results), operands
+
+        def part(*operands: jax.Array) -> Arrays:
+            # What a result has besides the batch may depend on the size of the whole batch.
+            shapes = [
+                ((*shape[:leading], *result.shape[leading:]), dtype)
+                for (shape, dtype), result in zip(target.shapes(*operands), results, strict=True)
+            ]
+            return with_results(shapes, *operands)
+
+        return mesh, part, (of(leading),) * len(results), operands
 
     partitioned = custom_partitioning(call)
     counts = [batch_axes(i) for i in range(len(target.operands))]

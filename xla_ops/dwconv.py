@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -113,7 +114,8 @@ def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
     neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
     """
     *batch, height, _width, channels = x.shape
-    chunks = max(1, min(8 // max(1, int(np.prod(batch))), height // 4))
+    images = math.prod(n for n in batch if isinstance(n, int))  # symbolic ones are not known
+    chunks = max(1, min(8 // max(1, images), height // 4))
     parts = (*batch, chunks, 3 + kernel.shape[-2] ** 2, channels)
     return [(x.shape, x.dtype), (parts, at_least_float32(x.dtype))]
 

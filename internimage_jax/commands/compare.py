@@ -31,9 +31,6 @@ def run(args: argparse.Namespace) -> None:
     if args.show < 0:
         raise ValueError(f"--show: expected at least 0, got {args.show}")
 
-    from internimage_jax.comparison import compare
-    from internimage_jax.predictions import read_predictions
-
     found = compare(read_predictions(args.a), read_predictions(args.b))
     if args.json:
         print(json.dumps({"a": args.a, "b": args.b, **found}))

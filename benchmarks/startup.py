@@ -64,7 +64,8 @@ def command_line(rounds: int) -> dict[str, float]:
         write_checkpoint(source, released.config, released.image_size)
         found = {}
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "convert", source, model], check=True)
+        command = [sys.executable, "-m", "convert", source, model]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found["convert"] = time.perf_counter() - start
         predict = ("-m", "internimage_jax", "predict", str(path), "--model", str(model))
         cache = str(Path(folder, "cache"))

@@ -257,7 +257,8 @@ def _identify(
             fits = fitting_models(tensors) or ["none of the released models"]
             raise CheckpointError(
                 f"{path}: neither a config.json nor the file's name says which model this is; say "
-                f"it with model (the tensors fit {' or '.join(fits)})"
+                f"it with model (the tensors fit {' or '.join(fits)}), as `python -m convert FILE "
+                "FOLDER --model NAME` does"
             ) from None
         named, config = released.name, released.config
     if layout == "dense":

@@ -7,10 +7,13 @@ import os
 import shutil
 import tempfile
 
-# Before jax is imported. Several devices on one CPU, so that sharding is tested everywhere.
+# Before jax is imported. Several devices on one CPU, so that sharding is tested everywhere. LLVM
+# does not optimise: compiling is most of the time, and a third of it so. Released models and
+# benchmarks are compiled as users compile them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 # What several tests or their processes compile is compiled once; pytest-xdist's workers share it.
 if "PYTEST_XDIST_WORKER" not in os.environ:

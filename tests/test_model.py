@@ -49,15 +49,16 @@ def images(n: int = 2, h: int = 32, w: int = 32, dtype=jnp.float32) -> jax.Array
     return jnp.asarray(np.random.RandomState(0).standard_normal((n, h, w, 3)), dtype)
 
 
-def outputs(model: InternImage, x):
+def outputs(model: InternImage, x, **options):
     graphdef, state = nnx.split(model)
-    return jax.jit(lambda state, x: nnx.merge(graphdef, state).outputs(x))(state, x)
+    function = jax.jit(lambda state, x: nnx.merge(graphdef, state).outputs(x))
+    return function.lower(state, x).compile(options)(state, x)
 
 
-def assert_matches_golden(name: str, *, fused: bool) -> None:
+def assert_matches_golden(name: str, *, fused: bool, **options) -> None:
     golden = np.load(reference(f"goldens/{name}.npz"))
     model = recipe_model(reference_config(name))
-    got = outputs(model.fused() if fused else model, golden_input(golden))
+    got = outputs(model.fused() if fused else model, golden_input(golden), **options)
     tolerance = f"model, golden in {'float32' if name in FLOAT32_GOLDENS else 'float64'}"
     assert_close(got.logits, golden["logits"], tolerance)
     assert_close(got.pooler_output, golden["pooler_output"], tolerance)
@@ -90,13 +91,13 @@ def test_a_model_in_float64_matches_far_closer(name, x64):
 
 @pytest.mark.parametrize("name", [n for n in RELEASED if n[12] in "tsb"])
 def test_released_models_match_the_official_model(name):
-    assert_matches_golden(name, fused=False)
+    assert_matches_golden(name, fused=False, xla_backend_optimization_level=3)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("name", [n for n in RELEASED if n[12] not in "tsb"])
 def test_large_released_models_match_the_official_model(name):
-    assert_matches_golden(name, fused=False)
+    assert_matches_golden(name, fused=False, xla_backend_optimization_level=3)
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)

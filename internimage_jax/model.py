@@ -352,14 +352,15 @@ class InternImage(nnx.Module):
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> InternImageOutput:
         """Returns logits, pooled features and feature maps; the arguments are those of a call."""
+        with_clip_head = self.config.num_classes and self.config.use_clip_projector
+        if with_clip_head and any(side % 32 for side in images.shape[1:3]):
+            raise ValueError(
+                f"images: this head needs sides that are multiples of 32, got {images.shape}"
+            )
         maps = self.features(images, train=train, key=key)
         if not self.config.num_classes:
             return InternImageOutput(None, None, maps, maps[-1])
-        if self.config.use_clip_projector:
-            if any(side % 32 for side in images.shape[1:3]):
-                raise ValueError(
-                    f"images: this head needs sides that are multiples of 32, got {images.shape}"
-                )
+        if with_clip_head:
             pooled = self.clip_head(maps[2], maps[3])
         else:
             pooled = self.conv_head(maps[3], train=train)

@@ -19,6 +19,7 @@ from tests.support import (
     TINY,
     TOLERANCE,
     assert_close,
+    error,
     golden_input,
     recipe_model,
     reference,
@@ -41,6 +42,12 @@ FLOAT32_GOLDENS = [n for n in RELEASED if "22k_384" in n or n[12] in "hg"]
 CANCELLING = {
     "clip_projector.norm1_k.0.bias": "clip_projector.norm1_v.0.bias",
     "clip_projector.cross_dcn.k_bias": "clip_projector.cross_dcn.v_bias",
+}
+# What conftest sets otherwise, to make compiling faster.
+AS_USERS_COMPILE = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    **({"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}),
 }
 SMALLEST = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(2, 4, 8, 16), num_classes=5)
 
@@ -91,13 +98,13 @@ def test_a_model_in_float64_matches_far_closer(name, x64):
 
 @pytest.mark.parametrize("name", [n for n in RELEASED if n[12] in "tsb"])
 def test_released_models_match_the_official_model(name):
-    assert_matches_golden(name, fused=False, xla_backend_optimization_level=3)
+    assert_matches_golden(name, fused=False, **AS_USERS_COMPILE)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("name", [n for n in RELEASED if n[12] not in "tsb"])
 def test_large_released_models_match_the_official_model(name):
-    assert_matches_golden(name, fused=False, xla_backend_optimization_level=3)
+    assert_matches_golden(name, fused=False, **AS_USERS_COMPILE)
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
@@ -157,7 +164,7 @@ def test_every_option_builds_a_model_that_computes_and_trains(changes):
         return jax.grad(lambda s: (nnx.merge(graphdef, s)(x) ** 2).sum())(state)
 
     leaves = jax.tree.leaves(slopes(state, images()))
-    assert all(jnp.isfinite(leaf).all() for leaf in leaves)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
 def test_activations_are_the_ones_named():
@@ -242,14 +249,19 @@ def test_the_training_loop_of_the_readme_lowers_the_loss():
 def test_dropout_and_stochastic_depth_act_in_training_alone():
     config = SMALLEST.replace(drop_rate=0.3, drop_path_rate=0.3, drop_path_type="uniform")
     model = InternImage(config, rngs=nnx.Rngs(0))
-    x, key = images(), jax.random.key(0)
-    quiet = model(x)
-    assert (model(x) == quiet).all()
-    noisy = model(x, train=True, key=key)
-    again = model(x, train=True, key=key)
-    other = model(x, train=True, key=jax.random.key(1))
-    assert (noisy == again).all()
-    assert (noisy != other).any()
+    graphdef, state = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def logits(state, x, key, *, train):
+        return nnx.merge(graphdef, state)(x, train=train, key=key)
+
+    def run(seed, train):
+        return np.asarray(logits(state, x, jax.random.key(seed), train=train))
+
+    x = images()
+    assert (run(0, False) == run(1, False)).all()
+    assert (run(0, True) == run(0, True)).all()
+    assert (run(0, True) != run(1, True)).any()
     with pytest.raises(ValueError, match=r"key: .* needs a PRNG key, got None"):
         model(x, train=True)
 
@@ -276,7 +288,7 @@ def test_stochastic_depth_grows_with_depth_unless_uniform():
 
 def test_a_model_without_classes_gives_features():
     model = InternImage(SMALLEST.replace(num_classes=0), rngs=nnx.Rngs(0))
-    got = model.outputs(images())
+    got = outputs(model, images())
     assert got.logits is None
     assert got.pooler_output is None
     assert [m.shape for m in got.hidden_states] == [
@@ -285,29 +297,26 @@ def test_a_model_without_classes_gives_features():
         (2, 2, 2, 64),
         (2, 1, 1, 128),
     ]
-    assert (model(images()) == got.last_hidden_state).all()
+    assert nnx.eval_shape(lambda m: m(images()), model).shape == (2, 1, 1, 128)
     assert not any("head" in str(path) for path, _ in nnx.to_flat_state(nnx.state(model)))
 
 
-@pytest.mark.parametrize(("h", "w"), [(1, 1), (33, 47), (32, 100)])
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (33, 100)])
 def test_any_side_will_do_without_the_clip_head(h, w):
-    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
-    assert model(images(1, h, w)).shape == (1, 5)
+    logits = outputs(InternImage(SMALLEST, rngs=nnx.Rngs(0)), images(1, h, w)).logits
+    assert logits.shape == (1, 5)
+    assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_close_and_returns_float32_logits(dtype):
-    model = recipe_model(reference_config("tiny_h_like"))
-    x = images(2, 64, 64)
-    exact = outputs(model, x).logits
-    half = InternImage(model.config, dtype=dtype, param_dtype=dtype)
-    values = jax.tree.map(lambda a: a.astype(dtype), nnx.state(model))
-    nnx.update(half, values)
+    golden = np.load(reference("goldens/tiny_h_like.npz"))
+    model = recipe_model(reference_config("tiny_h_like"), dtype)
     with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes its statistics
-        got = outputs(half, x)
+        got = outputs(model, golden_input(golden))
     assert got.logits.dtype == jnp.float32
     assert got.hidden_states[0].dtype == dtype
-    assert jnp.abs(got.logits - exact).max() < 0.1 * jnp.abs(exact).max()
+    assert error(got.logits, golden["logits"]) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -328,7 +337,8 @@ def test_the_clip_head_names_the_sides_it_needs():
     model = InternImage(SMALLEST.replace(use_clip_projector=True), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"multiples of 32, got \(1, 48, 64, 3\)"):
         model(images(1, 48, 64))
-    assert [m.shape[0] for m in model.features(images(1, 48, 64))] == [1] * 4
+    maps = nnx.eval_shape(lambda m: m.features(images(1, 48, 64)), model)
+    assert [m.shape[1:3] for m in maps] == [(12, 16), (6, 8), (3, 4), (2, 2)]
 
 
 def test_a_fused_model_shares_all_parameters_but_those_it_joins():

@@ -355,9 +355,10 @@ def build(check: Check) -> Iterator[dict[str, Any]]:
 
 
 def test(check: Check) -> Iterator[dict[str, Any]]:
-    """The operator's tests on the GPU."""
+    """The operators' tests on the GPU."""
     environment = check.environment() | {"INTERNIMAGE_GPU_TESTS_ON": check.options.platform}
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_dcnv3_gpu.py"]
+    files = ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *files]
     try:
         output = check.run(command, timeout=200, environment=environment)
     except RuntimeError:
@@ -375,6 +376,11 @@ for dtype, depth, size in (("bfloat16", 16, 9), ("float32", 5, 9), ("float32", 4
     rows = jnp.ones((2, size, size, xla_ops.Record(2, 9).width), dtype) * 3
     f = lambda *a: xla_ops.dcnv3_fused(*a, group=2, implementation="kernel").astype("float32").sum()
     jax.block_until_ready(jax.jit(jax.value_and_grad(f, (0, 1)))(x, rows))
+    kernel, vector = jnp.ones((3, 3, 2 * depth), dtype), jnp.ones(2 * depth, dtype)
+    def layers(x, kernel, v):
+        y = xla_ops.dwconv_norm_gelu(x, kernel, v, v, v, implementation="kernel")
+        return xla_ops.bias_gelu(y, v, implementation="kernel").astype("float32").sum()
+    jax.block_until_ready(jax.jit(jax.value_and_grad(layers, (0, 1, 2)))(x, kernel, vector))
 """
 
 
@@ -384,7 +390,10 @@ def sanitize(check: Check) -> Iterator[dict[str, Any]]:
         yield {"skipped": "no compute-sanitizer"}
         return
     for kind in ("memcheck", "racecheck"):
-        command = [tool, "--tool", kind, "--kernel-name", "kernel_substring=dcnv3"]
+        command = [tool, "--tool", kind]
+        command += [
+            f"--kernel-name=kernel_substring={name}" for name in ("dcnv3", "dwconv", "gelu")
+        ]
         command += ["--error-exitcode", "9", sys.executable, "-c", SANITIZED]
         output = check.run(command, timeout=60, environment=check.environment())
         yield {"tool": kind, "summary": output.strip().splitlines()[-1]}

@@ -15,7 +15,7 @@
 
 #include "fuzz_dcnv3.h"
 
-namespace dcnv3::cuda {
+namespace xla_ops::cuda {
 alignas(16) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
 }
 

@@ -1,179 +1,28 @@
-// Runs the CPU kernels of dwconv_norm_gelu and bias_gelu over random shapes and dtypes. Every buffer has
-// exactly its size, so that a sanitizer sees any access beyond it; results in float32 and float64 are
-// held against the definition, written out plainly in double. Arguments: the number of shapes, the seed.
-// tests/test_dcnv3_native.py builds it.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <vector>
+// Runs the CPU kernels of dwconv_norm_gelu and bias_gelu over random shapes and dtypes (fuzz_layers.h).
+// Arguments: the number of shapes, the seed. tests/test_dcnv3_native.py builds it.
+#include "fuzz_layers.h"
 
 #include "dwconv_cpu.h"
 #include "gelu_cpu.h"
 
-using cpu::Type;
-using Values = std::vector<double>;
-
 namespace {
 
-std::mt19937 engine;
-int64_t integer(int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(engine);
-}
-Values normal(int64_t n, double mean = 0) {
-  Values values(n);
-  for (double& v : values) v = mean + std::normal_distribution<double>()(engine);
-  return values;
-}
-
-size_t size_of(Type type) {
-  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
-}
-
-// The values in a dtype; half precision is left as noise of small bits, for its accesses alone.
-std::vector<char> stored(Type type, const Values& values) {
-  std::vector<char> bytes(values.size() * size_of(type));
-  for (size_t i = 0; i < values.size(); ++i) {
-    const float single = static_cast<float>(values[i]);
-    if (type == Type::kFloat64) std::memcpy(&bytes[8 * i], &values[i], 8);
-    if (type == Type::kFloat32) std::memcpy(&bytes[4 * i], &single, 4);
-    if (size_of(type) == 2) bytes[2 * i + 1] = 0x3c;
-  }
-  return bytes;
-}
-
-bool close(const char* name, Type type, const std::vector<char>& got, const Values& wanted) {
-  double scale = 1e-3;
-  for (double w : wanted) scale = std::max(scale, std::fabs(w));
-  for (size_t i = 0; i < wanted.size() && size_of(type) > 2; ++i) {
-    float single = 0;
-    double value = 0;
-    std::memcpy(&single, &got[size_of(type) * i], 4);
-    if (type == Type::kFloat64) std::memcpy(&value, &got[8 * i], 8);
-    if (type == Type::kFloat32) value = single;
-    if (std::fabs(value - wanted[i]) <= (type == Type::kFloat64 ? 1e-11 : 2e-4) * scale) continue;
-    return std::printf("%s[%zu]: got %g, expected %g\n", name, i, value, wanted[i]), false;
-  }
+bool dwconv_call(const dwconv::Call& s) {
+  const int64_t cut = integer(0, s.batch * s.height);
+  dwconv::cpu::forward(s, cut, s.batch * s.height);
+  dwconv::cpu::forward(s, 0, cut);
+  for (int64_t i = s.batch * s.chunks; i-- > 0;) dwconv::cpu::backward(s, i);
   return true;
 }
 
-double phi(double z) {
-  return 0.5 * std::erfc(-z / std::sqrt(2.0));
-}
-double slope(double z) {
-  return phi(z) + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
-}
-
-Type any_type() {
-  const Type types[] = {Type::kFloat32, Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16};
-  return types[integer(0, 4)];
-}
-
-bool dwconv_case() {
-  dwconv::cpu::Call s = {};
-  s.batch = integer(1, 3), s.height = integer(1, 9), s.width = integer(1, 9), s.size = 2 * integer(0, 3) + 1;
-  const int64_t channels[] = {1, 2, 3, 7, 8, 16, 19, 33, 64};
-  s.channels = channels[integer(0, 8)], s.chunks = integer(1, s.height);
-  s.shared = integer(0, 1) ? s.batch : 1, s.epsilon = 1e-3;
-  s.type = any_type();
-  s.parameters_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
-  const int64_t sets = s.batch / s.shared, c = s.channels, taps = s.size * s.size, rows = 3 + taps;
-  const int64_t count = s.batch * s.height * s.width * c;
-  const Values x = normal(count), dy = normal(count), kernel = normal(sets * taps * c);
-  const Values bias = normal(sets * c, 1), scale = normal(sets * c, 1), offset = normal(sets * c);
-  const auto bx = stored(s.type, x), bdy = stored(s.type, dy), bk = stored(s.parameters_type, kernel);
-  const auto bb = stored(s.parameters_type, bias), bs = stored(s.parameters_type, scale);
-  const auto bo = stored(s.parameters_type, offset);
-  const Type real = s.type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32;
-  std::vector<char> y(bx.size()), dx(bx.size());
-  std::vector<char> partial(s.batch * s.chunks * rows * c * size_of(real));
-  s.x = bx.data(), s.dy = bdy.data(), s.kernel = bk.data(), s.bias = bb.data(), s.scale = bs.data();
-  s.offset = bo.data(), s.y = y.data(), s.dx = dx.data(), s.partial = partial.data();
-  const int64_t cut = integer(0, s.batch * s.height);
-  forward(s, cut, s.batch * s.height);
-  forward(s, 0, cut);
-  for (int64_t i = s.batch * s.chunks; i-- > 0;) backward(s, i);
-  if (size_of(s.type) == 2) return true;
-
-  Values wanted(count), wanted_dx(count), parts(s.batch * s.chunks * rows * c);
-  for (int64_t pixel = 0; pixel < s.batch * s.height * s.width; ++pixel) {
-    const int64_t image = pixel / (s.height * s.width), i = pixel / s.width % s.height, j = pixel % s.width;
-    const int64_t set = image / s.shared, at = pixel * c;
-    int64_t chunk = 0;  // whose row is i
-    while ((chunk + 1) * s.height / s.chunks <= i) ++chunk;
-    double* sums = &parts[(image * s.chunks + chunk) * rows * c];
-    const auto each_tap = [&](auto f) {  // f(tap, first element of its pixel)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t row = i + tap / s.size - s.size / 2, column = j + tap % s.size - s.size / 2;
-        if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-        f(tap, ((image * s.height + row) * s.width + column) * c);
-      }
-    };
-    Values v(&bias[set * c], &bias[set * c] + c), u(c), du(c);
-    each_tap([&](int64_t tap, int64_t from) {
-      for (int64_t k = 0; k < c; ++k) v[k] += kernel[(set * taps + tap) * c + k] * x[from + k];
-    });
-    double mean = 0, variance = 0, du_mean = 0, du_u = 0;
-    for (double value : v) mean += value / c;
-    for (double value : v) variance += (value - mean) * (value - mean) / c;
-    const double factor = 1 / std::sqrt(variance + s.epsilon);
-    for (int64_t k = 0; k < c; ++k) {
-      u[k] = (v[k] - mean) * factor;
-      const double z = u[k] * scale[set * c + k] + offset[set * c + k], dz = dy[at + k] * slope(z);
-      wanted[at + k] = z * phi(z);
-      sums[k] += dz, sums[c + k] += dz * u[k];
-      du[k] = dz * scale[set * c + k];
-      du_mean += du[k] / c, du_u += du[k] * u[k] / c;
-    }
-    for (int64_t k = 0; k < c; ++k) {
-      const double dv = factor * (du[k] - du_mean - u[k] * du_u);
-      sums[2 * c + k] += dv;
-      each_tap([&](int64_t tap, int64_t from) {
-        sums[(3 + tap) * c + k] += dv * x[from + k];
-        wanted_dx[from + k] += dv * kernel[(set * taps + tap) * c + k];
-      });
-    }
-  }
-  return close("y", s.type, y, wanted) && close("dx", s.type, dx, wanted_dx) &&
-         close("partial", real, partial, parts);
-}
-
-bool gelu_case() {
-  gelu::cpu::Call s = {};
-  s.shared = integer(1, 4), s.rows = s.shared * integer(1, 3), s.channels = integer(1, 40);
-  s.type = any_type();
-  s.bias_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
-  const int64_t count = s.rows * s.channels;
-  Values x = normal(count);
-  for (double& v : x) v *= 4;
-  const Values bias = normal(s.rows / s.shared * s.channels), dy = normal(count);
-  const auto bx = stored(s.type, x), bb = stored(s.bias_type, bias), bdy = stored(s.type, dy);
-  std::vector<char> y(bx.size()), dx(bx.size());
-  s.x = bx.data(), s.bias = bb.data(), s.result = y.data();
-  compute(s, 0, s.rows);
-  s.dy = bdy.data(), s.result = dx.data();
-  compute(s, 0, s.rows);
-  Values wanted(count), wanted_dx(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = i / s.channels;
-    const double z = x[i] + bias[row / s.shared * s.channels + i % s.channels];
-    wanted[i] = z * phi(z), wanted_dx[i] = dy[i] * slope(z);
-  }
-  return close("gelu", s.type, y, wanted) && close("its gradient", s.type, dx, wanted_dx);
+bool gelu_call(const gelu::Call& s) {
+  gelu::cpu::compute(s, 0, s.rows);
+  return true;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
-  for (int i = 0; i < count; ++i) {
-    engine.seed(seed + i);
-    if (dwconv_case() && gelu_case()) continue;
-    std::printf("shape of seed %d\n", seed + i);
-    return 1;
-  }
-  std::printf("%d shapes, %s\n", count, cpu::instruction_set_name());
-  return 0;
+  return fuzz(count, seed, [] { return dwconv_case(false, dwconv_call) && gelu_case(gelu_call); });
 }

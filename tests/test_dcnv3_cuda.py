@@ -8,8 +8,6 @@ show: test_dcnv3_gpu.py runs there.
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 
 import xla_ops
+from tests.native import build, needs_compiler, run
 from tests.test_dcnv3_kernel import (
     CASES,
     GRADIENTS,
@@ -32,14 +31,11 @@ from tests.test_dcnv3_kernel import (
 )
 from xla_ops.geometry import Geometry
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "xla_ops" / "csrc"
-COMPILER = os.environ.get("CXX", "c++")
 TYPES = ["float32", "float64", "bfloat16", "float16"]  # in the order of dcnv3::Type
 PLAIN = settings_of(CASES["plain"])
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"),
+    needs_compiler,
     pytest.mark.skipif(
         xla_ops.status()["cpu"].implementation != "kernel",
         reason=f"no kernel for CPU to compare with: {xla_ops.status()['cpu'].detail}",
@@ -50,17 +46,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Either of the two things that fuzz_dcnv3_cuda.cc does."""
-    built = tmp_path_factory.mktemp("cuda") / "fuzz"
-    options = ["-std=c++17", "-O0", "-w", "-fno-strict-aliasing", f"-I{CSRC}"]
-    options += [f"-I{TESTS / 'cuda_on_host'}", "-fno-sanitize-recover=all"]
-    source = str(TESTS / "fuzz_dcnv3_cuda.cc")
-    for sanitizers in ("-fsanitize=address,undefined", "-O1"):
-        command = [COMPILER, *options, sanitizers, source, "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not ("sanitize" in done.stderr or "lasan" in done.stderr):
-            break
-    assert done.returncode == 0, done.stderr
-    return built
+    return build(tmp_path_factory.mktemp("cuda"), "fuzz_dcnv3_cuda.cc")
 
 
 LARGE, NONE = 227 * 1024, 0  # shared memory of a block: of an H100; too little to use
@@ -90,9 +76,7 @@ def on_host(
 
 
 def test_random_geometries_agree_with_the_definition(program: Path) -> None:
-    done = subprocess.run([program, "fuzz", "30"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "30 geometries" in done.stdout
+    assert "30 geometries" in run(program, "fuzz", "30")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

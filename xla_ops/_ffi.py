@@ -1,6 +1,6 @@
 """The compiled extensions: imports them, registers their targets once, and tries each target.
 
-Nothing happens on import. The first call of the operator registers the targets and runs each on a
+Nothing happens on import. The first call of an operator registers the targets and runs each on a
 tiny input; one that fails is set aside with its reason, and the jnp form serves in its place.
 """
 
@@ -105,7 +105,9 @@ def _try(platform: str, device: Any) -> None:
     fused = plain | {"center_feature_scale": False}
     gelu: dict[str, Any] = {"version": np.int64(VERSION)}
     dwconv = gelu | {"epsilon": np.float64(1e-6)}
-    scratch = (np.zeros((1, 1, 1, 1), np.uint32),) if platform == "cuda" else ()
+    cuda = platform == "cuda"  # its backward calls have scratch as one result more
+    scratch = (np.zeros((1, 1, 1, 1), np.uint32),) if cuda else ()
+    dv = (one,) if cuda else ()
     cases = {  # operands, attributes, arrays like the results, and how these begin
         FORWARD: ((one * 3, pair, one * 2), plain, (one,), [6.0]),
         BACKWARD: (
@@ -117,7 +119,12 @@ def _try(platform: str, device: Any) -> None:
         FUSED_FORWARD: ((one * 3, record), fused, (one,), [3.0]),
         FUSED_BACKWARD: ((one * 3, record, one), fused, (one, record, *scratch), [1.0, -3.0]),
         DWCONV_FORWARD: (layer, dwconv, (one,), [13.0]),
-        DWCONV_BACKWARD: ((*layer, one), dwconv, (one, np.zeros((1, 1, 4, 1), "f")), [0.0, 1.0]),
+        DWCONV_BACKWARD: (
+            (*layer, one),
+            dwconv,
+            (one, np.zeros((1, 1, 4, 1), np.float32), *dv),
+            [0.0, 1.0],
+        ),
         GELU_FORWARD: ((one * 6, one[0, 0, 0] * 7), gelu, (one,), [13.0]),
         GELU_BACKWARD: ((one * 6, one[0, 0, 0] * 7, one * 5), gelu, (one,), [5.0]),
     }

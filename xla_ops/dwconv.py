@@ -77,10 +77,11 @@ class DwconvNormGelu(NamedTuple):
         )
 
     def backward(self, platform: str) -> Target:
-        del platform  # they all have the same
+        cuda = platform == "cuda"
+        results, shapes = ((3, 3, 3), _rows_and_scratch) if cuda else ((3, 3), _parts)
         operands = (*_OPERANDS, 3)
         return Target(
-            _ffi.DWCONV_BACKWARD, operands, (3, 3), _parts, self._attributes, shared=_PARAMETERS
+            _ffi.DWCONV_BACKWARD, operands, results, shapes, self._attributes, shared=_PARAMETERS
         )
 
     def definition(self, *operands: jax.Array) -> jax.Array:
@@ -88,7 +89,7 @@ class DwconvNormGelu(NamedTuple):
         return dwconv_norm_gelu_jnp(x, kernel, bias, scale, offset, self.epsilon)
 
     def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
-        dx, parts = results
+        dx, parts, *_ = results
         total = parts.sum((0, 1))  # (3 + K * K, C)
         offset, scale, bias, kernel = total[0], total[1], total[2], total[3:]
         ordered = (kernel.reshape(operands[1].shape), bias, scale, offset)
@@ -113,10 +114,18 @@ def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
     A chunk is some rows of an image: enough chunks for several threads, and rows enough that the
     neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
     """
-    *batch, height, _width, channels = x.shape
+    *batch, height, _width, _channels = x.shape
     images = math.prod(n for n in batch if isinstance(n, int))  # symbolic ones are not known
-    chunks = max(1, min(8 // max(1, images), height // 4))
-    parts = (*batch, chunks, 3 + kernel.shape[-2] ** 2, channels)
+    return _in_chunks(x, kernel, max(1, min(8 // max(1, images), height // 4)))
+
+
+def _rows_and_scratch(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
+    """Those of CUDA: a row is a chunk; and v's gradient, which it works in and nobody reads."""
+    return [*_in_chunks(x, kernel, x.shape[-3]), (x.shape, at_least_float32(x.dtype))]
+
+
+def _in_chunks(x: jax.Array, kernel: jax.Array, chunks: int) -> Shapes:
+    parts = (*x.shape[:-3], chunks, 3 + kernel.shape[-2] ** 2, x.shape[-1])
     return [(x.shape, x.dtype), (parts, at_least_float32(x.dtype))]
 
 

@@ -138,6 +138,17 @@ inline void __syncthreads() {
   __sanitizer_finish_switch_fiber(current->saved, &scheduler_stack, &scheduler_size);
 }
 
+// A warp's threads exchange values: here all threads of the block take part, or none.
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  static unsigned char all[1024][8];
+  std::memcpy(all[threadIdx.x], &value, sizeof value);
+  __syncthreads();
+  std::memcpy(&value, all[threadIdx.x ^ unsigned(mask)], sizeof value);
+  __syncthreads();
+  return value;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {

@@ -17,9 +17,6 @@ namespace cpu {
 
 namespace ffi = xla::ffi;
 
-using xla_ops::kVersion;
-using xla_ops::type_of;
-
 constexpr int64_t kSmall = int64_t{1} << 17;  // multiply-adds that one thread does at once: 20 us
 
 inline ffi::Future failed(ffi::Error error) {
@@ -65,10 +62,6 @@ inline int64_t pieces_of(const ffi::ThreadPool& pool, int64_t units, double cost
   const double most = static_cast<double>(4 * std::max<int64_t>(pool.num_threads(), 1));
   const double pieces = std::min({cost / kSmall, most, static_cast<double>(units)});
   return std::max<int64_t>(static_cast<int64_t>(pieces), units > 0 ? 1 : 0);
-}
-
-inline bool same(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
-  return a.element_count() == b.element_count() && a.element_type() == b.element_type();
 }
 
 }  // namespace cpu

@@ -8,19 +8,35 @@
 
 #include "dcnv3_cuda.h"
 #include "dcnv3_ffi.h"
+#include "dwconv_cuda.h"
+#include "dwconv_ffi.h"
+#include "gelu_cuda.h"
+#include "gelu_ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error check(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string(name) + ": CUDA: " + cudaGetErrorString(error));
+}
+
+auto bind() {
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>();
+}
+
+// In the handler itself: registered beside it, on CUDA, they do not count.
+#define TRAITS {ffi::Traits::kCmdBufferCompatible}
+
+}  // namespace
 
 namespace dcnv3::cuda {
 namespace {
 
-ffi::Error check(cudaError_t error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("internimage_dcnv3: CUDA: ") + cudaGetErrorString(error));
-}
-
 ffi::Error start_forward(cudaStream_t stream, const Call& call) {
   if (const char* why = refusal(call)) return invalid(why);
-  return check(forward(stream, call));
+  return check("internimage_dcnv3", forward(stream, call));
 }
 
 ffi::Error start_backward(cudaStream_t stream, const Call& call, Result scratch) {
@@ -30,7 +46,7 @@ ffi::Error start_backward(cudaStream_t stream, const Call& call, Result scratch)
   if (!is_small(call) && static_cast<int64_t>(scratch->size_bytes()) != bytes) {
     return invalid("the scratch does not fit");
   }
-  return check(backward(stream, call, scratch->untyped_data()));
+  return check("internimage_dcnv3", backward(stream, call, scratch->untyped_data()));
 }
 
 ffi::Error forward_handler(cudaStream_t stream, Buffer x, Buffer offset, Buffer mask, Result y,
@@ -62,13 +78,6 @@ ffi::Error fused_backward_handler(cudaStream_t stream, Buffer x, Buffer record, 
   auto error = fused_backward_call(x, record, dy, dx, drecord, geometry, offset_scale, centre, &call);
   return error.failure() ? error : start_backward(stream, call, scratch);
 }
-
-auto bind() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>();
-}
-
-// In the handler itself: registered beside it, on CUDA, they do not count.
-#define TRAITS {ffi::Traits::kCmdBufferCompatible}
 
 XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
                        bind()
@@ -114,22 +123,116 @@ XLA_FFI_DEFINE_HANDLER(kFusedBackward, fused_backward_handler,
                            .Attr<bool>("center_feature_scale"),
                        TRAITS);
 
-pybind11::capsule capsule(XLA_FFI_Handler* handler) {
-  return pybind11::capsule(reinterpret_cast<void*>(handler));
-}
-
 }  // namespace
 }  // namespace dcnv3::cuda
 
+namespace dwconv::cuda {
+namespace {
+
+ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand kernel, Operand bias, Operand scale,
+                           Operand offset, Result y, double epsilon, int64_t version) {
+  Call call = {};
+  ffi::Error error = forward_call(x, kernel, bias, scale, offset, y, epsilon, version, &call);
+  if (error.failure()) return error;
+  if (const char* why = refusal(call)) return invalid(why);
+  return check("internimage_dwconv_norm_gelu", forward(stream, call));
+}
+
+ffi::Error backward_handler(cudaStream_t stream, Operand x, Operand kernel, Operand bias, Operand scale,
+                            Operand offset, Operand dy, Result dx, Result partial, Result scratch,
+                            double epsilon, int64_t version) {
+  Call call = {};
+  ffi::Error error = backward_call(x, kernel, bias, scale, offset, dy, dx, partial, epsilon, version, &call);
+  if (error.failure()) return error;
+  if (const char* why = refusal(call)) return invalid(why);
+  if (call.chunks != call.height) return invalid("expected a chunk for each row");
+  if (scratch->element_count() != x.element_count() || scratch->element_type() != partial->element_type()) {
+    return invalid("the scratch does not fit");
+  }
+  return check("internimage_dwconv_norm_gelu", backward(stream, call, scratch->untyped_data()));
+}
+
+auto bind_operands() {
+  return bind()
+      .Arg<Operand>()   // x
+      .Arg<Operand>()   // kernel
+      .Arg<Operand>()   // bias
+      .Arg<Operand>()   // scale
+      .Arg<Operand>();  // offset
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
+                       bind_operands()
+                           .Ret<Operand>()  // y
+                           .Attr<double>("epsilon")
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler,
+                       bind_operands()
+                           .Arg<Operand>()  // dy
+                           .Ret<Operand>()  // dx
+                           .Ret<Operand>()  // partial
+                           .Ret<Operand>()  // scratch
+                           .Attr<double>("epsilon")
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+
+}  // namespace
+}  // namespace dwconv::cuda
+
+namespace gelu::cuda {
+namespace {
+
+ffi::Error start(cudaStream_t stream, Operand x, Operand bias, const Operand* dy, Result result,
+                 int64_t version) {
+  Call call = {};
+  ffi::Error error = describe(x, bias, dy, result, version, &call);
+  if (error.failure()) return error;
+  if (const char* why = refusal(call)) return invalid(why);
+  return check("internimage_bias_gelu", compute(stream, call));
+}
+ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand bias, Result y, int64_t version) {
+  return start(stream, x, bias, nullptr, y, version);
+}
+ffi::Error backward_handler(cudaStream_t stream, Operand x, Operand bias, Operand dy, Result dx,
+                            int64_t version) {
+  return start(stream, x, bias, &dy, dx, version);
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
+                       bind()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // bias
+                           .Ret<Operand>()  // y
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler,
+                       bind()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // bias
+                           .Arg<Operand>()  // dy
+                           .Ret<Operand>()  // dx
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+
+}  // namespace
+}  // namespace gelu::cuda
+
 PYBIND11_MODULE(_cuda, m) {
-  using namespace dcnv3::cuda;
   m.doc() = "Handlers of the CUDA custom calls, by target name.";
   m.def("targets", [] {
     pybind11::dict targets;
-    targets["internimage_dcnv3_forward"] = capsule(kForward);
-    targets["internimage_dcnv3_backward"] = capsule(kBackward);
-    targets["internimage_dcnv3_fused_forward"] = capsule(kFusedForward);
-    targets["internimage_dcnv3_fused_backward"] = capsule(kFusedBackward);
+    const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
+      targets[name] = pybind11::capsule(reinterpret_cast<void*>(handler));
+    };
+    add("internimage_dcnv3_forward", dcnv3::cuda::kForward);
+    add("internimage_dcnv3_backward", dcnv3::cuda::kBackward);
+    add("internimage_dcnv3_fused_forward", dcnv3::cuda::kFusedForward);
+    add("internimage_dcnv3_fused_backward", dcnv3::cuda::kFusedBackward);
+    add("internimage_dwconv_norm_gelu_forward", dwconv::cuda::kForward);
+    add("internimage_dwconv_norm_gelu_backward", dwconv::cuda::kBackward);
+    add("internimage_bias_gelu_forward", gelu::cuda::kForward);
+    add("internimage_bias_gelu_backward", gelu::cuda::kBackward);
     return targets;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for

@@ -29,4 +29,8 @@ inline bool type_of(xla::ffi::DataType dtype, Type* type) {
   }
 }
 
+inline bool same(const xla::ffi::AnyBuffer& a, const xla::ffi::AnyBuffer& b) {
+  return a.element_count() == b.element_count() && a.element_type() == b.element_type();
+}
+
 }  // namespace xla_ops

@@ -1,0 +1,60 @@
+// Runs the CUDA kernels of dwconv_norm_gelu and bias_gelu on the host (cuda_on_host) over random shapes and
+// dtypes (fuzz_layers.h), with blocks and threads in random order; each call runs twice, and a bit that
+// differs is an error. Arguments: the number of shapes, the seed. tests/test_layers_cuda.py builds it.
+#include "dwconv_cuda.cu"
+#include "gelu_cuda.cu"
+
+#include "fuzz_layers.h"
+
+namespace xla_ops::cuda {
+alignas(16) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
+}
+
+namespace {
+
+using cuda_on_host::settings;
+
+// Runs `launch` twice, in another order of blocks and threads, into `results`.
+template <class Launch>
+bool twice(std::vector<std::pair<void*, size_t>> results, Launch launch) {
+  std::vector<std::vector<char>> first;
+  for (int round = 0; round < 2; ++round) {
+    settings.seed = unsigned(engine());
+    for (auto [data, bytes] : results) std::memset(data, 0xa5, bytes);
+    if (launch()) return std::printf("a launch failed\n"), false;
+    for (size_t i = 0; i < results.size(); ++i) {
+      const char* data = static_cast<const char*>(results[i].first);
+      if (round == 0) first.emplace_back(data, data + results[i].second);
+      if (std::memcmp(first[i].data(), data, results[i].second)) {
+        return std::printf("result %zu depends on the order of blocks\n", i), false;
+      }
+    }
+  }
+  return true;
+}
+
+bool dwconv_call(dwconv::Call& s) {
+  if (const char* why = dwconv::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
+  const size_t count = s.batch * s.height * s.width * s.channels, real = s.type == Type::kFloat64 ? 8 : 4;
+  const size_t parts = s.batch * s.chunks * (3 + s.size * s.size) * s.channels;
+  std::vector<char> dv(count * real);
+  return twice({{s.y, count * size_of(s.type)}, {s.dx, count * size_of(s.type)}, {s.partial, parts * real}},
+               [&] {
+                 const cudaError_t error = dwconv::cuda::forward(nullptr, s);
+                 return error ? error : dwconv::cuda::backward(nullptr, s, dv.data());
+               });
+}
+
+bool gelu_call(const gelu::Call& s) {
+  if (const char* why = gelu::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
+  return twice({{s.result, s.rows * s.channels * size_of(s.type)}},
+               [&] { return gelu::cuda::compute(nullptr, s); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
+  cuda_on_host::shared = xla_ops::cuda::dynamic_shared_memory;
+  return fuzz(count, seed, [] { return dwconv_case(true, dwconv_call) && gelu_case(gelu_call); });
+}

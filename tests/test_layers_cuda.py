@@ -1,0 +1,80 @@
+"""The layers besides DCNv3 on CUDA, without a GPU: kernels on the host, and lowered programs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import xla_ops
+from tests.native import build, needs_compiler, run
+from xla_ops import _ffi
+
+N, H, W, C, K = 4, 5, 6, 16, 3
+
+
+@needs_compiler
+def test_random_shapes_agree_with_the_definition(tmp_path: Path) -> None:
+    assert "100 shapes" in run(build(tmp_path, "fuzz_layers_cuda.cc"), "100")
+
+
+def operands(dtype: str = "bfloat16") -> list[jax.Array]:
+    shapes = (N, H, W, C), (K, K, C), (C,), (C,), (C,)
+    return [jnp.zeros(shape, dtype) for shape in shapes]
+
+
+def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def loss(x: jax.Array, kernel: jax.Array, *vectors: jax.Array) -> jax.Array:
+        y = xla_ops.dwconv_norm_gelu(x, kernel, *vectors)
+        return xla_ops.bias_gelu(y, vectors[0]).astype("float32").sum()
+
+    return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays)
+
+
+@pytest.fixture
+def cuda_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "serving", lambda target: ("cpu", "cuda"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_program_for_cuda_has_the_custom_calls(dtype: str, cuda_serves: None) -> None:
+    traced = jax.jit(gradients).trace(*operands(dtype))
+    lines = [
+        line
+        for line in traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+        if "custom_call @internimage" in line
+    ]
+    assert {re.search(r"@internimage_(\w+)", line)[1] for line in lines} == {
+        "dwconv_norm_gelu_forward",
+        "dwconv_norm_gelu_backward",
+        "bias_gelu_backward",
+    }
+    (backward,) = (line for line in lines if "dwconv_norm_gelu_backward" in line)
+    given = re.findall(r"tensor<([^>]*)>", backward.rpartition("->")[2])
+    short = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    # dx; a part of the parameters' gradients for each row; v's gradient, to work in
+    assert given == [f"4x5x6x16x{short}", f"4x{H}x{3 + K * K}x16xf32", "4x5x6x16xf32"]
+
+
+def test_a_sharded_batch_divides_each_result(cuda_serves: None) -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x, *parameters = operands()
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    parameters = [jax.device_put(a, NamedSharding(mesh, P())) for a in parameters]
+    traced = jax.jit(gradients).trace(x, *parameters)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    rules = [r for r in re.findall(r"op_sharding_rule<\((.*?)\) \{", text) if r.count("->") == 1]
+    (backward,) = (r for r in rules if r.partition("->")[2].count("[") == 3)
+    results = re.findall(r"\[(\w)", backward.partition("->")[2])
+    assert results == ["i"] * 3  # the batch's axis comes first in all three
+
+
+def test_extension_has_every_target() -> None:
+    extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
+    cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
+    assert set(extension.targets()) == set(cpu.targets())

@@ -1,0 +1,87 @@
+"""The layers besides DCNv3 on a GPU, held to the jnp form in float64 on the CPU.
+
+    JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_layers_gpu.py
+
+Without a GPU the same code runs in test_layers_cuda.py, on the host; INTERNIMAGE_GPU_TESTS_ON=cpu
+tries these tests themselves, on the CPU's kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+import xla_ops
+from tests.test_dwconv import TOLERANCE, assert_close, operands
+
+PLATFORM = os.environ.get("INTERNIMAGE_GPU_TESTS_ON", "cuda")
+STATUS = xla_ops.status()[PLATFORM]
+
+pytestmark = pytest.mark.skipif(
+    STATUS.implementation != "kernel", reason=f"no kernel for {PLATFORM}: {STATUS.detail}"
+)
+
+# Of the released models, and of every way to divide channels and pixels.
+SHAPES = [
+    ((2, 14, 14, 64), 3),
+    ((1, 7, 9, 112), 3),
+    ((1, 12, 12, 1280), 5),
+    ((1, 6, 7, 4096), 5),
+    ((3, 5, 1, 33), 3),
+    ((1, 1, 2048, 8), 1),
+    ((0, 4, 4, 8), 3),
+]
+
+
+def on(platform: str, form: str, function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Value and gradients of `function` by the platform's kernel or the jnp form."""
+    device = jax.local_devices(backend=platform)[0]
+
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        y, pullback = jax.vjp(
+            lambda *a: function(*a, implementation=form), *operands[: len(arrays) - 1]
+        )
+        return y, *pullback(operands[-1])
+
+    with jax.default_device(device):
+        results = jax.jit(run)(*(jax.device_put(a, device) for a in arrays))
+    return [np.asarray(r) for r in results]
+
+
+def assert_as_exact(function: Callable, dtype: str, *arrays: jax.Array) -> None:
+    got = on(PLATFORM, "kernel", function, *map(np.asarray, arrays))
+    with jax.enable_x64(True):
+        expected = on("cpu", "jnp", function, *(np.asarray(a, np.float64) for a in arrays))
+    assert_close(got, expected, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=str)
+def test_dwconv_norm_gelu(shape: tuple[int, ...], size: int, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        assert_as_exact(xla_ops.dwconv_norm_gelu, dtype, *operands(shape, size, dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 14, 14, 256), (1, 3, 5, 7), (1, 1, 1, 1), (0, 2, 2, 8)])
+def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        x, _, bias, *_, dy = operands(shape, 3, dtype)
+        assert_as_exact(xla_ops.bias_gelu, dtype, 4 * x, bias, dy)
+
+
+def test_half_precision_with_float32_parameters() -> None:
+    x, *parameters, dy = operands((2, 7, 7, 128))
+    halves = [x.astype("bfloat16"), *parameters, dy.astype("bfloat16")]
+    assert_as_exact(xla_ops.dwconv_norm_gelu, "bfloat16", *halves)
+
+
+def test_the_same_bits_each_time() -> None:
+    arrays = [np.asarray(a) for a in operands((4, 14, 14, 128), 3, "bfloat16")]
+    first, *others = (on(PLATFORM, "kernel", xla_ops.dwconv_norm_gelu, *arrays) for _ in range(3))
+    for other in others:
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(first, other, strict=True))

@@ -1,0 +1,21 @@
+"""The CPU kernels alone, built with sanitizers and run over random geometries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.native import build, needs_compiler, run
+
+PROGRAMS = {
+    "fuzz_dcnv3_cpu.cc": (["dcnv3_cpu.cc"], "500 geometries"),
+    "fuzz_layers_cpu.cc": (["dwconv_cpu.cc", "gelu_cpu.cc"], "500 shapes"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(name: str, tmp_path: Path) -> None:
+    kernels, printed = PROGRAMS[name]
+    assert printed in run(build(tmp_path, name, kernels), "500")

@@ -1,0 +1,81 @@
+// GELU, z * Phi(z) with Phi the distribution function of the normal law, and its derivative, of
+// vectors of W numbers on a CPU and of one number, W = 1, on a GPU: the same lines on both. Included with
+// GELU_FN, Vec, bits and load_raw defined: once for each instruction set, by cpu_gelu.h, and by
+// gelu_cuda_device.h.
+//
+// Phi(-t) = exp(-t^2 / 2) m(t) for t = |z| with m smooth, so one exponential and one polynomial serve
+// the whole line: relative error below 4e-7, also where Phi(z) is far below the rounding of 1.
+
+template <class V>
+struct Normal {
+  V tail;     // Phi(-|z|)
+  V density;  // exp(-z^2 / 2)
+};
+
+// Where |z| > 13, float32 has no normal numbers left for Phi(-|z|): it stays that of 13.
+template <int W>
+GELU_FN Normal<Vec<float, W>> normal(Vec<float, W> t) {
+  using V = Vec<float, W>;
+  using U = Vec<uint32_t, W>;
+  t = t < 13.f ? t : V{} + 13.f;
+  // t^2 would lose the digits that the exponential needs: `high` is t cut to 12 bits, its square exact.
+  const V high = bits<V>(bits<U>(t) & 0xfffff000u);
+  const V a = -0.5f * high * high, rest = -0.5f * (t - high) * (t + high);
+  // exp(a + rest) = 2^n exp(r), |r| < 0.4. Adding 1.5 * 2^23 rounds to an integer, in the low bits.
+  const V shifted = a * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+  const V r = (a - n * 0.693359375f) + (n * 2.12194440e-4f + rest);
+  V e = V{} + 0.0013552558f;
+  e = e * r + 0.00837978255f;
+  e = e * r + 0.041673664f;
+  e = e * r + 0.166663557f;
+  e = e * r + 0.499999672f;
+  e = e * r + 1.f;
+  e = e * r + 1.f;
+  const V density = bits<V>(bits<U>(e) + (bits<U>(shifted) << 23));
+  // m(t) = p(s) / (t + 2.5), s = (t - 2.5) / (t + 2.5): a fit of degree 9, relative error 1.5e-8.
+  const V d = 1.f / (t + 2.5f), s = (t - 2.5f) * d;
+  V p = V{} - 0.000155626331f;
+  p = p * s - 0.000307941402f;
+  p = p * s + 0.000684231054f;
+  p = p * s + 0.00252095121f;
+  p = p * s - 0.00160151941f;
+  p = p * s - 0.0163854416f;
+  p = p * s + 0.00923606846f;
+  p = p * s + 0.131986916f;
+  p = p * s - 0.433692008f;
+  p = p * s + 0.706656635f;
+  return {density * (d * p), density};
+}
+
+template <int W>
+GELU_FN Normal<Vec<double, W>> normal(Vec<double, W> t) {
+  double lanes[W], tail[W], density[W];
+  __builtin_memcpy(lanes, &t, sizeof t);
+  for (int l = 0; l < W; ++l) {
+    tail[l] = 0.5 * std::erfc(lanes[l] * 0.70710678118654752440);
+    density[l] = std::exp(-0.5 * lanes[l] * lanes[l]);
+  }
+  return {load_raw<Vec<double, W>>(tail), load_raw<Vec<double, W>>(density)};
+}
+
+template <class V>
+GELU_FN V absolute(V z) {
+  return z < 0 ? -z : z;
+}
+
+template <class Real, int W>
+GELU_FN Vec<Real, W> gelu(Vec<Real, W> z) {
+  using V = Vec<Real, W>;
+  const V t = absolute(z), bounded = t < Real(40) ? t : V{} + Real(40);  // infinity times zero is NaN
+  const V positive = z < 0 ? V{} : z;                                    // NaN stays NaN
+  return positive - bounded * normal<W>(t).tail;
+}
+
+// The derivative: Phi(z) + z * exp(-z^2 / 2) / sqrt(2 pi).
+template <class Real, int W>
+GELU_FN Vec<Real, W> gelu_slope(Vec<Real, W> z) {
+  using V = Vec<Real, W>;
+  const Normal<V> at = normal<W>(absolute(z));
+  const V bounded = z < Real(-40) ? V{} - Real(40) : z > Real(40) ? V{} + Real(40) : z;
+  return (z < 0 ? at.tail : 1 - at.tail) + bounded * at.density * Real(0.39894228040143267794);
+}

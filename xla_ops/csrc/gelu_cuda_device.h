@@ -1,0 +1,30 @@
+// GELU of one number, on a GPU.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda_device.h"
+
+namespace xla_ops::cuda {
+
+template <class R, int W>
+using Vec = std::enable_if_t<W == 1, R>;
+template <class V, class P>
+__device__ __forceinline__ V load_raw(const P* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class To, class From>
+__device__ __forceinline__ To bits(From from) {
+  static_assert(sizeof(To) == sizeof from);
+  return load_raw<To>(&from);
+}
+
+#define GELU_FN __device__ __forceinline__
+#include "gelu.h"
+#undef GELU_FN
+
+}  // namespace xla_ops::cuda

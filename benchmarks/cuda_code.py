@@ -5,9 +5,9 @@
 
 Compiles each .cu file for each architecture, and reads what ptxas reports and the disassembly
 (nvdisasm on the path or in CUDA_HOME; without it there are no counts of instructions).
-Instructions are those of the loop over points: of one point, and of the 9 points and 16 channels of
-a (position, group), which takes 16 / C threads of C channels. A multiprocessor issues for 128
-threads a clock, so an 128th of them is a bound in clocks.
+Instructions are those of DCNv3's loop over points: of one point, and of the 9 points and 16
+channels of a (position, group), which takes 16 / C threads of C channels. A multiprocessor issues
+for 128 threads a clock, so an 128th of them is a bound in clocks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def tool(name: str) -> str | None:
 
 
 def short(symbol: str) -> str:
-    """`forward<BFloat16, 16>` from a mangled name."""
+    """`forward<BFloat16, 16>` from a mangled name; the layers' begin with `dwconv_` and `gelu`."""
     found = re.search(r"\d([a-z_]+)_kernelI(.+?)EEv", symbol)
     if not found:
         return symbol
@@ -51,8 +51,9 @@ def short(symbol: str) -> str:
     letter = re.match(r"[fd]", parameters)
     half = re.search(r"(BFloat16|Float16)", parameters)
     kind += f"<{half[1] if half else types[letter[0]]}"  # type: ignore[index]
-    number = re.search(r"Li(\d+)E", parameters + "E")
-    return f"{kind}, {number[1]}>" if number else f"{kind}>"
+    numbers = re.findall(r"L[ib](\d+)E", parameters + "E")
+    kind = "dwconv_" * ("6dwconv" in symbol) + kind
+    return ", ".join([kind, *numbers]) + ">"
 
 
 def instructions(listing: str) -> int | None:
@@ -99,7 +100,7 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
     for symbol, spilled, registers in report:
         name = short(symbol)
         point = instructions(listings.get(symbol, ""))
-        threads = CHANNELS / int(re.search(r"(\d+)>", name)[1]) if ", " in name else 1  # type: ignore[index]
+        threads = CHANNELS / int(re.search(r", (\d+)", name)[1]) if ", " in name else 1  # type: ignore[index]
         group = round(point * POINTS * threads) if point else None
         found.append(Kernel(name, arch, int(registers), int(spilled), point, group))
     return found

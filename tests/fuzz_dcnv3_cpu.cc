@@ -1,6 +1,6 @@
 // Runs the CPU kernel over random geometries and holds it against the definition, then computes the last
 // image of a huge batch. Arguments: the number of geometries, the seed. Exits with 1 and says what
-// differed. tests/test_dcnv3_native.py builds it; without -DCPU_BASELINE it runs the instruction set
+// differed. tests/test_native.py builds it; without -DCPU_BASELINE it runs the instruction set
 // that INTERNIMAGE_CPU_ISA names.
 #include "dcnv3_cpu.h"
 #include "fuzz_dcnv3.h"

@@ -1,5 +1,5 @@
 // Runs the CPU kernels of dwconv_norm_gelu and bias_gelu over random shapes and dtypes (fuzz_layers.h).
-// Arguments: the number of shapes, the seed. tests/test_dcnv3_native.py builds it.
+// Arguments: the number of shapes, the seed. tests/test_native.py builds it.
 #include "fuzz_layers.h"
 
 #include "dwconv_cpu.h"

@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def build(folder: Path, name: str, kernels: Sequence[str] = ()) -> Path:
-    """Compiles tests/`name` and sources of xla_ops/csrc; .cu files that it includes, for the host."""
+    """Compiles tests/`name` and sources of xla_ops/csrc; .cu files in it are built for the host."""
     program = folder / Path(name).stem
     options = ["-std=c++17", "-DCPU_BASELINE", "-w", "-fno-strict-aliasing", f"-I{CSRC}"]
     options += [f"-I{TESTS / 'cuda_on_host'}", "-fno-sanitize-recover=all"]

@@ -389,8 +389,11 @@ cudaError_t launch_backward(cudaStream_t stream, const Call& call, RealOf<T>* dv
 // Calls f.run<T, C, K>() for the call's dtype, channels and kernel.
 template <class T, int C, class F>
 cudaError_t with_size(const Call& call, F f) {
-  if constexpr (C > 1 && !std::is_same_v<T, double>) {  // each form takes its time to compile
+  // Each form takes its time to compile, so there are those that matter.
+  if constexpr (C > 1) {
     if (call.size == 3) return f.template run<T, C, 3>();
+  }
+  if constexpr (C > 1 && sizeof(T) == 2) {
     if (call.size == 5) return f.template run<T, C, 5>();
   }
   return f.template run<T, C, 0>();
@@ -399,13 +402,14 @@ template <class F>
 cudaError_t with_form(const Call& call, F f) {
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    bool whole = call.channels % kPiece<T> == 0;
+    constexpr int kMost = std::is_same_v<T, double> ? 1 : kPiece<T>;
+    bool whole = call.channels % kMost == 0;
     for (const void* p :
          {call.x, call.kernel, call.bias, call.scale, call.offset, call.dy, static_cast<const void*>(call.y),
           static_cast<const void*>(call.dx), static_cast<const void*>(call.partial)}) {
       whole = whole && aligned(p);
     }
-    return whole ? with_size<T, kPiece<T>>(call, f) : with_size<T, 1>(call, f);
+    return whole ? with_size<T, kMost>(call, f) : with_size<T, 1>(call, f);
   });
 }
 

@@ -122,7 +122,7 @@ def open_source(
             name, config, preprocessing = _converted(folder / "config.json", settings)
         else:
             name, config = _identify(path, folder, settings, model, tensors, layout)
-            preprocessing = _preprocessing(folder, name, settings)
+            preprocessing = _preprocessing(folder, name, settings, model)
         yield Source(path, layout, name, config, preprocessing, tensors, checkpoint.files, notes)
 
 
@@ -206,14 +206,20 @@ def _select(
     return "released", tensors, ()
 
 
+def _named_file(model: str | InternImageConfig | None) -> Path | None:
+    """The config.json that a caller's name of a model is the path of, or of whose folder."""
+    if not isinstance(model, str) or model.removeprefix("OpenGVLab/") in RELEASED:
+        return None
+    if os.path.isdir(model):
+        return Path(model) / "config.json"
+    return Path(model) if model.endswith(".json") else None
+
+
 def _named_config(model: str | InternImageConfig) -> tuple[str | None, InternImageConfig]:
     """Name and config of what the caller says the model is."""
     if isinstance(model, InternImageConfig):
         return None, model
-    if model.removeprefix("OpenGVLab/") not in RELEASED and (
-        os.path.isdir(model) or model.endswith(".json")
-    ):
-        path = Path(model) / "config.json" if os.path.isdir(model) else Path(model)
+    if path := _named_file(model):
         settings = _read_json(path)
         if settings is None:
             raise FileNotFoundError(f"{path}: no such file")
@@ -299,7 +305,17 @@ def check_named(source: Source, model: str | InternImageConfig, any_classes: boo
         )
 
 
-def _preprocessing(folder: Path, name: str, settings: dict[str, Any] | None) -> Preprocessing:
+def _preprocessing(
+    folder: Path,
+    name: str,
+    settings: dict[str, Any] | None,
+    model: str | InternImageConfig | None,
+) -> Preprocessing:
+    """That of the checkpoint's own config.json or, where there is none, of the one named for it."""
+    if settings is None and (named := _named_file(model)):
+        folder, settings = named.parent, _read_json(named) or {}
+        if settings.get("format") == FORMAT:
+            return _converted(named, settings)[2]
     path = folder / "preprocessor_config.json"
     values = None if settings is None else _read_json(path)
     if values is not None:

@@ -140,8 +140,8 @@ def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:
     return vector[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def in_dtype_of(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
-    """The parameter's value in the dtype of `x`, or in float32 where `x` is in half precision."""
+def for_sums(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
+    """The parameter in the dtype that sums over `x` run in, float32 for half precision."""
     assert parameter is not None  # as above
     return parameter[...].astype(jnp.promote_types(x.dtype, jnp.float32))
 

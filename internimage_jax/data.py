@@ -311,6 +311,8 @@ def _mapped(texts: list[str], names: list[str], source: str, noun: str) -> list[
 def _found_beside(place: _Place, source: str) -> Labels:
     stem = os.path.splitext(os.path.basename(os.path.abspath(place.paths[0])))[0]
     path = find_labels(place.folders, stem)
+    if path is None and _is_class(stem):
+        raise DataError(f"{source}: is the folder of one class; give the folder that it is in")
     if path is None:
         looked = ", ".join(dict.fromkeys(name.format(stem) for name in USUAL_NAMES))
         where = " and ".join(map(printable, place.folders))

@@ -149,8 +149,7 @@ class ParquetSource(Source):
             from pyarrow import parquet
         except ImportError:
             raise DataError(
-                f"{printable(paths[0])}: parquet files need pyarrow, "
-                "pip install 'internimage-jax[parquet]'"
+                f"{printable(paths[0])}: parquet files need pyarrow: pip install pyarrow"
             ) from None
         self._parquet = parquet
         self._groups: list[tuple[str, int]] = []  # file and number of each row group

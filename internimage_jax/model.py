@@ -23,7 +23,7 @@ from internimage_jax.common import (
     at_least_float32,
     drop_path,
     dropout,
-    in_dtype_of,
+    for_sums,
     linear_of,
     normalize,
     split,
@@ -76,7 +76,7 @@ class MLPLayer(nnx.Module):
         key1, key2 = split(key, 2)
         if self.fused:  # bias and activation in one pass
             x = x @ self.fc1.kernel[...].astype(x.dtype)
-            bias = in_dtype_of(x, self.fc1.bias)
+            bias = for_sums(x, self.fc1.bias)
             x = xla_ops.bias_gelu(x, bias, implementation=self.implementation)
         else:
             x = self.activation(self.fc1(x))
@@ -98,12 +98,14 @@ class DepthwiseLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = x.astype(self.conv.dtype)
-        kernel = in_dtype_of(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
-        bias = in_dtype_of(x, self.conv.bias)
+        kernel = for_sums(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
+        bias = for_sums(x, self.conv.bias)
         if self.fused:
-            scale, offset = in_dtype_of(x, self.norm.scale), in_dtype_of(x, self.norm.bias)
+            scale, offset = for_sums(x, self.norm.scale), for_sums(x, self.norm.bias)
             return xla_ops.dwconv_norm_gelu(
-                x, kernel, bias, scale, offset, implementation=self.implementation
+                *(x, kernel, bias, scale, offset),
+                epsilon=self.norm.epsilon,
+                implementation=self.implementation,
             )
         x = xla_ops.depthwise_convolution(x, kernel.astype(x.dtype))
         return self.activation(normalize(self.norm, x + along_channels(self.conv.bias, x), train))
@@ -236,11 +238,11 @@ class InternImageBlock(nnx.Module):
         self.post_norm_block_ids = config.post_norm_block_ids if level == 2 else ()
         if self.post_norm_block_ids:
             self.post_norms = nnx.List([ctx.norm(channels) for _ in self.post_norm_block_ids])
-        if not config.post_norm or config.center_feature_scale:
+        self.has_norm = not config.post_norm or config.center_feature_scale
+        if self.has_norm:
             self.norm = ctx.norm(channels)
         if level < 3:
             self.downsample = DownsampleLayer(ctx, channels)
-        self.has_norm = not config.post_norm or config.center_feature_scale
         self.with_cp = config.with_cp
 
     def __call__(
@@ -297,6 +299,9 @@ class InternImage(nnx.Module):
             `nnx.eval_shape` around the constructor would, but much faster.
         name: What reports call the model.
         preprocessing: How its images are made; None is ImageNet's at 224 pixels.
+
+    Raises:
+        ValueError: `implementation` is none of these.
     """
 
     def __init__(
@@ -310,6 +315,10 @@ class InternImage(nnx.Module):
         name: str = "internimage",
         preprocessing: Preprocessing | None = None,
     ):
+        if implementation not in ("kernel", "gather", None):
+            raise ValueError(
+                f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
+            )
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)

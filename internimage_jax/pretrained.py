@@ -162,8 +162,8 @@ def _download(model: ReleasedModel, weights: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise OSError(
-            f"{model.name}: to fetch it, install huggingface_hub (pip install "
-            "'internimage-jax[hub]'); or give the path of a checkpoint"
+            f"{model.name}: to fetch it, pip install huggingface_hub; or give the path of a "
+            "checkpoint"
         ) from None
     try:
         return Path(snapshot_download(model.repository, allow_patterns=[*_BESIDE, *weights]))

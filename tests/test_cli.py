@@ -280,21 +280,21 @@ def test_an_error_that_spans_lines_is_printed_on_one(
 # info
 
 
-def test_info_tells_versions_devices_and_who_serves_dcnv3(capsys: Capture) -> None:
+def test_info_tells_versions_devices_and_what_serves(capsys: Capture) -> None:
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["jax"] == jax.__version__
     assert found["versions"]["python"] == sys.version.split()[0]
     assert len(found["devices"]) == len(jax.devices())
     assert found["platform"] == jax.default_backend()
-    assert found["dcnv3"]
-    for row in found["dcnv3"]:
+    assert found["kernels"]
+    for row in found["kernels"]:
         assert row["implementation"] in ("kernel", "gather")
         assert row["reason"] or row["implementation"] == "kernel"
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert jax.__version__ in out
-    assert found["dcnv3"][0]["implementation"] in out
+    assert found["kernels"][0]["implementation"] in out
 
 
 def test_info_says_why_there_is_no_device() -> None:

@@ -174,6 +174,8 @@ def test_the_caller_says_which_model_it_is(kind, tmp_path) -> None:
     out = convert(source, tmp_path / "out", model=named)
     assert_same(read_converted(out), flax_arrays(CONFIG))
     assert settings_of(out)["model"] == ("hf" if kind == "converted" else "weights")
+    size = 224 if kind == "object" else 64  # a config alone does not say
+    assert settings_of(out)["preprocessing"]["image_size"] == size
 
 
 def test_a_released_name_means_the_released_model_whatever_folder_is_called_so(

@@ -242,9 +242,15 @@ def test_parquet_without_the_columns_or_with_other_labels_is_named(tmp_path: Pat
         dataset.read(1)
 
 
+def test_the_folder_of_one_class_is_no_data_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "n01440764", {"a.jpg": b"x"})
+    message = error(tmp_path / "n01440764")
+    assert message.endswith("n01440764: is the folder of one class; give the folder that it is in")
+
+
 def test_parquet_without_pyarrow_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert error(tmp_path / "x.parquet").endswith("pip install 'internimage-jax[parquet]'")
+    assert error(tmp_path / "x.parquet").endswith("need pyarrow: pip install pyarrow")

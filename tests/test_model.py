@@ -333,6 +333,11 @@ def test_images_that_do_not_fit_are_named(x, message):
         InternImage(SMALLEST, rngs=nnx.Rngs(0))(x)
 
 
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match=r"implementation: expected .*, got 'jnp'"):
+        InternImage(SMALLEST, implementation="jnp")
+
+
 def test_the_clip_head_names_the_sides_it_needs():
     model = InternImage(SMALLEST.replace(use_clip_projector=True), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"multiples of 32, got \(1, 48, 64, 3\)"):

@@ -335,6 +335,10 @@ def test_the_command_takes_folders_and_files(
     assert main(["compare", a, b]) == 0
     out = capsys.readouterr().out
     assert "A alone right" in out and "tench" in out and "goldfish" in out
+    assert "the evaluation is not finished" in out  # there is no report.json
+    (tmp_path / "a" / "report.json").touch()
+    assert main(["compare", a, b]) == 0
+    assert "not finished" not in capsys.readouterr().out
     assert main(["compare", a, str(tmp_path)]) == 1
     assert re.fullmatch(r"error: .*predictions\.jsonl: no such file; .*\n", capsys.readouterr().err)
     assert read_predictions(a) == [result(0, RIGHT)]

@@ -103,6 +103,7 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
             raise
         raise ValueError(
             f"implementation: the kernel has no forward mode (jvp, jacfwd, hessian); use {plain!r}"
+            f"{'' if plain == 'gather' else ' (for a whole model, gather)'}"
         ) from None
 
 

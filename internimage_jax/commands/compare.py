@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from internimage_jax.commands import output
@@ -32,10 +33,19 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--show: expected at least 0, got {args.show}")
 
     found = compare(read_predictions(args.a), read_predictions(args.b))
+    unfinished = [path for path in (args.a, args.b) if _is_unfinished(path)]
     if args.json:
-        print(json.dumps({"a": args.a, "b": args.b, **found}))
-    else:
-        _print(found, args.a, args.b, args.show)
+        print(json.dumps({"a": args.a, "b": args.b, "unfinished": unfinished, **found}))
+        return
+    _print(found, args.a, args.b, args.show)
+    for path in unfinished:
+        output().print(f"{path}: the evaluation is not finished; --resume goes on with it")
+
+
+def _is_unfinished(path: str) -> bool:
+    from internimage_jax.evaluation_folder import REPORT
+
+    return os.path.isdir(path) and not os.path.exists(os.path.join(path, REPORT))
 
 
 def _print(found: dict[str, Any], a: str, b: str, shown: int) -> None:

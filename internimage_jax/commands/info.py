@@ -1,4 +1,4 @@
-"""Show versions, devices, and which implementation of DCNv3 serves where and why."""
+"""Show versions, devices, and where kernels serve and why not elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
         **_devices(),
-        "dcnv3": _dcnv3(),
+        "kernels": _kernels(),
     }
     if args.json:
         print(json.dumps(found))
@@ -45,7 +45,7 @@ def _devices() -> dict[str, Any]:
     return {"platform": jax.default_backend(), "devices": devices, "devices_error": None}
 
 
-def _dcnv3() -> list[dict[str, str]]:
+def _kernels() -> list[dict[str, str]]:
     import xla_ops
 
     return [
@@ -70,7 +70,7 @@ def _print_table(found: dict[str, Any]) -> None:
     if found["devices_error"]:
         table.add_row("devices", f"none: {found['devices_error']}")
     table.add_section()
-    for row in found["dcnv3"]:
+    for row in found["kernels"]:
         reason = f" ({row['reason']})" if row["reason"] else ""
-        table.add_row(f"DCNv3 on {row['platform']}", f"{row['implementation']}{reason}")
+        table.add_row(f"operators on {row['platform']}", f"{row['implementation']}{reason}")
     output().print(table)

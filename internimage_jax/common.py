@@ -7,7 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 import xla_ops
@@ -144,6 +146,18 @@ def for_sums(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
     """The parameter in the dtype that sums over `x` run in, float32 for half precision."""
     assert parameter is not None  # as above
     return parameter[...].astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def on_host(parameter: nnx.Param | None) -> jax.Array | np.ndarray:
+    """The parameter's value; a NumPy array of the same memory where a CPU has it.
+
+    What NumPy does with it is no program to compile.
+    """
+    assert parameter is not None  # as above
+    value = parameter[...]
+    if isinstance(value, Tracer) or any(device.platform != "cpu" for device in value.devices()):
+        return value
+    return np.asarray(value)
 
 
 def split(key: jax.Array | None, count: int) -> list[Any]:

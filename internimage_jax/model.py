@@ -26,6 +26,7 @@ from internimage_jax.common import (
     for_sums,
     linear_of,
     normalize,
+    on_host,
     split,
 )
 from internimage_jax.config import InternImageConfig
@@ -162,9 +163,9 @@ class DCNv3(nnx.Module):
         parts = [self.offset, self.mask]
         if self.center_feature_scale:
             parts.append(self.center_feature_scale_proj)
-        kernel = layout.join(*(part.kernel[...] for part in parts))  # (C, width)
-        bias = layout.join(*(part.bias[...] for part in parts))  # pyright: ignore[reportOptionalSubscript]
-        return linear_of(kernel, bias, self.dtype)
+        kernel = layout.join(*(on_host(part.kernel) for part in parts))  # (C, width)
+        bias = layout.join(*(on_host(part.bias) for part in parts))
+        return linear_of(jnp.asarray(kernel), jnp.asarray(bias), self.dtype)
 
 
 class InternImageLayer(nnx.Module):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16", "float64"))
+
+Array = jax.Array | np.ndarray
 
 
 class Geometry(NamedTuple):
@@ -96,10 +98,7 @@ class Record(NamedTuple):
         """Columns of the centre-scale logits (G)."""
         return self._columns(3 * self.points, 3 * self.points + 1)
 
-    @functools.partial(jax.jit, static_argnums=0)  # one small program for each shape
-    def join(
-        self, offset: jax.Array, mask: jax.Array, center: jax.Array | None = None
-    ) -> jax.Array:
+    def join(self, offset: Array, mask: Array, center: Array | None = None) -> Array:
         """Puts columns that were made apart into rows of the fused form.
 
         Args:
@@ -109,20 +108,27 @@ class Record(NamedTuple):
             center: (..., G) likewise for the centre-scale logits; None for zeros.
 
         Returns:
-            (..., width); padding is zero.
+            (..., width); padding is zero. A NumPy array if all of them are.
         """
-        if center is None:
-            center = jnp.zeros((*mask.shape[:-1], self.group), mask.dtype)
-        parts = [a.reshape(*a.shape[:-1], self.group, -1) for a in (offset, mask, center)]
-        row = _padded(jnp.concatenate(parts, axis=-1), self.each)  # (..., G, each)
-        return _padded(row.reshape(*row.shape[:-2], -1), self.width)
+        parts = [a for a in (offset, mask, center) if a is not None]
+        if all(isinstance(a, np.ndarray) for a in parts):  # nothing to compile
+            return self._join(np, parts)
+        return self._join_compiled(parts)
+
+    @functools.partial(jax.jit, static_argnums=0)  # one small program for each shape
+    def _join_compiled(self, parts: list[Array]) -> Array:
+        return self._join(jnp, parts)
+
+    def _join(self, xp: Any, parts: list[Array]) -> Array:
+        def padded(a: Array, width: int) -> Array:
+            return xp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])
+
+        split = [a.reshape(*a.shape[:-1], self.group, -1) for a in parts]
+        row = padded(xp.concatenate(split, axis=-1), self.each)  # (..., G, each)
+        return padded(row.reshape(*row.shape[:-2], -1), self.width)
 
     def _columns(self, begin: int, end: int) -> np.ndarray:
         return (np.arange(self.group)[:, None] * self.each + np.arange(begin, end)).ravel()
-
-
-def _padded(a: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:

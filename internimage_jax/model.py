@@ -7,6 +7,7 @@ by reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -171,7 +172,7 @@ class DCNv3(nnx.Module):
 class InternImageLayer(nnx.Module):
     """DCNv3 and MLP, each a residual branch with its norms (section 3.2, "Basic block")."""
 
-    def __init__(self, ctx: Context, channels: int, group: int, drop_path_rate: float):
+    def __init__(self, ctx: Context, channels: int, group: int):
         config = ctx.config
         self.norm1 = ctx.norm(channels)
         self.dcn = DCNv3(ctx, channels, group)
@@ -185,10 +186,14 @@ class InternImageLayer(nnx.Module):
         if self.res_post_norm:
             self.res_post_norm1 = ctx.norm(channels)
             self.res_post_norm2 = ctx.norm(channels)
-        self.drop_path_rate = drop_path_rate
 
     def __call__(
-        self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        drop_path_rate: float = 0,
     ) -> jax.Array:
         key1, key2, key3 = split(key, 3)
 
@@ -199,7 +204,7 @@ class InternImageLayer(nnx.Module):
             y = self.res_post_norm1(y)
         if self.layer_scale:
             y *= along_channels(self.gamma1, y)
-        x += drop_path(y, self.drop_path_rate, key1)
+        x += drop_path(y, drop_path_rate, key1)
 
         y = self.mlp(x if self.post_norm else self.norm2(x), key=key2)
         if self.post_norm:
@@ -208,23 +213,32 @@ class InternImageLayer(nnx.Module):
             y = self.res_post_norm2(y)
         if self.layer_scale:
             y *= along_channels(self.gamma2, y)
-        return x + drop_path(y, self.drop_path_rate, key3)
+        return x + drop_path(y, drop_path_rate, key3)
 
 
-def _recomputed(
-    layer: InternImageLayer, x: jax.Array, *, train: bool, key: jax.Array | None
-) -> jax.Array:
-    """Calls `layer`, keeping nothing for the backward pass but its input (option `with_cp`)."""
-    graphdef, state = nnx.split(layer)
+@functools.partial(jax.jit, static_argnames=("graphdef", "with_cp", "train", "drop_path_rate"))
+def _traced_once(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    x: jax.Array,
+    key: jax.Array | None,
+    *,
+    with_cp: bool,
+    train: bool,
+    drop_path_rate: float,
+) -> tuple[jax.Array, nnx.State]:
+    """Calls a layer; returns its result and the batch statistics.
 
-    @jax.checkpoint
+    `jit` keeps what it traced, so the layers of a level, which are alike, are traced once.
+    """
+
     def call(state, x, key):
         layer = nnx.merge(graphdef, state)
-        return layer(x, train=train, key=key), nnx.state(layer, nnx.BatchStat)
+        x = layer(x, train=train, key=key, drop_path_rate=drop_path_rate)
+        return x, nnx.state(layer, nnx.BatchStat)
 
-    x, statistics = call(state, x, key)
-    nnx.update(layer, statistics)
-    return x
+    # With `with_cp` nothing is kept for the backward pass but the layer's input.
+    return (jax.checkpoint(call) if with_cp else call)(state, x, key)
 
 
 class InternImageBlock(nnx.Module):
@@ -234,8 +248,9 @@ class InternImageBlock(nnx.Module):
         config = ctx.config
         channels, group = config.level_channels(level), config.groups[level]
         self.blocks = nnx.List(
-            [InternImageLayer(ctx, channels, group, rate) for rate in config.drop_path_rates[level]]
+            [InternImageLayer(ctx, channels, group) for _ in range(config.depths[level])]
         )
+        self.drop_path_rates = config.drop_path_rates[level]
         self.post_norm_block_ids = config.post_norm_block_ids if level == 2 else ()
         if self.post_norm_block_ids:
             self.post_norms = nnx.List([ctx.norm(channels) for _ in self.post_norm_block_ids])
@@ -252,10 +267,16 @@ class InternImageBlock(nnx.Module):
         """Returns the level's map, which `downsample` takes to the next level."""
         keys = split(key, len(self.blocks))
         for i, block in enumerate(self.blocks):
-            if self.with_cp:
-                x = _recomputed(block, x, train=train, key=keys[i])
-            else:
-                x = block(x, train=train, key=keys[i])
+            graphdef, state = nnx.split(block)
+            rate = self.drop_path_rates[i] if train else 0.0
+            x, statistics = _traced_once(
+                *(graphdef, state, x, keys[i]),
+                with_cp=self.with_cp,
+                train=train,
+                drop_path_rate=rate,
+            )
+            if train:
+                nnx.update(block, statistics)
             if i in self.post_norm_block_ids:
                 x = self.post_norms[self.post_norm_block_ids.index(i)](x)
         return self.norm(x) if self.has_norm else x

@@ -119,13 +119,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return _drop(x, rate, key, x.shape)
 
 
-def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None) -> jax.Array:
     """Zeroes whole images of `x` (N, ...) at `rate` and scales up the others (stochastic depth)."""
     return _drop(x, rate, key, (x.shape[0], *[1] * (x.ndim - 1)))
 
 
-def _drop(x: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    if key is None or rate == 0:
+def _drop(
+    x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:
+    if key is None or rate is None or (isinstance(rate, int | float) and rate == 0):
         return x
     kept = jax.random.bernoulli(key, 1 - rate, shape)
     return x * (kept.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
@@ -149,15 +151,17 @@ def for_sums(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
 
 
 def on_host(parameter: nnx.Param | None) -> jax.Array | np.ndarray:
-    """The parameter's value; a NumPy array of the same memory where a CPU has it.
+    """The parameter's value; a NumPy array of the same memory where the default device is a CPU.
 
-    What NumPy does with it is no program to compile.
+    What NumPy does with it is no program to compile. Values elsewhere stay where they are.
     """
     assert parameter is not None  # as above
     value = parameter[...]
-    if isinstance(value, Tracer) or any(device.platform != "cpu" for device in value.devices()):
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
         return value
-    return np.asarray(value)
+    (default,) = jax.device_put(np.zeros(())).devices()
+    at_hand = default.platform == "cpu" and value.devices() == {default}
+    return np.asarray(value) if at_hand else value
 
 
 def split(key: jax.Array | None, count: int) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -33,6 +34,7 @@ from internimage_jax.common import (
 from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
 from internimage_jax.preprocess import Preprocessing
+from xla_ops.custom_call import forward_mode_named
 
 
 class StemLayer(nnx.Module):
@@ -193,7 +195,7 @@ class InternImageLayer(nnx.Module):
         *,
         train: bool = False,
         key: jax.Array | None = None,
-        drop_path_rate: float = 0,
+        drop_path_rate: jax.Array | float | None = None,
     ) -> jax.Array:
         key1, key2, key3 = split(key, 3)
 
@@ -216,29 +218,29 @@ class InternImageLayer(nnx.Module):
         return x + drop_path(y, drop_path_rate, key3)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "with_cp", "train", "drop_path_rate"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "with_cp", "train"))
 def _traced_once(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     x: jax.Array,
     key: jax.Array | None,
+    drop_path_rate: np.ndarray | None,
     *,
     with_cp: bool,
     train: bool,
-    drop_path_rate: float,
 ) -> tuple[jax.Array, nnx.State]:
     """Calls a layer; returns its result and the batch statistics.
 
     `jit` keeps what it traced, so the layers of a level, which are alike, are traced once.
     """
 
-    def call(state, x, key):
+    def call(state, x, key, drop_path_rate):
         layer = nnx.merge(graphdef, state)
         x = layer(x, train=train, key=key, drop_path_rate=drop_path_rate)
         return x, nnx.state(layer, nnx.BatchStat)
 
     # With `with_cp` nothing is kept for the backward pass but the layer's input.
-    return (jax.checkpoint(call) if with_cp else call)(state, x, key)
+    return (jax.checkpoint(call) if with_cp else call)(state, x, key, drop_path_rate)
 
 
 class InternImageBlock(nnx.Module):
@@ -268,12 +270,11 @@ class InternImageBlock(nnx.Module):
         keys = split(key, len(self.blocks))
         for i, block in enumerate(self.blocks):
             graphdef, state = nnx.split(block)
-            rate = self.drop_path_rates[i] if train else 0.0
+            rate = self.drop_path_rates[i] if train else 0
             x, statistics = _traced_once(
-                *(graphdef, state, x, keys[i]),
+                *(graphdef, state, x, keys[i], np.float32(rate) if rate else None),
                 with_cp=self.with_cp,
                 train=train,
-                drop_path_rate=rate,
             )
             if train:
                 nnx.update(block, statistics)
@@ -383,6 +384,7 @@ class InternImage(nnx.Module):
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> InternImageOutput:
         """Returns logits, pooled features and feature maps; the arguments are those of a call."""
+        self._check(images, train, key)
         with_clip_head = self.config.num_classes and self.config.use_clip_projector
         if with_clip_head and any(side % 32 for side in images.shape[1:3]):
             raise ValueError(
@@ -402,6 +404,13 @@ class InternImage(nnx.Module):
     ) -> tuple[jax.Array, ...]:
         """Returns the maps of the four levels; the arguments are those of a call."""
         self._check(images, train, key)
+        # By then `jit` has taken the call out of the operators' hands.
+        with forward_mode_named("gather"):
+            return self._features(images, train, key)
+
+    def _features(
+        self, images: jax.Array, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
         keys = split(key if train else None, 5)
         x = self.patch_embed(images.astype(self.dtype), train=train)
         x = dropout(x, self.config.drop_rate, keys[0])

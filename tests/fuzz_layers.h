@@ -122,6 +122,7 @@ bool dwconv_case(bool rows_are_chunks, Compute compute) {
   s.chunks = rows_are_chunks ? s.height : integer(1, s.height);
   s.shared = integer(0, 1) ? s.batch : 1, s.epsilon = 1e-3;
   s.type = any_type();
+  if (s.type == Type::kFloat64) s.channels = std::min<int64_t>(s.channels, 2048);  // as many as CUDA takes
   s.parameters_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
   const int64_t sets = s.batch / s.shared, c = s.channels, taps = s.size * s.size, rows = 3 + taps;
   const int64_t count = s.batch * s.height * s.width * c;

@@ -51,10 +51,27 @@ bool gelu_call(const gelu::Call& s) {
                [&] { return gelu::cuda::compute(nullptr, s); });
 }
 
+// The most channels that a call may have, and one more.
+bool limits() {
+  dwconv::Call s = {};
+  s.batch = s.height = s.width = s.shared = 1, s.size = 3;
+  for (Type type : {Type::kFloat32, Type::kFloat64}) {
+    for (bool backward : {false, true}) {
+      s.type = s.parameters_type = type, s.dy = backward ? &s : nullptr;
+      s.channels = (backward ? 4096 : 16384) / (type == Type::kFloat64 ? 2 : 1);
+      if (dwconv::cuda::refusal(s)) return std::printf("%d channels are refused\n", int(s.channels)), false;
+      ++s.channels;
+      if (!dwconv::cuda::refusal(s)) return std::printf("%d channels are not\n", int(s.channels)), false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   cuda_on_host::shared = xla_ops::cuda::dynamic_shared_memory;
+  if (!limits()) return 1;
   return fuzz(count, seed, [] { return dwconv_case(true, dwconv_call) && gelu_case(gelu_call); });
 }

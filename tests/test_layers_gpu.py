@@ -62,6 +62,8 @@ def assert_as_exact(function: Callable, dtype: str, *arrays: jax.Array) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("shape", "size"), SHAPES, ids=str)
 def test_dwconv_norm_gelu(shape: tuple[int, ...], size: int, dtype: str) -> None:
+    if dtype == "float64" and shape[-1] > 2048 and PLATFORM == "cuda":
+        pytest.skip("more channels than CUDA's backward takes in float64")
     with jax.enable_x64(dtype == "float64"):
         assert_as_exact(xla_ops.dwconv_norm_gelu, dtype, *operands(shape, size, dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import xla_ops
 from convert.rules import rules
 from internimage_jax.config import RELEASED, InternImageConfig
 from internimage_jax.model import InternImage
@@ -323,7 +325,7 @@ def test_half_precision_stays_close_and_returns_float32_logits(dtype):
     ("x", "message"),
     [
         (np.zeros((1, 3, 32, 32), np.float32), r"images: expected shape \(N, H, W, 3\), got"),
-        (np.zeros((32, 32, 3), np.float32), r"images: expected shape \(N, H, W, 3\), got"),
+        (np.zeros((33, 32, 3), np.float32), r"images: expected shape \(N, H, W, 3\), got"),
         (np.zeros((1, 32, 32, 3), np.uint8), "images: expected normalised floats, got uint8"),
         (np.zeros((1, 0, 32, 3), np.float32), "images: expected sides of at least 1"),
     ],
@@ -331,6 +333,23 @@ def test_half_precision_stays_close_and_returns_float32_logits(dtype):
 def test_images_that_do_not_fit_are_named(x, message):
     with pytest.raises(ValueError, match=message):
         InternImage(SMALLEST, rngs=nnx.Rngs(0))(x)
+
+
+def test_forward_mode_of_a_model_names_the_form_that_has_it():
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    served = xla_ops.status()["cpu"].implementation == "kernel"
+    expected = pytest.raises(ValueError, match=r"no forward mode .* use 'gather'")
+    with expected if served else contextlib.nullcontext():
+        jax.jvp(model, (images(),), (images(),))
+    plain = InternImage(SMALLEST, rngs=nnx.Rngs(0), implementation="gather")
+    jax.eval_shape(lambda x: jax.jvp(plain, (x,), (x,)), images())
+
+
+def test_a_model_with_numpy_parameters_can_be_fused():
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    wanted = model.fused().levels[0].blocks[0].dcn.record.kernel[...]
+    nnx.update(model, jax.tree.map(np.asarray, nnx.state(model)))
+    assert (model.fused().levels[0].blocks[0].dcn.record.kernel[...] == wanted).all()
 
 
 def test_an_unknown_implementation_is_named():

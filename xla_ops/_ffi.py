@@ -143,6 +143,6 @@ def _try(platform: str, device: Any) -> None:
         found = jax.jit(call_all)({target: cases[target][0] for target in targets})
     for target in targets:
         expected = cases[target][3]
-        first = [float(array.ravel()[0]) for array in found[target][: len(expected)]]
+        first = [float(np.asarray(array).ravel()[0]) for array in found[target][: len(expected)]]
         if first != expected:
             raise RuntimeError(f"{target} gave {first}, expected {expected}")

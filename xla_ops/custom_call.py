@@ -11,9 +11,10 @@ From the outside in, each layer gives the call one transform:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -95,15 +96,21 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
         )
     if implementation == plain or not serving:
         return operator.definition(*operands)
-    try:
-        form = _Form(operator, serving, implementation is None)
+    form = _Form(operator, serving, implementation is None)
+    with forward_mode_named(plain):
         return _differentiable(form, *_varying_alike(*operands))
+
+
+@contextlib.contextmanager
+def forward_mode_named(plain: str) -> Iterator[None]:
+    """Says of forward mode that a kernel has none, and that `plain` has it."""
+    try:
+        yield
     except TypeError as error:  # what JAX has for `jvp` of any `custom_vjp` does not help
         if "forward-mode" not in str(error):
             raise
         raise ValueError(
             f"implementation: the kernel has no forward mode (jvp, jacfwd, hessian); use {plain!r}"
-            f"{'' if plain == 'gather' else ' (for a whole model, gather)'}"
         ) from None
 
 

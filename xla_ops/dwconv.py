@@ -43,7 +43,8 @@ def dwconv_norm_gelu(
         epsilon: Added to the variance.
         implementation: "jnp" runs anywhere, and `jvp` and `jax.export` go through it; "kernel" is
             the custom call of the platform that the program is compiled for; None takes the kernel
-            where there is one, and the jnp form elsewhere. The targets to name for `jax.export` are
+            where there is one, and the jnp form elsewhere and beyond 4096 channels (2048 in
+            float64), which CUDA's kernel does not take. The targets to name for `jax.export` are
             "internimage_dwconv_norm_gelu_forward" and "internimage_dwconv_norm_gelu_backward".
 
     Returns:
@@ -60,6 +61,8 @@ def dwconv_norm_gelu(
     _check(x, parameters)
     if not epsilon >= 0:
         raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
+    if implementation is None and x.shape[-1] * at_least_float32(x.dtype).itemsize > 4 * 4096:
+        implementation = "jnp"
     return call(DwconvNormGelu(float(epsilon)), implementation, x, *parameters.values())
 
 

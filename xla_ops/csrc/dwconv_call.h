@@ -20,7 +20,7 @@ struct Call {
   int64_t chunks;                                // backward: an image's rows go in so many pieces
   double epsilon;
   Type type;                          // of x, y and their gradients
-  Type parameters_type;               // of the five parameters
+  Type parameters_type;               // of the four parameters
   const void* x;                      // (N, H, W, C)
   const void* kernel;                 // (N / shared, K, K, C)
   const void *bias, *scale, *offset;  // (N / shared, C)

@@ -344,9 +344,9 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch_teams(cudaStream_t stream, int64_t teams, const Plan& plan, void (*kernel)(Parameters...),
                          Arguments... arguments) {
   const int64_t each = plan.threads / plan.lanes;
-  if (plan.shared() > kPlainShared) {
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared()));
+  if (plan.shared() > kPlainShared) {  // the same for all calls: others may be launching this kernel
+    const int most = int(kMostShared);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error) return error;
   }
   return launch(stream, (teams + each - 1) / each, plan.threads, plan.shared(), kernel, arguments...);
@@ -356,7 +356,7 @@ template <int C>
 constexpr int kPixels = C == 1 ? 1 : 4;  // of a thread, where no more than these wait
 template <int P>
 constexpr int kBackwardWaiting = 2 * P + 2;
-constexpr int kFewBytes = 256;  // a thread: so that an H100 has 28 warps on a multiprocessor, an A100 20
+constexpr int kFewBytes = 256;  // a thread, so that a multiprocessor has room for several blocks
 
 template <class T, int C, int K, int P>
 cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
@@ -399,11 +399,11 @@ cudaError_t with_size(const Call& call, F f) {
   return f.template run<T, C, 0>();
 }
 template <class F>
-cudaError_t with_form(const Call& call, F f) {
+cudaError_t with_form(const Call& call, const void* dv, F f) {
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kMost = std::is_same_v<T, double> ? 1 : kPiece<T>;
-    bool whole = call.channels % kMost == 0;
+    bool whole = call.channels % kMost == 0 && aligned(dv);
     for (const void* p :
          {call.x, call.kernel, call.bias, call.scale, call.offset, call.dy, static_cast<const void*>(call.y),
           static_cast<const void*>(call.dx), static_cast<const void*>(call.partial)}) {
@@ -440,21 +440,22 @@ const char* refusal(const Call& call) {
   if (channels * most * bytes > kMostShared) {
     return "more channels than fit the shared memory of a block";
   }
-  if (call.batch * call.height * call.width * call.channels / 32 >= INT32_MAX || call.width > INT32_MAX ||
-      call.height > INT32_MAX) {
+  if (call.batch * call.height * call.width * call.channels / 32 >= INT32_MAX || call.width > INT32_MAX / 2 ||
+      call.height > INT32_MAX / 2) {
     return "more than 2^31 blocks";
   }
+  if (call.size > 32767) return "a kernel of more than 2^30 taps";
   return nullptr;
 }
 
 cudaError_t forward(cudaStream_t stream, const Call& call) {
   if (call.batch == 0) return cudaSuccess;
-  return with_form(call, Forward{stream, call});
+  return with_form(call, nullptr, Forward{stream, call});
 }
 
 cudaError_t backward(cudaStream_t stream, const Call& call, void* dv) {
   if (call.batch == 0) return cudaSuccess;
-  return with_form(call, Backward{stream, call, dv});
+  return with_form(call, dv, Backward{stream, call, dv});
 }
 
 }  // namespace dwconv::cuda

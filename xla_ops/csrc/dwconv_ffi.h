@@ -59,8 +59,8 @@ inline ffi::Error describe(Operand x, Operand kernel, Operand bias, Operand scal
   if (!type_of(x.element_type(), &s.type) || !type_of(kernel.element_type(), &s.parameters_type)) {
     return invalid("expected float32, float64, bfloat16 or float16");
   }
-  if ((s.type == Type::kFloat64) != (s.parameters_type == Type::kFloat64)) {
-    return invalid("float64 does not mix with another dtype");
+  if (s.type != s.parameters_type && (s.type == Type::kFloat64 || s.parameters_type != Type::kFloat32)) {
+    return invalid("expected parameters of the dtype of x, or float32");
   }
   s.epsilon = epsilon;
   s.x = x.untyped_data(), s.kernel = kernel.untyped_data();

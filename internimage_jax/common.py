@@ -159,7 +159,7 @@ def on_host(parameter: nnx.Param | None) -> jax.Array | np.ndarray:
     value = parameter[...]
     if not isinstance(value, jax.Array) or isinstance(value, Tracer):
         return value
-    (default,) = jax.device_put(np.zeros(())).devices()
+    (default,) = jnp.asarray(np.zeros(())).devices()
     at_hand = default.platform == "cpu" and value.devices() == {default}
     return np.asarray(value) if at_hand else value
 

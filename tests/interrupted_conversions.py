@@ -65,7 +65,7 @@ def in_a_process(how: str, operation: int, folder: Path, source: Path, out: Path
         error = os.open(folder / "stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(error, 2)
         os.dup2(error, 1)
-        count = strike_before(operation, how, folder / "work")
+        count = strike_before(operation, how, folder / "place")
         status = converted(source, out)
         os._exit(status if count[0] >= operation else NOT_STRUCK)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -92,7 +92,7 @@ def content(path: Path) -> dict[str, bytes] | bytes | None:
 
 def run(folder: Path, kind: str, how: str) -> None:
     """Strikes conversions of folder/new to a place where folder/old was converted to."""
-    out = folder / "work" / ("out.pth" if kind == "torch" else "out")
+    out = folder / "place" / ("out.pth" if kind == "torch" else "out")
     states: dict[str, Any] = {"none": None}
     for name in ("old", "new"):
         converted(folder / name, folder / name / out.name)
@@ -100,8 +100,8 @@ def run(folder: Path, kind: str, how: str) -> None:
     if kind == "new":
         del states["old"]
     for operation in range(1, 200):
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        (folder / "work").mkdir()
+        shutil.rmtree(folder / "place", ignore_errors=True)
+        (folder / "place").mkdir()
         if kind == "replaced":
             shutil.copytree(folder / "old" / out.name, out)
         elif kind == "torch":

@@ -34,6 +34,15 @@ def program(implementation: str | None):
     return jax.jit(run)
 
 
+@pytest.mark.parametrize("implementation", ["jnp", pytest.param("kernel", marks=needs_kernel)])
+def test_far_out_it_is_its_limit_and_nan_stays_nan(implementation: str) -> None:
+    values = np.array([-np.inf, -1e30, 1e30, np.inf, np.nan], np.float32)
+    x = jnp.asarray(values)[None, None, :, None]
+    y, dx, _ = program(implementation)(x, jnp.zeros(1), jnp.ones_like(x))
+    np.testing.assert_allclose(y.ravel(), [0, 0, 1e30, np.inf, np.nan], atol=1e-30)
+    np.testing.assert_allclose(dx.ravel(), [0, 0, 1, 1, np.nan], atol=1e-30)
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_kernel_agrees_with_the_definition_in_float64(dtype: str) -> None:

@@ -110,7 +110,7 @@ def test_an_error_of_any_file_operation_is_one_line_and_leaves_nothing_behind(
         assert report["out"] == ("none" if kind == "new" else "old")
         assert report["status"] == 1
         named = report["message"].removeprefix("error: [Errno 28] No space left on device: ")
-        assert re.fullmatch(r"'.*/work/out.*'\n", named)
+        assert re.fullmatch(r"'.*/place/out.*'\n", named)
         assert_recovered(report)
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.model internimage_t_1k_224 --batch-size 1 8 --official PATH --json
 
-The two take turns within one process, call by call; outputs are compared before any time is taken.
-Weights are drawn at random, with offsets of about a pixel.
+The two take turns within one process, two calls each, the second timed; outputs are compared before
+any time is taken. Weights are drawn at random, with offsets of about a pixel.
 """
 
 from __future__ import annotations
@@ -86,11 +86,15 @@ def lowered_forward(
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, the functions taking turns for about `seconds`."""
+    """Milliseconds of each second call, the functions taking turns of two for about `seconds`.
+
+    The first is not timed: threads of the function before may still spin, its data fill the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, run in runs.items():
+            run()
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))

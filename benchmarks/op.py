@@ -4,8 +4,8 @@
     python benchmarks/op.py --official CHECKOUT   and the official code's F.grid_sample form (torch)
 
 The shapes are the four stages of InternImage-T at batch 1 and 8, and the third stage of H. Outputs
-and gradients are compared before anything is timed. The contestants take turns, and the figures are
-medians; on a shared machine only the ratios mean something.
+and gradients are compared before anything is timed. The contestants take turns of a few calls, and
+the figures are medians; on a shared machine only the ratios mean something.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ STAGES = {
     "H3": (40, 1280, 40),
 }
 POINTS = 9
+CALLS_A_TURN = 4
 
 
 class Contestant(NamedTuple):
@@ -128,16 +129,24 @@ def official(function: Callable, group: int, arrays: list[np.ndarray], dtype: st
 
 
 def medians(contestants: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds of each, taking turns for about `seconds` a contestant."""
+    """Milliseconds of a call of each, taking turns for about `seconds` a contestant.
+
+    A turn is several calls. Its first 10 ms, and one call at least, are not timed: until then the
+    threads of the contestant before may hold a core (torch's spin for milliseconds), and its data
+    the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
     end = time.perf_counter() + seconds * len(contestants)
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 3 * CALLS_A_TURN:
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            while time.perf_counter() - start < 0.01:
+                run()
+            for _ in range(CALLS_A_TURN):
+                start = time.perf_counter()
+                run()
+                times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

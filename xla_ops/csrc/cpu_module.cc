@@ -26,12 +26,15 @@ ffi::Future start_forward(ffi::ThreadPool& pool, const Call& call) {
 
 ffi::Future start_backward(ffi::ThreadPool& pool, const Call& call) {
   const Problem& s = call.problem;
-  // One piece is one group of one image, or all of it where all is small.
+  // Each image in as few parts as keep the threads busy; all of it is one piece where all is small.
   const double cost = 12.0 * s.batch * s.positions() * s.group * s.points * (s.depth + 8);
-  const bool small = cost < kSmall;
-  return run(pool, small ? 1 : s.batch * s.group, [call, small](int64_t i) {
+  const int64_t pieces = pieces_of(pool, s.batch * s.group, cost);
+  const bool small = pieces <= 1;
+  const int64_t parts = small ? 1 : std::min((pieces + s.batch - 1) / s.batch, s.group);
+  return run(pool, small ? 1 : s.batch * parts, [call, small, parts](int64_t i) {
     const Problem& s = call.problem;
-    if (!small) return backward(call, i / s.group, i % s.group, i % s.group + 1);
+    const int64_t part = i % parts, first = part * s.group / parts, last = (part + 1) * s.group / parts;
+    if (!small) return backward(call, i / parts, first, last);
     for (int64_t image = 0; image < s.batch; ++image) backward(call, image, 0, s.group);
   });
 }

@@ -27,6 +27,7 @@ struct Block {
   int64_t group[kBlock];
   int64_t plane[kBlock];  // where the map of the pair's image and group starts in x
   int64_t own[kBlock];    // the pixel at the pair's position (fused form with centre)
+  int64_t soon[kBlock];   // a pixel that pairs to come will sample
   alignas(64) Real grid_h[kBlock], grid_w[kBlock];
   alignas(64) Real blend[kBlock], keep[kBlock];  // share of the own pixel, and the rest
   alignas(64) Real own_dot[kBlock];              // <dy, own pixel>
@@ -39,6 +40,21 @@ struct Block {
   std::unique_ptr<Real[]> storage;
 };
 
+// Rows from a position to pixels that no offset of about a pixel leads to yet.
+CPU_TARGET inline int64_t reach(const Problem& s) {
+  return radius(s.kernel_h, s.dilation_h) - s.pad_h + radius(s.kernel_h, s.dilation_h) + 3;
+}
+
+// Asks for a row of the map ahead of the samples. Points wander about their grid, so the hardware does
+// not see what they will want next.
+template <class T, class Real>
+CPU_FN void prefetch(const Block<Real>& b) {
+  for (int l = 0; l < b.count; ++l) {
+    const T* x = static_cast<const T*>(b.call.x) + b.plane[l] + b.soon[l] * b.s.channels();
+    for (int64_t c = 0; c < b.s.depth; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + c, 0, 2);
+  }
+}
+
 // Fills the lanes with pairs [first, end) of `groups` groups from g0 on, positions from p0 on.
 template <class Real>
 CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, int64_t first, int64_t end) {
@@ -47,11 +63,14 @@ CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, in
   int64_t position = p0 + first / groups, g = first % groups;
   int64_t image = position / s.positions();
   int64_t i = position % s.positions() / s.out_width, j = position % s.out_width;
+  const int64_t rows = reach(s), pixels = s.height * s.width;
   for (int l = 0; l < kBlock; ++l) {
     b.position[l] = position;
     b.group[l] = g0 + g;
     b.plane[l] = image * s.height * s.width * s.channels() + (g0 + g) * s.depth;
     b.own[l] = i * s.width + j;
+    const int64_t soon = (i * s.stride_h + rows) * s.width + j * s.stride_w;
+    b.soon[l] = soon < 0 ? 0 : soon < pixels ? soon : pixels - 1;
     b.grid_h[l] = Real(grid(i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h));
     b.grid_w[l] = Real(grid(j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w));
     if (l + 1 >= b.count || ++g < groups) continue;

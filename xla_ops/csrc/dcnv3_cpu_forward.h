@@ -70,6 +70,7 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
   Block<Real> b(call);
   for (int64_t first = begin; first < end; first += kBlock) {
     place(b, 0, 0, call.problem.group, first, end);
+    prefetch<T>(b);
     load(b);
     weigh(b);
     Real poison[kLanes] = {};

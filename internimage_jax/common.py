@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 import xla_ops
 from internimage_jax.config import InternImageConfig
+from xla_ops.gelu_jnp import gelu
 
 
 def _shape_only(key: Any, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -105,13 +106,9 @@ def normalize(norm: nnx.LayerNorm | nnx.BatchNorm, x: jax.Array, train: bool) ->
     return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)  # the tanh form would be another network
-
-
 def activation(config: InternImageConfig) -> Callable[[jax.Array], jax.Array]:
     """The function that `config.act_layer` names."""
-    return {"GELU": _gelu, "SiLU": jax.nn.silu, "ReLU": jax.nn.relu}[config.act_layer]
+    return {"GELU": gelu, "SiLU": jax.nn.silu, "ReLU": jax.nn.relu}[config.act_layer]
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -18,7 +18,7 @@ ffi::Future start_forward(ffi::ThreadPool& pool, const Call& call) {
   const int64_t pairs = s.batch * s.positions() * s.group;
   const int64_t pieces = pieces_of(pool, pairs, 4.0 * pairs * s.points * (s.depth + 8));
   return run(pool, pieces, [call, pairs, pieces](int64_t i) {
-    // A multiple of 16 pairs, so that no vector of lanes is split without need.
+    // A multiple of 32 pairs, so that no vector of lanes is split without need.
     const int64_t each = ((pairs + pieces - 1) / pieces + 31) / 32 * 32;
     forward(call, std::min(i * each, pairs), std::min((i + 1) * each, pairs));
   });

@@ -202,12 +202,23 @@ CPU_FN void prefetch_gradient(const Block<Real>& b, const Plane<Real>& dx) {
   }
 }
 
-// The gradients of `groups` groups from g0 on, of one image; dx begins as zeros.
+// The gradients of `groups` groups from g0 on, of one image. Scratch holds dx of half precision.
 template <class T, int D, int P, class Real>
-CPU_TARGET void backward_groups(Block<Real>& b, const Plane<Real>& dx, int64_t image, int64_t g0,
-                                int64_t groups) {
+CPU_TARGET void backward_groups(Block<Real>& b, Real* scratch, int64_t image, int64_t g0, int64_t groups) {
   constexpr int kLanes = kBytes / int(sizeof(Real));
   const Problem& s = b.s;
+  const int64_t pixels = s.height * s.width, run = groups * s.depth;
+  T* out = static_cast<T*>(b.call.dx) + image * pixels * s.channels() + g0 * s.depth;
+  Plane<Real> dx;
+  if constexpr (std::is_same_v<T, Real>) {
+    dx = {out, s.channels(), g0};
+  } else {
+    dx = {scratch, run, g0};
+  }
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    std::memset(dx.data + pixel * dx.pixel, 0, run * sizeof(Real));
+  }
+
   const int64_t pairs = s.positions() * groups;
   for (int64_t first = 0; first < pairs; first += kBlock) {
     place(b, image * s.positions(), g0, groups, first, pairs);
@@ -239,35 +250,6 @@ CPU_TARGET void backward_groups(Block<Real>& b, const Plane<Real>& dx, int64_t i
     differentiate(b);
     store(b);
   }
-}
-
-template <class T, int D, int P>
-CPU_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64_t g1) {
-  using Real = RealOf<T>;
-  constexpr int kLanes = kBytes / int(sizeof(Real));
-  const Problem& s = call.problem;
-  const int64_t pixels = s.height * s.width, run = (g1 - g0) * s.depth;
-  T* out = static_cast<T*>(call.dx) + image * pixels * s.channels() + g0 * s.depth;
-  std::unique_ptr<Real[]> scratch;
-  Plane<Real> dx;
-  if constexpr (std::is_same_v<T, Real>) {
-    dx = {out, s.channels(), g0};
-  } else {
-    scratch.reset(new Real[pixels * run]);
-    dx = {scratch.get(), run, g0};
-  }
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    std::memset(dx.data + pixel * dx.pixel, 0, run * sizeof(Real));
-  }
-
-  Block<Real> b(call);
-  // All groups of a position in turn, or one group after the other where the rows of x and dx around a
-  // position are more than a core's cache holds.
-  constexpr int64_t kCache = 1 << 18;
-  const int64_t rows = 2 * radius(s.kernel_h, s.dilation_h) + 4;
-  const bool fits = rows * s.width * run * int64_t(sizeof(T) + sizeof(Real)) <= kCache;
-  const int64_t groups = fits ? g1 - g0 : 1;
-  for (int64_t g = g0; g < g1; g += groups) backward_groups<T, D, P>(b, dx, image, g, groups);
 
   if constexpr (!std::is_same_v<T, Real>) {
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -280,4 +262,19 @@ CPU_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64_t
       for (; c < run; ++c) Memory<T, Real, 1>::store(to + c, from[c]);
     }
   }
+}
+
+template <class T, int D, int P>
+CPU_TARGET void backward_of(const Call& call, int64_t image, int64_t g0, int64_t g1) {
+  using Real = RealOf<T>;
+  const Problem& s = call.problem;
+  // All groups of a position in turn, or one group after the other where the rows of x and dx around a
+  // position are more than a core's cache holds.
+  constexpr int64_t kCache = 1 << 18;
+  const int64_t pixel = (g1 - g0) * s.depth * int64_t(sizeof(T) + sizeof(Real));
+  const int64_t groups = (2 * reach(s) + 1) * s.width * pixel <= kCache ? g1 - g0 : 1;
+  std::unique_ptr<Real[]> scratch;
+  if constexpr (!std::is_same_v<T, Real>) scratch.reset(new Real[s.height * s.width * groups * s.depth]);
+  Block<Real> b(call);
+  for (int64_t g = g0; g < g1; g += groups) backward_groups<T, D, P>(b, scratch.get(), image, g, groups);
 }

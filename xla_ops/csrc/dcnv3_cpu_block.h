@@ -40,9 +40,10 @@ struct Block {
   std::unique_ptr<Real[]> storage;
 };
 
-// Rows from a position to pixels that no offset of about a pixel leads to yet.
+// Rows from the middle of a position's points to the last that they sample, with offsets of about a pixel.
 CPU_TARGET inline int64_t reach(const Problem& s) {
-  return radius(s.kernel_h, s.dilation_h) - s.pad_h + radius(s.kernel_h, s.dilation_h) + 3;
+  const double far = s.offset_scale * double(radius(s.kernel_h, s.dilation_h) + 1);
+  return far < 64 ? int64_t(far) + 1 : 64;  // 1: the lower neighbour
 }
 
 // Asks for a row of the map ahead of the samples. Points wander about their grid, so the hardware does
@@ -63,13 +64,14 @@ CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, in
   int64_t position = p0 + first / groups, g = first % groups;
   int64_t image = position / s.positions();
   int64_t i = position % s.positions() / s.out_width, j = position % s.out_width;
-  const int64_t rows = reach(s), pixels = s.height * s.width;
+  const int64_t pixels = s.height * s.width;
+  const int64_t ahead = grid(0, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h) + reach(s) + 1;
   for (int l = 0; l < kBlock; ++l) {
     b.position[l] = position;
     b.group[l] = g0 + g;
     b.plane[l] = image * s.height * s.width * s.channels() + (g0 + g) * s.depth;
     b.own[l] = i * s.width + j;
-    const int64_t soon = (i * s.stride_h + rows) * s.width + j * s.stride_w;
+    const int64_t soon = (i * s.stride_h + ahead) * s.width + j * s.stride_w;
     b.soon[l] = soon < 0 ? 0 : soon < pixels ? soon : pixels - 1;
     b.grid_h[l] = Real(grid(i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h));
     b.grid_w[l] = Real(grid(j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w));

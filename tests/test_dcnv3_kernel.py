@@ -238,10 +238,23 @@ def test_maps_of_extreme_shapes(size: tuple[int, int, int]) -> None:
         assert a.size == 0 or difference(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(1, 28, 28), (3, 12, 61)])
+def test_groups_that_the_parts_of_a_backward_do_not_divide(
+    size: tuple[int, int, int], dtype: str
+) -> None:
+    geometry = settings_of(CASES["plain"]) | {"group": 7}
+    arrays = problem(9, dtype, geometry, size, 16)
+    got = value_and_gradients("kernel", *arrays, **geometry)
+    expected = value_and_gradients("gather", *arrays, **geometry)
+    for a, b in zip(got, expected, strict=True):
+        assert difference(a, b) < (1e-5 if dtype == "float32" else 1e-2)
+
+
 PROGRAM = """
 import hashlib, jax, numpy as np, xla_ops
 random = np.random.RandomState(9)
-n, h, w, group = 2, 20, 21, 3
+n, h, w, group = 2, 20, 61, 7
 record = xla_ops.Record(group, 9)
 for depth, dtype in ((16, "float32"), (5, "float32"), (32, "bfloat16")):
     x, dy = (random.standard_normal((n, h, w, group * depth)).astype(dtype) for _ in range(2))

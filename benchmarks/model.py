@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 from internimage_jax.config import InternImageConfig, released_model
 from internimage_jax.initial import fill
@@ -71,17 +72,26 @@ def compiled_forward(
 
 
 def lowered_forward(
-    config: InternImageConfig, batch_size: int, side: int, dtype: str = "float32"
+    config: InternImageConfig,
+    batch_size: int,
+    side: int,
+    dtype: str = "float32",
+    sharding: Sharding | None = None,
 ) -> tuple[jax.stages.Lowered, list[jax.ShapeDtypeStruct]]:
-    """The forward pass before compilation, and its parameters' shapes; no parameter is made."""
+    """The forward pass before compilation, and its parameters' shapes; no parameter is made.
+
+    With a sharding, operands are where that says, so the program is for these devices.
+    """
     model = InternImage(config, dtype=dtype, param_dtype=dtype)  # has shapes in their place
     graphdef, state = nnx.split(nnx.eval_shape(InternImage.fused, model))
     leaves, tree = jax.tree.flatten(state)
+    leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in leaves]
 
     def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(images)
 
-    images = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.dtype(dtype))
+    shape = (batch_size, side, side, 3)
+    images = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
     return jax.jit(forward).lower(leaves, images), leaves
 
 

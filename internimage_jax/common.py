@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -101,6 +103,38 @@ def linear_of(kernel: jax.Array, bias: jax.Array, dtype: DTypeLike) -> nnx.Linea
     return layer
 
 
+def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """Applies a convolution of 3 x 3 pixels, stride 2 and padding 1 to `x` (N, H, W, C).
+
+    On CUDA a small one is a matrix product over patches: XLA keeps convolutions out of its command
+    buffers, and a product is launched with all else as one CUDA graph. On a CPU that is slower.
+    """
+    x = x.astype(conv.dtype)
+    known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
+    if not known or 9 / 4 * x.size * x.dtype.itemsize > LARGEST_PATCHES:
+        return conv(x)
+    by_patches = functools.partial(convolve_by_patches, conv)
+    return lax.platform_dependent(x, cuda=by_patches, default=conv)
+
+
+# Bytes. What stays in a GPU's second-level cache, 50 MB of an H100, costs no time of its memory.
+LARGEST_PATCHES = 32 << 20
+
+
+def convolve_by_patches(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """`convolve` as a matrix product over the nine pixels of each place, side by side."""
+    n, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [
+        lax.slice(x, (0, i, j, 0), (n, i + h, j + w, c), (1, 2, 2, 1))
+        for i in range(3)
+        for j in range(3)
+    ]
+    kernel = conv.kernel[...].astype(x.dtype).reshape(9 * c, conv.out_features)
+    y = jnp.concatenate(taps, axis=-1) @ kernel
+    return y if conv.bias is None else y + along_channels(conv.bias, y)
+
+
 def normalize(norm: nnx.LayerNorm | nnx.BatchNorm, x: jax.Array, train: bool) -> jax.Array:
     """Applies `norm`; a BatchNorm uses and updates the batch's statistics in training only."""
     return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)
@@ -141,10 +175,15 @@ def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:
     return vector[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def for_sums(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
-    """The parameter in the dtype that sums over `x` run in, float32 for half precision."""
+def operand(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
+    """The parameter as the operators take it beside `x`: in x's dtype, or in that of sums over `x`.
+
+    One that is in neither is brought to the latter, float32 for half precision. Others stay as they
+    are: the kernels widen what they read, and on a GPU each conversion would be a launch.
+    """
     assert parameter is not None  # as above
-    return parameter[...].astype(jnp.promote_types(x.dtype, jnp.float32))
+    value, sums = parameter[...], jnp.promote_types(x.dtype, jnp.float32)
+    return value if value.dtype in (x.dtype, sums) else value.astype(sums)
 
 
 def on_host(parameter: nnx.Param | None) -> jax.Array | np.ndarray:

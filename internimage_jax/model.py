@@ -23,12 +23,13 @@ from internimage_jax.common import (
     activation,
     along_channels,
     at_least_float32,
+    convolve,
     drop_path,
     dropout,
-    for_sums,
     linear_of,
     normalize,
     on_host,
+    operand,
     split,
 )
 from internimage_jax.config import InternImageConfig
@@ -49,8 +50,10 @@ class StemLayer(nnx.Module):
         self.activation = activation(ctx.config)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = self.activation(normalize(self.norm1, self.conv1(x), train))  # (N, H/2, W/2, C/2)
-        return normalize(self.norm2, self.conv2(x), train)  # (N, H/4, W/4, C)
+        x = self.activation(
+            normalize(self.norm1, convolve(self.conv1, x), train)
+        )  # (N, H/2, W/2, C/2)
+        return normalize(self.norm2, convolve(self.conv2, x), train)  # (N, H/4, W/4, C)
 
 
 class DownsampleLayer(nnx.Module):
@@ -61,7 +64,7 @@ class DownsampleLayer(nnx.Module):
         self.norm = ctx.norm(2 * channels, ctx.config.norm_layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        return normalize(self.norm, self.conv(x), train)  # (N, H/2, W/2, 2C)
+        return normalize(self.norm, convolve(self.conv, x), train)  # (N, H/2, W/2, 2C)
 
 
 class MLPLayer(nnx.Module):
@@ -80,7 +83,7 @@ class MLPLayer(nnx.Module):
         key1, key2 = split(key, 2)
         if self.fused:  # bias and activation in one pass
             x = x @ self.fc1.kernel[...].astype(x.dtype)
-            bias = for_sums(x, self.fc1.bias)
+            bias = operand(x, self.fc1.bias)
             x = xla_ops.bias_gelu(x, bias, implementation=self.implementation)
         else:
             x = self.activation(self.fc1(x))
@@ -102,10 +105,10 @@ class DepthwiseLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = x.astype(self.conv.dtype)
-        kernel = for_sums(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
-        bias = for_sums(x, self.conv.bias)
+        kernel = operand(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
+        bias = operand(x, self.conv.bias)
         if self.fused:
-            scale, offset = for_sums(x, self.norm.scale), for_sums(x, self.norm.bias)
+            scale, offset = operand(x, self.norm.scale), operand(x, self.norm.bias)
             return xla_ops.dwconv_norm_gelu(
                 *(x, kernel, bias, scale, offset),
                 epsilon=self.norm.epsilon,

@@ -8,10 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
+from internimage_jax.config import InternImageConfig
+from internimage_jax.model import InternImage
 from tests.native import build, needs_compiler, run
 from xla_ops import _ffi
 
@@ -74,7 +77,40 @@ def test_a_sharded_batch_divides_each_result(cuda_serves: None) -> None:
     assert results == ["i"] * 3  # the batch's axis comes first in all three
 
 
+def model_for_cuda(batch: int) -> str:
+    """The program of a small bfloat16 model, before XLA compiles it."""
+    config = InternImageConfig(channels=16, depths=(1,) * 4, groups=(1, 2, 4, 8), num_classes=3)
+    model = InternImage(config, dtype="bfloat16", param_dtype="bfloat16")
+    graphdef, state = nnx.split(nnx.eval_shape(InternImage.fused, model))
+    images = jax.ShapeDtypeStruct((batch, 224, 224, 3), "bfloat16")
+    with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm mixes dtypes
+        traced = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, images)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("batch", "convolutions"), [(2, 0), (128, 2)])
+def test_small_convolutions_are_products(batch: int, convolutions: int, cuda_serves: None) -> None:
+    assert model_for_cuda(batch).count("stablehlo.convolution(") == convolutions
+
+
+def test_operators_take_half_precision_parameters_as_they_are(cuda_serves: None) -> None:
+    calls = [line for line in model_for_cuda(1).splitlines() if "@internimage_" in line]
+    assert len(calls) == 4 * 3
+    assert not [call for call in calls if "xf32>" in call]  # each conversion would be a launch
+
+
 def test_extension_has_every_target() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
     assert set(extension.targets()) == set(cpu.targets())
+
+
+def test_a_kernel_can_serve_untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
+    monkeypatch.setattr(_ffi, "_untried", set())
+    try:
+        _ffi.serve_untried("cuda")
+        assert _ffi.serving(_ffi.FORWARD)[-1] == "cuda"
+        assert xla_ops.status()["cuda"].detail.startswith("not tried; built for sm_")
+    finally:
+        _ffi._load_once.cache_clear()

@@ -2,6 +2,7 @@
 
 Nothing happens on import. The first call of an operator registers the targets and runs each on a
 tiny input; one that fails is set aside with its reason, and the jnp form serves in its place.
+`serve_untried` is for programs that run elsewhere.
 """
 
 from __future__ import annotations
@@ -61,16 +62,39 @@ def _load(platform: str) -> Status:
         return _load_once(platform)
 
 
+def serve_untried(platform: str) -> None:
+    """Takes a platform's kernels as serving, so that programs can be compiled for a device that is
+    not here. They are not tried, and an extension that is not built is an `ImportError`.
+    """
+    _register(platform)
+    with _lock:
+        _untried.add(platform)
+        _load_once.cache_clear()
+
+
+_untried: set[str] = set()
+
+
 @functools.cache
 def _targets(platform: str) -> frozenset[str]:
-    return frozenset(importlib.import_module(f"xla_ops._{platform}").targets())
+    return frozenset(_extension(platform).targets())
+
+
+def _extension(platform: str) -> Any:
+    return importlib.import_module(f"xla_ops._{platform}")
+
+
+@functools.cache
+def _register(platform: str) -> None:
+    for target, handler in _extension(platform).targets().items():
+        jax.ffi.register_ffi_target(target, handler, platform=_XLA_NAMES[platform])
 
 
 @functools.cache
 def _load_once(platform: str) -> Status:
     name = f"_{platform}"
     try:
-        extension = importlib.import_module(f"xla_ops.{name}")
+        extension = _extension(platform)
     except ImportError as error:
         reason = Path(__file__).with_name(f"{name}.reason")
         return Status(
@@ -78,6 +102,8 @@ def _load_once(platform: str) -> Status:
         )
     if extension.version != VERSION:
         return Status("gather", f"built as version {extension.version}, not {VERSION}: rebuild it")
+    if platform in _untried:
+        return Status("kernel", f"not tried; built for {extension.instruction_set()}")
     try:
         device = jax.local_devices(backend=platform)[0]
     except RuntimeError:  # where this JAX has no such platform, or the machine no such device
@@ -85,8 +111,7 @@ def _load_once(platform: str) -> Status:
             "gather", f"built for {extension.instruction_set()}; JAX has no {platform} here"
         )
     try:
-        for target, handler in extension.targets().items():
-            jax.ffi.register_ffi_target(target, handler, platform=_XLA_NAMES[platform])
+        _register(platform)
         # In a thread of its own: the caller may be tracing, or inside a mesh.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_try, platform, device).result()

@@ -1,0 +1,103 @@
+"""Tells what compiled programs of the models are: the memory they want, and on a GPU their steps.
+
+    python -m benchmarks.programs --batch-size 1 8 --json
+    python -m benchmarks.programs --gpu H200 --batch-size 1 64 --training --json
+
+Nothing is run and no parameter is made, so the largest model takes no more memory than a small one.
+With `--gpu` the programs are for a GPU, which need not be here (`benchmarks.gpu_target` says what
+has to be installed). A program that is one command buffer, and nothing outside it, is launched as
+one CUDA graph. Training is a step of T (loss, gradients of all parameters) at 32 images, with and
+without recomputation of each layer (`with_cp`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+
+from benchmarks import gpu_target
+from benchmarks.model import lowered_forward
+from internimage_jax.config import RELEASED, InternImageConfig
+from internimage_jax.model import InternImage
+
+T = "internimage_t_1k_224"
+
+
+def forward(name: str, batch_size: int, dtype: str, sharding: Sharding | None) -> dict[str, Any]:
+    released = RELEASED[name]
+    lowered, leaves = lowered_forward(
+        released.config, batch_size, released.image_size, dtype, sharding
+    )
+    parameters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    row = {"program": "forward", "model": name, "dtype": dtype, "batch_size": batch_size}
+    return {**row, "parameters_gb": parameters / 1e9, **describe(lowered, sharding)}
+
+
+def training(
+    config: InternImageConfig, batch_size: int, dtype: str, sharding: Sharding | None
+) -> dict[str, Any]:
+    graphdef, params, rest = nnx.split(InternImage(config, dtype=dtype), nnx.Param, ...)
+
+    def loss(params: nnx.State, rest: nnx.State, images: jax.Array, key: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params, rest, copy=True)(images, train=True, key=key)
+        return -jax.nn.log_softmax(logits)[:, 0].mean()
+
+    images = jax.ShapeDtypeStruct((batch_size, 224, 224, 3), jnp.dtype(dtype))
+    key = jax.eval_shape(jax.random.key, 0)
+    params, rest, images, key = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        (params, rest, images, key),
+    )
+    lowered = jax.jit(jax.grad(loss)).lower(params, rest, images, key)
+    program = "training step" + (", recomputing" if config.with_cp else "")
+    row = {"program": program, "model": T, "dtype": dtype, "batch_size": batch_size}
+    return row | describe(lowered, sharding)
+
+
+def describe(lowered: jax.stages.Lowered, sharding: Sharding | None) -> dict[str, Any]:
+    start = time.perf_counter()
+    if sharding is None:
+        compiled, found = lowered.compile(), {}
+    else:
+        compiled, found = gpu_target.compiled_with_steps(lowered)
+    seconds = time.perf_counter() - start
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return {"temporaries_gb": temporaries / 1e9, "compile_seconds": seconds, **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=RELEASED, default=list(RELEASED))
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--training", action="store_true", help="T at 32 images too")
+    parser.add_argument("--gpu", choices=gpu_target.GPUS, help="compile for one that is not here")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    options = parser.parse_args()
+    sharding = gpu_target.sharding(options.gpu) if options.gpu else None
+    platform = options.gpu or jax.default_backend()
+    for name in options.models:
+        for batch_size in options.batch_size:
+            row = forward(name, batch_size, options.dtype, sharding)
+            show({"platform": platform, **row}, options.json)
+    for with_cp in (False, True) if options.training else ():
+        config = RELEASED[T].config.replace(with_cp=with_cp)
+        row = training(config, 32, options.dtype, sharding)
+        show({"platform": platform, **row}, options.json)
+
+
+def show(row: dict[str, Any], as_json: bool) -> None:
+    row = {"benchmark": "programs", "jax": jax.__version__, **row}
+    print(json.dumps(row) if as_json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Times DCNv3 on a GPU, at the shapes of the models' layers, beside its peers and its floors.
+
+A part of `benchmarks.gpu_check`. Times have no launch in them: a program applies the operator many
+times in a row, each time to the result of the last, and the difference between long and short
+programs is what counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_check import Check
+
+POINTS = 9
+
+
+class Stage(NamedTuple):
+    """Shape of a layer's operator: batch 64 of the model, or less where that is large."""
+
+    name: str
+    batch: int
+    side: int
+    channels: int
+    group: int
+
+
+def stages(model: str, batch: int, side: int, channels: int, group: int) -> Iterator[Stage]:
+    for i in range(4):
+        yield Stage(f"{model}{i + 1}", batch, side >> i, channels << i, group << i)
+
+
+STAGES = [
+    Stage("published", 64, 56, 128, 4),
+    *stages("T", 64, 56, 64, 4),
+    *stages("B", 64, 56, 112, 7),
+    *stages("L", 16, 96, 160, 10),
+    *stages("H", 4, 160, 320, 10),
+]
+TINY = [Stage("tiny", 2, 8, 32, 2)]
+
+
+class Peak(NamedTuple):
+    """What a GPU can do: bytes a second from DRAM; multiprocessors and their clock."""
+
+    dram: float
+    processors: int
+    clock: float
+
+
+PEAKS = {"H200": Peak(4.3e12, 132, 1.98e9), "H100": Peak(3.35e12, 132, 1.98e9)}
+PEAKS["A100"] = Peak(2.0e12, 108, 1.41e9)
+
+
+def floors(stage: Stage, dtype: str, device: str) -> dict[str, float]:
+    """Microseconds that a forward call cannot go below, for what it moves and for what it reads."""
+    peak = next((peak for name, peak in PEAKS.items() if name in device), None)
+    if peak is None:
+        return {}
+    size = 4 if dtype == "float32" else 2
+    pairs = stage.batch * stage.side**2 * stage.group
+    depth = stage.channels // stage.group
+    moved = pairs * (2 * depth * size + 28 * size)  # x once, y once, the record
+    taps = pairs * POINTS * 4 * depth * size  # through shared memory or L1, 128 bytes a clock
+    on_chip = taps / (peak.processors * 128 * peak.clock)
+    return {"dram_us": 1e6 * moved / peak.dram, "taps_us": 1e6 * on_chip}
+
+
+def operands(stage: Stage, spread: float) -> list[Any]:
+    """x, offset, logits and dy; offsets of `spread` pixels."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    shape = (stage.batch, stage.side, stage.side)
+    normal = lambda width: random.standard_normal((*shape, width), np.float32)  # noqa: E731
+    widths = stage.channels, stage.group * POINTS * 2, stage.group * POINTS, stage.channels
+    x, offset, logits, dy = map(normal, widths)
+    return [x, spread * offset, logits, dy]
+
+
+def slope(run: Callable[[int], Callable[[], Any]], few: int, many: int, repeats: int) -> float:
+    """Microseconds of one application, from programs of `few` and of `many`; run(n)() waits."""
+    times: dict[int, list[float]] = {few: [], many: []}
+    programs = {n: run(n) for n in times}
+    for program in programs.values():
+        program()
+    for _ in range(repeats):
+        for n, program in programs.items():
+            start = time.perf_counter()
+            program()
+            times[n].append(time.perf_counter() - start)
+    short, long = (statistics.median(times[n]) for n in (few, many))
+    return 1e6 * (long - short) / (many - few)
+
+
+def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import xla_ops
+
+    x, offset, logits, dy = operands(stage, spread)
+    if form == "fused":
+        record = xla_ops.Record(stage.group, POINTS)
+        rows = np.zeros((*x.shape[:3], record.width), np.float32)
+        rows[..., record.offset], rows[..., record.mask] = offset, logits
+        points = [jnp.asarray(rows, dtype)]
+        function = functools.partial(xla_ops.dcnv3_fused, group=stage.group)
+    else:
+        mask = jax.nn.softmax(logits.reshape(*x.shape[:3], stage.group, POINTS))
+        points = [jnp.asarray(offset, dtype), jnp.asarray(mask.reshape(logits.shape), dtype)]
+        function = functools.partial(xla_ops.dcnv3, group=stage.group)
+    function = functools.partial(function, implementation="kernel")
+    x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+
+    def forward(n: int) -> Callable[[], Any]:
+        @jax.jit
+        def program(x: jax.Array, *points: jax.Array) -> jax.Array:
+            for _ in range(n):
+                x = function(x, *points)
+            return x
+
+        return lambda: program(x, *points).block_until_ready()
+
+    def backward(n: int) -> Callable[[], Any]:
+        @jax.jit
+        def program(dy: jax.Array, x: jax.Array, *points: jax.Array) -> jax.Array:
+            for _ in range(n):
+                dy = jax.vjp(function, x, *points)[1](dy)[0]
+            return dy
+
+        return lambda: program(dy, x, *points).block_until_ready()
+
+    return {"forward_us": slope(forward, 2, 12, 7), "backward_us": slope(backward, 2, 12, 5)}
+
+
+@contextlib.contextmanager
+def only_global() -> Iterator[None]:
+    os.environ["INTERNIMAGE_CUDA_FORM"] = "global"
+    try:
+        yield
+    finally:
+        del os.environ["INTERNIMAGE_CUDA_FORM"]
+
+
+# Peers take torch tensors (x, offset, mask, group) and return y, which autograd goes back through.
+
+
+def official(x: Any, offset: Any, mask: Any, group: int) -> Any:
+    from functions.dcnv3_func import DCNv3Function  # pyright: ignore[reportMissingImports]
+
+    depth = x.shape[-1] // group
+    fixed = (3, 3, 1, 1, 1, 1, 1, 1, group, depth, 1.0, min(64, x.shape[0]), False)
+    return DCNv3Function.apply(x, offset, mask, *fixed)
+
+
+def dcnv4(x: Any, offset: Any, mask: Any, group: int) -> Any:
+    import torch
+    from DCNv4.functions import DCNv4Function  # pyright: ignore[reportMissingImports]
+
+    n, h, w, _ = x.shape
+    each = torch.cat([offset.view(n, h, w, group, -1), mask.view(n, h, w, group, -1)], -1)
+    flat = each.flatten(3)
+    flat = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % 8)).contiguous()
+    fixed = (3, 3, 1, 1, 1, 1, 1, 1, group, x.shape[-1] // group, 1.0, min(64, n), False)
+    return DCNv4Function.apply(x, flat, *fixed)
+
+
+def time_peer(
+    peer: Callable, stage: Stage, dtype: str, spread: float, device: str
+) -> dict[str, float]:
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    import xla_ops
+
+    arrays = operands(stage, spread)
+    logits = arrays[2].reshape(*arrays[2].shape[:3], stage.group, POINTS)
+    arrays[2] = np.asarray(torch.from_numpy(logits).softmax(-1).reshape(arrays[2].shape))
+    x, offset, mask, dy = [torch.from_numpy(a).to(getattr(torch, dtype)).to(device) for a in arrays]
+    x.requires_grad_()
+    y = peer(x, offset, mask, stage.group)
+    ours = xla_ops.dcnv3(*(jnp.asarray(a, dtype) for a in arrays[:3]), group=stage.group)
+    wanted = np.asarray(ours, np.float32)
+    difference = np.abs(y.detach().float().cpu().numpy() - wanted).max() / np.abs(wanted).max()
+    if not difference < (1e-3 if dtype == "float32" else 5e-2):
+        raise RuntimeError(f"its output differs from ours by {difference:.1e} of the largest value")
+
+    def timed(run: Callable[[], Any]) -> float:
+        for _ in range(3):
+            run()
+        if device == "cpu":
+            start = time.perf_counter()
+            run()
+            return 1e6 * (time.perf_counter() - start)
+        times = []
+        for _ in range(7):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(10):
+                run()
+            last.record()
+            torch.cuda.synchronize()
+            times.append(100 * first.elapsed_time(last))
+        return statistics.median(times)
+
+    with torch.no_grad():
+        forward = timed(lambda: peer(x, offset, mask, stage.group))
+    backward = timed(lambda: torch.autograd.grad(y, x, dy, retain_graph=True))
+    return {"difference": float(difference), "forward_us": forward, "backward_us": backward}
+
+
+def time_operator(check: Check) -> Iterator[dict[str, Any]]:
+    import jax
+
+    device = jax.devices()[0].device_kind
+    cpu = check.options.platform == "cpu"
+    for stage in TINY if cpu else STAGES:
+        for dtype in ("bfloat16", "float32"):
+            wide = dtype == "bfloat16" or stage.name in ("published", "tiny")
+            for spread in (1.0, 20.0) if wide else (1.0,):
+                if check.seconds_left() < 60:
+                    yield {"stopped": f"no time left at {stage.name}"}
+                    return
+                row: dict[str, Any] = {**stage._asdict(), "dtype": dtype, "spread": spread}
+                forms = ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",)
+                for form in forms:
+                    row[form] = check.attempt(time_ours, stage, dtype, spread, form)
+                # Without planes in shared memory where there is a choice, to see if it is right.
+                with only_global():
+                    row["fused_global"] = check.attempt(time_ours, stage, dtype, spread, "fused")
+                row |= floors(stage, dtype, device)
+                for name, peer in check.peers.items():
+                    kind = (
+                        "float16" if name in ("official", "dcnv4") and dtype != "float32" else dtype
+                    )
+                    where = "cpu" if cpu else "cuda"
+                    row[name] = check.attempt(time_peer, peer, stage, kind, spread, where)
+                yield row

@@ -187,16 +187,18 @@ def operand(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
 
 
 def on_host(parameter: nnx.Param | None) -> jax.Array | np.ndarray:
-    """The parameter's value; a NumPy array of the same memory where the default device is a CPU.
+    """The parameter's value; a NumPy array of the same memory where that is the default CPU's.
 
-    What NumPy does with it is no program to compile. Values elsewhere stay where they are.
+    What NumPy does with it is no program to compile. Values elsewhere stay where they are, and all
+    do where the user has set another default device.
     """
     assert parameter is not None  # as above
     value = parameter[...]
     if not isinstance(value, jax.Array) or isinstance(value, Tracer):
         return value
-    (default,) = jnp.asarray(np.zeros(())).devices()
-    at_hand = default.platform == "cpu" and value.devices() == {default}
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    where = {jax.local_devices()[0]} if default is None else set()
+    at_hand = value.devices() == where and all(device.platform == "cpu" for device in where)
     return np.asarray(value) if at_hand else value
 
 

@@ -88,12 +88,19 @@ DEVICES: Columns = {
     "collectives": _cell("collectives"),
 }
 
-MEMORY: Columns = {
+PROGRAMS: Columns = {
     "model": _cell("model"),
     "": _cell("program"),
     "batch": _cell("batch_size"),
     "parameters, GB": lambda row: _number(row["parameters_gb"]) if "parameters_gb" in row else "",
     "temporaries, GB": _cell("temporaries_gb"),
+    "steps": _cell("steps"),
+    "command buffers": _cell("command_buffers"),
+    "steps outside": _cell("outside"),
+    "products": _cell("products"),
+    "our calls": _cell("calls"),
+    "convolutions": _cell("convolutions"),
+    "copies, transposes": lambda row: str(row["copies"] + row["transposes"]),
 }
 
 # Of each table: its columns, and which results are its rows.
@@ -102,7 +109,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
     "operator": (OPERATOR, lambda row: "direction" in row),
     "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),
     "sizes": (SIZES, lambda row: row.get("series") == "model"),
-    "memory": (MEMORY, lambda row: row.get("benchmark") == "memory"),
+    "programs": (PROGRAMS, lambda row: row.get("benchmark") == "programs"),
     "devices": (DEVICES, lambda row: row.get("series") == "devices"),
 }
 

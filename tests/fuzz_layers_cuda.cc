@@ -1,7 +1,8 @@
 // Runs the CUDA kernels of dwconv_norm_gelu and bias_gelu on the host (cuda_on_host) over random shapes and
 // dtypes (fuzz_layers.h), with blocks and threads in random order; each call runs twice, and a bit that
 // differs is an error. Arguments: the number of shapes, the seed. tests/test_layers_cuda.py builds it.
-#include "dwconv_cuda.cu"
+#include "dwconv_cuda_backward.cu"
+#include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
 
 #include "fuzz_layers.h"

@@ -3,6 +3,7 @@ image by image. Nothing is written, and no name in an archive is ever used as a 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -28,7 +29,7 @@ class DataError(ValueError):
     """What is wrong with a data set, in one line that names it."""
 
 
-class Source:
+class Source(abc.ABC):
     """Images in a container.
 
     Args:
@@ -42,9 +43,9 @@ class Source:
     paths: list[str]
     labels: list[str] | None = None
 
+    @abc.abstractmethod
     def read(self, position: int) -> bytes:
         """Returns the encoded image. Safe to call from several threads."""
-        raise NotImplementedError
 
 
 class FolderSource(Source):

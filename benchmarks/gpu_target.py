@@ -101,7 +101,9 @@ def compiled_with_steps(
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile({"xla_dump_to": folder})
-        found = [*Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")]
+        found = sorted(
+            Path(folder).glob("*.thunk_sequence*.txt")
+        )  # maybe after passes, then before
         return compiled, count_steps(found[0].read_text()) if found else {}
 
 

@@ -81,10 +81,9 @@ class MLPLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         key1, key2 = split(key, 2)
-        if self.fused:  # bias and activation in one pass
-            x = x @ self.fc1.kernel[...].astype(x.dtype)
-            bias = operand(x, self.fc1.bias)
-            x = xla_ops.bias_gelu(x, bias, implementation=self.implementation)
+        if self.fused:  # bias and activation, and maybe the product, in one pass
+            kernel, bias = self.fc1.kernel[...].astype(x.dtype), operand(x, self.fc1.bias)
+            x = xla_ops.linear_bias_gelu(x, kernel, bias, implementation=self.implementation)
         else:
             x = self.activation(self.fc1(x))
         x = dropout(x, self.drop_rate, key1)

@@ -1,6 +1,6 @@
-// Random calls of dwconv_norm_gelu and bias_gelu, held against the definition, written out plainly in
-// double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it. How a call is
-// computed is the includer's.
+// Random calls of dwconv_norm_gelu, bias_gelu and linear_bias_gelu, held against the definition, written out
+// plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it. How a
+// call is computed is the includer's.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 
 #include "dwconv_call.h"
 #include "gelu_call.h"
+#include "linear_gelu_call.h"
 
 using xla_ops::Type;
 using Values = std::vector<double>;
@@ -205,6 +206,31 @@ bool gelu_case(Compute compute) {
     wanted[i] = z * phi(z), wanted_dx[i] = dy[i] * slope(z);
   }
   return close("gelu", s.type, y, wanted) && close("its gradient", s.type, dx, wanted_dx);
+}
+
+// `compute` does the call.
+template <class Compute>
+bool linear_gelu_case(Compute compute) {
+  linear_gelu::Call s = {};
+  s.type = integer(0, 1) ? Type::kBFloat16 : Type::kFloat16;
+  s.bias_type = integer(0, 1) ? Type::kFloat32 : s.type;
+  s.rows = integer(1, 150), s.inputs = 8 * integer(1, 13), s.outputs = 8 * integer(1, 20);
+  Values x = normal(s.rows * s.inputs), kernel = normal(s.inputs * s.outputs);
+  for (double& v : kernel) v = std::round(v * 8) / 64;  // products and their sums are exact in float32
+  const Values bias = normal(s.outputs);
+  const auto bx = stored(s.type, x), bk = stored(s.type, kernel), bb = stored(s.bias_type, bias);
+  std::vector<char> y(s.rows * s.outputs * 2);
+  s.x = bx.data(), s.kernel = bk.data(), s.bias = bb.data(), s.y = y.data();
+  if (!compute(s)) return false;
+  Values wanted(s.rows * s.outputs);
+  for (int64_t i = 0; i < s.rows; ++i) {
+    for (int64_t j = 0; j < s.outputs; ++j) {
+      double z = bias[j];
+      for (int64_t k = 0; k < s.inputs; ++k) z += x[i * s.inputs + k] * kernel[k * s.outputs + j];
+      wanted[i * s.outputs + j] = z * phi(z);
+    }
+  }
+  return close("gelu of a product", s.type, y, wanted);
 }
 
 // Runs `one` for each of COUNT seeds from SEED on, the arguments of a program.

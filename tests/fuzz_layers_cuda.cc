@@ -1,9 +1,10 @@
-// Runs the CUDA kernels of dwconv_norm_gelu and bias_gelu on the host (cuda_on_host) over random shapes and
+// Runs the CUDA kernels of the layers besides DCNv3 on the host (cuda_on_host) over random shapes and
 // dtypes (fuzz_layers.h), with blocks and threads in random order; each call runs twice, and a bit that
 // differs is an error. Arguments: the number of shapes, the seed. tests/test_layers_cuda.py builds it.
 #include "dwconv_cuda_backward.cu"
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
+#include "linear_gelu_cuda.cu"
 
 #include "fuzz_layers.h"
 
@@ -52,6 +53,24 @@ bool gelu_call(const gelu::Call& s) {
                [&] { return gelu::cuda::compute(nullptr, s); });
 }
 
+// Each form of tile, and the one that the number of tiles decides on.
+template <class T>
+cudaError_t launch_any(int form, const linear_gelu::Call& s) {
+  using namespace linear_gelu::cuda;
+  if (form == 0) return launch_tiles<T, 128, 128, 4, 2>(nullptr, s);
+  if (form == 1) return launch_tiles<T, 64, 64, 2, 2>(nullptr, s);
+  return form == 2 ? launch_tiles<T, 32, 64, 2, 2>(nullptr, s) : forward(nullptr, s);
+}
+
+bool linear_gelu_call(const linear_gelu::Call& s) {
+  if (const char* why = linear_gelu::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
+  const int form = int(integer(0, 3));
+  return twice({{s.y, s.rows * s.outputs * 2}}, [&] {
+    return s.type == Type::kBFloat16 ? launch_any<xla_ops::cuda::BFloat16>(form, s)
+                                     : launch_any<xla_ops::cuda::Float16>(form, s);
+  });
+}
+
 // The most channels that a call may have, and one more.
 bool limits() {
   dwconv::Call s = {};
@@ -74,5 +93,7 @@ int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   cuda_on_host::shared = xla_ops::cuda::dynamic_shared_memory;
   if (!limits()) return 1;
-  return fuzz(count, seed, [] { return dwconv_case(true, dwconv_call) && gelu_case(gelu_call); });
+  return fuzz(count, seed, [] {
+    return dwconv_case(true, dwconv_call) && gelu_case(gelu_call) && linear_gelu_case(linear_gelu_call);
+  });
 }

@@ -23,7 +23,7 @@ N, H, W, C, K = 4, 5, 6, 16, 3
 
 @needs_compiler
 def test_random_shapes_agree_with_the_definition(tmp_path: Path) -> None:
-    assert "100 shapes" in run(build(tmp_path, "fuzz_layers_cuda.cc"), "100")
+    assert "60 shapes" in run(build(tmp_path, "fuzz_layers_cuda.cc"), "60")
 
 
 def operands(dtype: str = "bfloat16") -> list[jax.Array]:
@@ -102,7 +102,7 @@ def test_operators_take_half_precision_parameters_as_they_are(cuda_serves: None)
 def test_extension_has_every_target() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
-    assert set(extension.targets()) == set(cpu.targets())
+    assert set(extension.targets()) == {*cpu.targets(), _ffi.LINEAR_GELU_FORWARD}
 
 
 def test_a_kernel_can_serve_untried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import os
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xla_ops
 from tests.test_dwconv import TOLERANCE, assert_close, operands
+from xla_ops import _ffi
 
 PLATFORM = os.environ.get("INTERNIMAGE_GPU_TESTS_ON", "cuda")
 STATUS = xla_ops.status()[PLATFORM]
@@ -74,6 +76,35 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, _, bias, *_, dy = operands(shape, 3, dtype)
         assert_as_exact(xla_ops.bias_gelu, dtype, 4 * x, bias, dy)
+
+
+@pytest.mark.skipif(
+    _ffi.LINEAR_GELU_FORWARD not in _ffi.usable_targets(PLATFORM), reason="not on this platform"
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [
+        ((8, 56, 56, 64), 256),  # each size of tile
+        ((1, 56, 56, 112), 448),
+        ((1, 7, 7, 512), 2048),
+        ((1, 1, 1, 8), 8),  # nothing is full
+        ((3, 5, 7, 40), 136),
+        ((0, 4, 4, 16), 16),
+    ],
+    ids=str,
+)
+def test_linear_bias_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
+    normal = np.random.RandomState(0).standard_normal
+    arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
+    x, kernel, vector = (jnp.asarray(a, dtype) for a in arrays)
+    for bias in (vector, vector.astype("float32")):
+        exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
+        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+            wanted = xla_ops.linear_bias_gelu(*map(jnp.asarray, exact), implementation="jnp")
+        got = [xla_ops.linear_bias_gelu(x, kernel, bias, implementation="kernel") for _ in range(2)]
+        assert_close(got[0], wanted, TOLERANCE[dtype])
+        assert got[0].tobytes() == got[1].tobytes()
 
 
 def test_half_precision_with_float32_parameters() -> None:

@@ -6,6 +6,7 @@ from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
+from xla_ops.linear_gelu import linear_bias_gelu
 
 __all__ = [
     "Implementation",
@@ -16,5 +17,6 @@ __all__ = [
     "dcnv3_fused",
     "depthwise_convolution",
     "dwconv_norm_gelu",
+    "linear_bias_gelu",
     "status",
 ]

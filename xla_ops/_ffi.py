@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 VERSION = 1  # of the attributes and layouts; the handlers refuse another
@@ -27,6 +28,7 @@ DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
 DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 GELU_FORWARD = "internimage_bias_gelu_forward"
 GELU_BACKWARD = "internimage_bias_gelu_backward"
+LINEAR_GELU_FORWARD = "internimage_linear_bias_gelu_forward"  # on CUDA alone
 
 # As JAX names them; the module with a platform's handlers is `_cpu` or `_cuda`.
 PLATFORMS = ("cpu", "cuda")
@@ -50,11 +52,12 @@ def status() -> dict[str, Status]:
 
 def serving(target: str) -> tuple[str, ...]:
     """The platforms that have a kernel of that name, which passed its trial."""
-    return tuple(
-        name
-        for name in PLATFORMS
-        if _load(name).implementation == "kernel" and target in _targets(name)
-    )
+    return tuple(name for name in PLATFORMS if target in usable_targets(name))
+
+
+def usable_targets(platform: str) -> frozenset[str]:
+    """The kernels of a platform that passed their trial."""
+    return _targets(platform) if _load(platform).implementation == "kernel" else frozenset()
 
 
 def _load(platform: str) -> Status:
@@ -69,6 +72,7 @@ def serve_untried(platform: str) -> None:
     _register(platform)
     with _lock:
         _untried.add(platform)
+        _targets.cache_clear()
         _load_once.cache_clear()
 
 
@@ -77,7 +81,9 @@ _untried: set[str] = set()
 
 @functools.cache
 def _targets(platform: str) -> frozenset[str]:
-    return frozenset(_extension(platform).targets())
+    extension = _extension(platform)
+    too_new = extension.missing() if platform == "cuda" and platform not in _untried else ()
+    return frozenset(extension.targets()) - frozenset(too_new)
 
 
 def _extension(platform: str) -> Any:
@@ -130,6 +136,9 @@ def _try(platform: str, device: Any) -> None:
     fused = plain | {"center_feature_scale": False}
     gelu: dict[str, Any] = {"version": np.int64(VERSION)}
     dwconv = gelu | {"epsilon": np.float64(1e-6)}
+    shapes = (1, 1, 1, 8), (8, 8), (8,)  # to gelu(8 * 0.5 * 0.25 + 12)
+    values = zip(shapes, (0.5, 0.25, 12), strict=True)
+    product = tuple(np.full(shape, value, jnp.bfloat16) for shape, value in values)
     cuda = platform == "cuda"  # its backward calls have scratch as one result more
     scratch = (np.zeros((1, 1, 1, 1), np.uint32),) if cuda else ()
     dv = (one,) if cuda else ()
@@ -152,6 +161,7 @@ def _try(platform: str, device: Any) -> None:
         ),
         GELU_FORWARD: ((one * 6, one[0, 0, 0] * 7), gelu, (one,), [13.0]),
         GELU_BACKWARD: ((one * 6, one[0, 0, 0] * 7, one * 5), gelu, (one,), [5.0]),
+        LINEAR_GELU_FORWARD: (product, gelu, (product[0],), [13.0]),
     }
     targets = sorted(_targets(platform))
 
@@ -160,8 +170,8 @@ def _try(platform: str, device: Any) -> None:
         found = {}
         for target in targets:
             _, attributes, results, _ = cases[target]
-            shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results]
-            found[target] = jax.ffi.ffi_call(target, shapes)(*operands[target], **attributes)
+            like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results]
+            found[target] = jax.ffi.ffi_call(target, like)(*operands[target], **attributes)
         return found
 
     with jax.default_device(device):

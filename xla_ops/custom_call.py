@@ -47,25 +47,29 @@ class Target(NamedTuple):
     shared: tuple[int, ...] = ()  # positions of the shared operands
 
 
-class Operator(Protocol):
-    """An operator as its kernels and its definition. Equal ones share what was traced."""
-
-    @property
-    def plain(self) -> str:
-        """What `implementation` calls the definition."""
-        ...
+class Forward(Protocol):
+    """An operator's forward, and its definition. Equal ones share what was traced."""
 
     @property
     def forward(self) -> Target:
         """From the operands to the result, which has the batch and the dtype of the first."""
         ...
 
-    def backward(self, platform: str) -> Target:
-        """From the operands and the result's gradient to what `gradients` takes."""
-        ...
-
     def definition(self, *operands: jax.Array) -> jax.Array:
         """The operator in jnp."""
+        ...
+
+
+class Operator(Forward, Protocol):
+    """An operator with kernels for its gradients too."""
+
+    @property
+    def plain(self) -> str:
+        """What `implementation` calls the definition."""
+        ...
+
+    def backward(self, platform: str) -> Target:
+        """From the operands and the result's gradient to what `gradients` takes."""
         ...
 
     def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
@@ -101,6 +105,15 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
         return _differentiable(form, *_varying_alike(*operands))
 
 
+def forward(
+    operator: Forward, platforms: tuple[str, ...], fallback: bool, *operands: jax.Array
+) -> jax.Array:
+    """Computes `operator` by its kernel on `platforms`, elsewhere by its definition with `fallback`
+    and not at all without; there is nothing to differentiate it by.
+    """
+    return _forward(_Form(operator, platforms, fallback), *_varying_alike(*operands))
+
+
 @contextlib.contextmanager
 def forward_mode_named(plain: str) -> Iterator[None]:
     """Says of forward mode that a kernel has none, and that `plain` has it."""
@@ -118,7 +131,7 @@ class _Form(NamedTuple):
     """What is static about a call: the operator, the platforms whose kernel serves, and whether
     the definition serves on others."""
 
-    operator: Operator
+    operator: Any  # `Forward`, or `Operator` where it is differentiated
     platforms: tuple[str, ...]
     fallback: bool
 

@@ -186,6 +186,14 @@ cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int value) {
   cuda_on_host::allowed[reinterpret_cast<void*>(kernel)] = value;
   return cudaSuccess;
 }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

@@ -12,6 +12,8 @@
 #include "dwconv_ffi.h"
 #include "gelu_cuda.h"
 #include "gelu_ffi.h"
+#include "linear_gelu_cuda.h"
+#include "linear_gelu_ffi.h"
 
 namespace {
 
@@ -218,6 +220,34 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler,
 }  // namespace
 }  // namespace gelu::cuda
 
+namespace linear_gelu::cuda {
+namespace {
+
+ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand kernel, Operand bias, Result y,
+                           int64_t version) {
+  Call call = {};
+  int64_t sets;
+  ffi::Error error = describe(x, kernel, bias, y, version, &call, &sets);
+  if (error.failure()) return error;
+  for (; sets > 0; --sets, call = next_set(call)) {
+    if (const char* why = refusal(call)) return invalid(why);
+    if (cudaError_t error = forward(stream, call)) return check("internimage_linear_bias_gelu", error);
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
+                       bind()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // kernel
+                           .Arg<Operand>()  // bias
+                           .Ret<Operand>()  // y
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+
+}  // namespace
+}  // namespace linear_gelu::cuda
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Handlers of the CUDA custom calls, by target name.";
   m.def("targets", [] {
@@ -233,7 +263,13 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_dwconv_norm_gelu_backward", dwconv::cuda::kBackward);
     add("internimage_bias_gelu_forward", gelu::cuda::kForward);
     add("internimage_bias_gelu_backward", gelu::cuda::kBackward);
+    add("internimage_linear_bias_gelu_forward", linear_gelu::cuda::kForward);
     return targets;
+  });
+  m.def("missing", [] {
+    pybind11::list names;  // of the targets that the GPU in use is too old for
+    if (!linear_gelu::cuda::serves()) names.append("internimage_linear_bias_gelu_forward");
+    return names;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for
   m.attr("version") = xla_ops::kVersion;

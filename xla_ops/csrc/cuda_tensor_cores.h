@@ -1,0 +1,82 @@
+// Tensor cores on 16-bit values, and copies into shared memory that run beside arithmetic. A GPU has both
+// from compute capability 8.0 on, and code for older ones has no kernel that uses this: see
+// KERNEL_HAS_TENSOR_CORES.
+#pragma once
+
+#include "cuda_device.h"
+
+#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define KERNEL_HAS_TENSOR_CORES 0
+#else
+#define KERNEL_HAS_TENSOR_CORES 1
+#endif
+
+namespace xla_ops::cuda {
+
+#if KERNEL_HAS_TENSOR_CORES
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return unsigned(__cvta_generic_to_shared(p));
+}
+
+// Starts to copy 16 bytes into shared memory; zeros, and nothing is read, where there are none.
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+// Makes a group of the copies that this thread has started since the last.
+__device__ __forceinline__ void end_group() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+// Waits until no more than N of this thread's groups, the last, are under way.
+template <int N>
+__device__ __forceinline__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// Loads four matrices of 8 x 8 from shared memory. Thread l of the warp names row l % 8 of matrix l / 8,
+// and gets of each matrix the values (l / 4, l % 4 * 2) and the next in the row; of the transposed ones,
+// if so asked.
+template <bool transposed>
+__device__ __forceinline__ void load_matrices(const void* row, uint32_t (&m)[4]) {
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+// sum += a b for a of 16 x 16, b of 16 x 8 and sum of 16 x 8, each as matrices of 8 x 8 that lie in the
+// warp's threads as above, b transposed. Those of a go down, then right; those of b and sum down.
+template <class T>
+__device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                             float (&sum)[4]) {
+#define MULTIPLY_ADD(TYPE)                                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                   \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    MULTIPLY_ADD("bf16");
+  } else {
+    MULTIPLY_ADD("f16");
+  }
+#undef MULTIPLY_ADD
+}
+
+#endif
+
+}  // namespace xla_ops::cuda
+
+#else
+#define KERNEL_HAS_TENSOR_CORES 1
+#include <tensor_cores_on_host.h>  // of the tests
+#endif

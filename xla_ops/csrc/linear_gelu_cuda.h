@@ -1,0 +1,19 @@
+// y = gelu(x kernel + bias) on CUDA: the launcher over raw buffers in device memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "linear_gelu_call.h"
+
+namespace linear_gelu::cuda {
+
+// Computes y. Nothing is allocated and nothing waits.
+cudaError_t forward(cudaStream_t stream, const Call& call);
+
+// What a call has that the kernel does not take, or null.
+const char* refusal(const Call& call);
+
+// Whether the GPU in use has tensor cores of the kind that the kernel wants, and code for them is here.
+bool serves();
+
+}  // namespace linear_gelu::cuda

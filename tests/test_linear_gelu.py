@@ -77,6 +77,8 @@ def test_under_differentiation_it_is_a_product_and_bias_gelu(cuda_serves: None) 
     text = for_cuda(gradients, *arrays)
     assert CALL not in text and "@internimage_bias_gelu_backward" in text
     assert for_cuda(value_and_gradients, *arrays).count(CALL) == 1
+    with pytest.raises(ValueError, match=r"no forward mode .* use 'jnp'"):
+        jax.jvp(xla_ops.linear_bias_gelu, arrays, arrays)
 
 
 def test_transforms(cuda_serves: None) -> None:

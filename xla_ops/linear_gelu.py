@@ -11,7 +11,7 @@ import numpy as np
 
 from xla_ops import _ffi
 from xla_ops.bias_gelu import bias_gelu
-from xla_ops.custom_call import Shapes, Target, forward
+from xla_ops.custom_call import Shapes, Target, forward, forward_mode_named
 from xla_ops.geometry import DTYPES, at_least_float32
 
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
@@ -63,7 +63,8 @@ def linear_bias_gelu(
             "bfloat16 or float16, and C and K in eights; use 'jnp' or None"
         )
     if implementation == "kernel" or (fits and x.shape[-1] <= MOST_CHANNELS):
-        return _differentiable(implementation is None, x, kernel, bias)
+        with forward_mode_named("jnp"):
+            return _differentiable(implementation is None, x, kernel, bias)
     return _in_two(x, kernel, bias)
 
 

@@ -1,7 +1,8 @@
 // The part of CUDA that the kernels use, on the host: so that the very code a GPU runs is tested without
 // one, under sanitizers. Found before the real header of this name. Blocks run one after the other in
-// random order; the threads of a block are fibers, in random order between two barriers. Programs that
-// include this have one thread of their own.
+// random order; the threads of a block are fibers. Between two barriers of the block its warps run one after
+// the other, in random order, and so do a warp's threads between two of its own: of two accesses that no
+// barrier orders, either may come first. Programs that include this have one thread of their own.
 #pragma once
 
 #include <ucontext.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -64,7 +66,7 @@ constexpr size_t kShared = 227 << 10, kStack = 128 << 10;
 inline unsigned char* shared;  // kShared bytes, where the kernels' dynamic shared memory is declared
 
 struct Settings {
-  unsigned seed = 0;  // of the order of blocks and threads
+  unsigned seed = 0;  // of the order of blocks, warps and threads
   int64_t part = 1;   // only the last 1/part of each launch's blocks runs
   bool clear = true;  // whether memory is set at all
   size_t shared_limit = kShared;
@@ -72,11 +74,13 @@ struct Settings {
 };
 inline Settings settings;
 
+enum class State { kReady, kAtWarp, kAtBlock, kDone };  // kAt: at a barrier
+
 struct Fiber {
   std::vector<char> stack = std::vector<char>(kStack);
   ucontext_t context;
   void* saved;  // of the sanitizer
-  bool done;
+  State state;
 };
 inline std::vector<Fiber> fibers;
 inline Fiber* current;
@@ -84,16 +88,21 @@ inline ucontext_t scheduler;
 inline const void* scheduler_stack;
 inline size_t scheduler_size;
 inline std::function<void()> body;
+inline std::mt19937 chance;
 
-inline void leave(void** saved) {
+inline void leave(State state, void** saved) {
+  current->state = state;
   __sanitizer_start_switch_fiber(saved, scheduler_stack, scheduler_size);
   swapcontext(&current->context, &scheduler);
+}
+inline void wait_at(State barrier) {
+  leave(barrier, &current->saved);
+  __sanitizer_finish_switch_fiber(current->saved, &scheduler_stack, &scheduler_size);
 }
 inline void entry() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
   body();
-  current->done = true;
-  leave(nullptr);
+  leave(State::kDone, nullptr);
 }
 inline void resume(Fiber& fiber, unsigned thread) {
   void* saved = nullptr;
@@ -104,13 +113,34 @@ inline void resume(Fiber& fiber, unsigned thread) {
   __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
 }
 
-inline void run_block(unsigned threads, std::mt19937& random) {
+// Runs the threads from `first` to `end` until each is at a barrier of the block or done.
+inline void run_warp(unsigned first, unsigned end) {
+  std::vector<unsigned> order;
+  for (unsigned i = first; i < end; ++i) order.push_back(i);
+  const auto count = [&](State state) {
+    return std::count_if(order.begin(), order.end(), [&](unsigned i) { return fibers[i].state == state; });
+  };
+  while (count(State::kReady)) {
+    std::shuffle(order.begin(), order.end(), chance);
+    for (unsigned i : order) {
+      if (fibers[i].state == State::kReady) resume(fibers[i], i);
+    }
+    if (!count(State::kAtWarp)) continue;
+    if (count(State::kAtWarp) < int(end - first)) {
+      std::fputs("not all threads of a warp have come to its exchange\n", stderr);
+      std::abort();
+    }
+    for (unsigned i : order) fibers[i].state = State::kReady;
+  }
+}
+
+inline void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers.resize(threads);
-  std::vector<unsigned> order(threads);
+  std::vector<unsigned> warps;
   for (unsigned i = 0; i < threads; ++i) {
-    order[i] = i;
+    if (i % 32 == 0) warps.push_back(i);
     Fiber& fiber = fibers[i];
-    fiber.done = false;
+    fiber.state = State::kReady;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = kStack;
@@ -119,11 +149,12 @@ inline void run_block(unsigned threads, std::mt19937& random) {
   }
   for (bool running = true; running;) {
     running = false;
-    std::shuffle(order.begin(), order.end(), random);
-    for (unsigned i : order) {
-      if (fibers[i].done) continue;
-      resume(fibers[i], i);
-      running |= !fibers[i].done;
+    std::shuffle(warps.begin(), warps.end(), chance);
+    for (unsigned first : warps) run_warp(first, std::min(first + 32, threads));
+    for (unsigned i = 0; i < threads; ++i) {
+      if (fibers[i].state == State::kDone) continue;
+      fibers[i].state = State::kReady;
+      running = true;
     }
   }
 }
@@ -133,19 +164,17 @@ inline std::map<void*, size_t> allowed;  // dynamic shared memory beyond what an
 }  // namespace cuda_on_host
 
 inline void __syncthreads() {
-  using namespace cuda_on_host;
-  leave(&current->saved);
-  __sanitizer_finish_switch_fiber(current->saved, &scheduler_stack, &scheduler_size);
+  cuda_on_host::wait_at(cuda_on_host::State::kAtBlock);
 }
 
-// A warp's threads exchange values: here all threads of the block take part, or none.
+// A warp's threads exchange values: here all of them take part.
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   static unsigned char all[1024][8];
   std::memcpy(all[threadIdx.x], &value, sizeof value);
-  __syncthreads();
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
   std::memcpy(&value, all[threadIdx.x ^ unsigned(mask)], sizeof value);
-  __syncthreads();
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
   return value;
 }
 
@@ -163,14 +192,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const int64_t count = gridDim.x / settings.part;
   std::vector<unsigned> order(count);
   for (int64_t i = 0; i < count; ++i) order[i] = unsigned(gridDim.x - count + i);
-  std::mt19937 random(settings.seed);
-  std::shuffle(order.begin(), order.end(), random);
+  chance.seed(settings.seed);
+  std::shuffle(order.begin(), order.end(), chance);
   ASAN_POISON_MEMORY_REGION(shared, kShared);
   ASAN_UNPOISON_MEMORY_REGION(shared, bytes);
   for (unsigned block : order) {
     std::memset(shared, 0xa5, bytes);
     blockIdx.x = block;
-    run_block(blockDim.x, random);
+    run_block(blockDim.x);
   }
   ASAN_UNPOISON_MEMORY_REGION(shared, kShared);
   return cudaSuccess;

@@ -1,11 +1,10 @@
 // csrc/cuda_tensor_cores.h on the host: the same functions, of fibers for the threads of a warp. What they
-// exchange lies as PTX's description of ldmatrix and mma.m16n8k16 has it. Each exchange is a barrier of the
-// block here, which hides a missing one.
+// exchange lies as PTX's description of ldmatrix and mma.m16n8k16 has it.
 #pragma once
 
 namespace xla_ops::cuda {
 
-// A copy is made when the group is waited for, as late as it may be.
+// A copy is made at once, or when its group is waited for: as early or as late as it may be.
 struct PendingCopy {
   void* to;
   const void* from;  // null for zeros
@@ -23,7 +22,12 @@ inline std::vector<std::vector<PendingCopy>>& groups_of_thread() {
   return groups;
 }
 inline void copy_ahead(void* to, const void* from, bool there) {
-  groups_of_thread().back().push_back({to, there ? from : nullptr});
+  const PendingCopy copy{to, there ? from : nullptr};
+  if (cuda_on_host::chance() % 2) {
+    copy.make();
+  } else {
+    groups_of_thread().back().push_back(copy);
+  }
 }
 inline void end_group() {
   groups_of_thread().emplace_back();
@@ -41,7 +45,7 @@ template <bool transposed>
 void load_matrices(const void* row, uint32_t (&m)[4]) {
   static const void* rows[1024];
   rows[threadIdx.x] = row;
-  __syncthreads();
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
   const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
   for (unsigned q = 0; q < 4; ++q) {
     uint16_t pair[2];
@@ -52,7 +56,7 @@ void load_matrices(const void* row, uint32_t (&m)[4]) {
     }
     std::memcpy(&m[q], pair, 4);
   }
-  __syncthreads();
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
 }
 
 template <class T>
@@ -60,7 +64,7 @@ void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&sum)
   static uint32_t all[1024][6];
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   std::memcpy(all[threadIdx.x], mine, sizeof mine);
-  __syncthreads();
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
   const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
   const auto value = [&](unsigned thread, unsigned which, unsigned e) {
     return to_real(T{uint16_t(all[first + thread][which] >> (16 * e))});
@@ -73,7 +77,7 @@ void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&sum)
       sum[d] += left * right;
     }
   }
-  __syncthreads();
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
 }
 
 }  // namespace xla_ops::cuda

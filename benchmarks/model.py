@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
+from benchmarks.official import checkout, copy_weights, load_official
 from internimage_jax.config import InternImageConfig, released_model
 from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
@@ -143,8 +143,6 @@ def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     if options.official:
         import torch
 
-        from benchmarks.official import copy_weights, load_official
-
         official = load_official(options.official, released.config)
         copy_weights(random_values(released.config), released.config, official)
         batch = torch.from_numpy(np.asarray(images, np.float32).transpose(0, 3, 1, 2).copy())
@@ -184,7 +182,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--implementation", choices=("kernel", "gather"))
-    parser.add_argument("--official", type=Path, help="a checkout of the official code")
+    parser.add_argument("--official", type=checkout, help="a checkout of the official code")
     parser.add_argument("--seconds", type=float, default=20, help="of timing for each batch size")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each batch size")
     options = parser.parse_args()

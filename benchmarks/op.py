@@ -1,7 +1,7 @@
 """Times DCNv3: the kernel beside its jnp form, and beside the official PyTorch fallback.
 
-    python benchmarks/op.py                       kernel and jnp form
-    python benchmarks/op.py --official CHECKOUT   and the official code's F.grid_sample form (torch)
+    python -m benchmarks.op                       kernel and jnp form
+    python -m benchmarks.op --official CHECKOUT   and the official code's F.grid_sample form (torch)
 
 The shapes are the four stages of InternImage-T at batch 1 and 8, and the third stage of H. Outputs
 and gradients are compared before anything is timed. The contestants take turns of a few calls, and
@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import xla_ops
+from benchmarks.official import checkout, load_official_operator
 
 # side, channels, groups; the stages of T at 224 and the third of H at 640
 STAGES = {
@@ -95,17 +93,6 @@ def fused(group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
     return Contestant([], run(forward), run(both))
 
 
-def official_function(checkout: Path) -> Callable:
-    """The official code's CPU form, imported without its CUDA extension."""
-    resources = types.ModuleType("pkg_resources")
-    version = types.SimpleNamespace(version="1.1")
-    vars(resources)["get_distribution"] = lambda name: version
-    sys.modules.setdefault("DCNv3", types.ModuleType("DCNv3"))
-    sys.modules.setdefault("pkg_resources", resources)
-    sys.path.insert(0, str(checkout / "classification" / "ops_dcnv3"))
-    return importlib.import_module("functions.dcnv3_func").dcnv3_core_pytorch
-
-
 def official(function: Callable, group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
     import torch
 
@@ -160,7 +147,7 @@ def compare(name: str, got: list[np.ndarray], expected: list[np.ndarray], tolera
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times DCNv3 against other implementations.")
-    parser.add_argument("--official", type=Path, help="a checkout of the official repository")
+    parser.add_argument("--official", type=checkout, help="a checkout of the official code")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -169,7 +156,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
 
-    function = official_function(options.official) if options.official else None
+    function = load_official_operator(options.official) if options.official else None
     print(f"kernel on {jax.default_backend()}: {xla_ops.status()}", file=sys.stderr)
     for stage in options.stages:
         side, channels, group = STAGES[stage]

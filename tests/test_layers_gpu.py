@@ -1,14 +1,12 @@
-"""The layers besides DCNv3 on a GPU, held to the jnp form in float64 on the CPU.
+"""The CUDA kernels of the layers besides DCNv3, held to the jnp form in float64 on the CPU.
 
     JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_layers_gpu.py
 
-Without a GPU the same code runs in test_layers_cuda.py, on the host; INTERNIMAGE_GPU_TESTS_ON=cpu
-tries these tests themselves, on the CPU's kernel.
+Without a GPU a CPU runs the same code (gpu.py); test_layers_cuda.py does under sanitizers.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import jax
@@ -17,15 +15,11 @@ import numpy as np
 import pytest
 
 import xla_ops
+from tests import gpu
 from tests.test_dwconv import TOLERANCE, assert_close, operands
 from xla_ops import _ffi
 
-PLATFORM = os.environ.get("INTERNIMAGE_GPU_TESTS_ON", "cuda")
-STATUS = xla_ops.status()[PLATFORM]
-
-pytestmark = pytest.mark.skipif(
-    STATUS.implementation != "kernel", reason=f"no kernel for {PLATFORM}: {STATUS.detail}"
-)
+pytestmark = gpu.needs_it()
 
 # Of the released models, and of every way to divide channels and pixels.
 SHAPES = [
@@ -39,9 +33,13 @@ SHAPES = [
 ]
 
 
-def on(platform: str, form: str, function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Value and gradients of `function` by the platform's kernel or the jnp form."""
-    device = jax.local_devices(backend=platform)[0]
+def by_cuda(function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Value and gradients of `function` by the CUDA kernels."""
+    with gpu.kernels():
+        return _on(gpu.device(), "kernel", function, *arrays)
+
+
+def _on(device: jax.Device, form: str, function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
         y, pullback = jax.vjp(
@@ -55,17 +53,24 @@ def on(platform: str, form: str, function: Callable, *arrays: np.ndarray) -> lis
 
 
 def assert_as_exact(function: Callable, dtype: str, *arrays: jax.Array) -> None:
-    got = on(PLATFORM, "kernel", function, *map(np.asarray, arrays))
+    got = by_cuda(function, *map(np.asarray, arrays))
+    cpu = jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True):
-        expected = on("cpu", "jnp", function, *(np.asarray(a, np.float64) for a in arrays))
+        expected = _on(cpu, "jnp", function, *(np.asarray(a, np.float64) for a in arrays))
     assert_close(got, expected, 2 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size", "dtype"),
+    [
+        (*case, dtype)
+        for case in SHAPES
+        for dtype in TOLERANCE
+        if dtype != "float64" or case[0][-1] <= 2048  # what the backward takes
+    ],
+    ids=str,
+)
 def test_dwconv_norm_gelu(shape: tuple[int, ...], size: int, dtype: str) -> None:
-    if dtype == "float64" and shape[-1] > 2048 and PLATFORM == "cuda":
-        pytest.skip("more channels than CUDA's backward takes in float64")
     with jax.enable_x64(dtype == "float64"):
         assert_as_exact(xla_ops.dwconv_norm_gelu, dtype, *operands(shape, size, dtype))
 
@@ -79,15 +84,17 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
 
 
 @pytest.mark.skipif(
-    _ffi.LINEAR_GELU_FORWARD not in _ffi.usable_targets(PLATFORM), reason="not on this platform"
+    gpu.ON == "cuda" and not _ffi.serving(_ffi.LINEAR_GELU_FORWARD), reason="the GPU is too old"
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
     [
-        ((8, 56, 56, 64), 256),  # each size of tile
-        ((1, 56, 56, 112), 448),
-        ((1, 7, 7, 512), 2048),
+        gpu.large((8, 56, 56, 64), 256),  # each size of tile
+        gpu.large((1, 28, 28, 128), 512),
+        gpu.large((1, 7, 7, 512), 2048),
+        gpu.large((1, 56, 56, 112), 448),
+        ((1, 12, 33, 24), 136),  # and again, on the host
         ((1, 1, 1, 8), 8),  # nothing is full
         ((3, 5, 7, 40), 136),
         ((0, 4, 4, 16), 16),
@@ -102,9 +109,26 @@ def test_linear_bias_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             wanted = xla_ops.linear_bias_gelu(*map(jnp.asarray, exact), implementation="jnp")
-        got = [xla_ops.linear_bias_gelu(x, kernel, bias, implementation="kernel") for _ in range(2)]
-        assert_close(got[0], wanted, TOLERANCE[dtype])
-        assert got[0].tobytes() == got[1].tobytes()
+        first, second = (product(x, kernel, bias) for _ in range(2))
+        assert_close(first, wanted, TOLERANCE[dtype])
+        assert first.tobytes() == second.tobytes()
+
+
+def product(*arrays: jax.Array) -> np.ndarray:
+    local = [jax.device_put(a, gpu.device()) for a in arrays]
+    with gpu.kernels():
+        return np.asarray(xla_ops.linear_bias_gelu(*local, implementation="kernel"))
+
+
+def test_linear_bias_gelu_of_what_is_not_finite() -> None:
+    x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
+    x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
+    bias[5], bias[11] = np.nan, -np.inf
+    got = product(*(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
+    with np.errstate(invalid="ignore"):
+        z = x @ kernel + bias
+    wanted = np.where(z == -np.inf, 0, z)
+    np.testing.assert_array_equal(got.astype(np.float64), wanted)
 
 
 def test_half_precision_with_float32_parameters() -> None:
@@ -115,6 +139,6 @@ def test_half_precision_with_float32_parameters() -> None:
 
 def test_the_same_bits_each_time() -> None:
     arrays = [np.asarray(a) for a in operands((4, 14, 14, 128), 3, "bfloat16")]
-    first, *others = (on(PLATFORM, "kernel", xla_ops.dwconv_norm_gelu, *arrays) for _ in range(3))
+    first, *others = (by_cuda(xla_ops.dwconv_norm_gelu, *arrays) for _ in range(3))
     for other in others:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(first, other, strict=True))

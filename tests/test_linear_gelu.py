@@ -119,6 +119,7 @@ def test_a_sharded_batch_divides_the_result(cuda_serves: None) -> None:
         ({0: jnp.zeros((1, 1, 1, 16), int)}, "x: expected one of float32"),
         ({1: jnp.zeros((8, 24), "bfloat16")}, r"kernel: expected shape \(16, K\)"),
         ({1: jnp.zeros((16, 24))}, "kernel: .* and float32"),
+        ({1: jnp.zeros((16, 0), "bfloat16")}, "kernel: .* K at least 1"),
         ({2: jnp.zeros(32, "bfloat16")}, r"bias: expected shape \(24,\)"),
         ({2: jnp.zeros(24, "float16")}, "bias: .* and float16"),
     ],
@@ -131,7 +132,9 @@ def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str)
 
 def test_an_implementation_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ffi, "serving", lambda target: ())
-    with pytest.raises(ValueError, match="no 'kernel' here: it wants a GPU"):
+    with pytest.raises(ValueError, match="no 'kernel' to serve here; it wants a GPU"):
         xla_ops.linear_bias_gelu(*operands(), implementation="kernel")
+    with pytest.raises(ValueError, match="takes bfloat16 or float16, and C and K in eights"):
+        xla_ops.linear_bias_gelu(*operands(outputs=20), implementation="kernel")
     with pytest.raises(ValueError, match="expected 'kernel', 'jnp' or None, got 'fast'"):
         xla_ops.linear_bias_gelu(*operands(), implementation="fast")  # type: ignore[arg-type]

@@ -94,9 +94,8 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
         )
     serving = _ffi.serving(operator.forward.name)
     if implementation == "kernel" and not serving:
-        reasons = "; ".join(f"{name}: {status.detail}" for name, status in _ffi.status().items())
         raise ValueError(
-            f"implementation: no 'kernel' to serve here ({reasons}); use {plain!r} or None"
+            f"implementation: no 'kernel' to serve here ({_ffi.reasons()}); use {plain!r} or None"
         )
     if implementation == plain or not serving:
         return operator.definition(*operands)

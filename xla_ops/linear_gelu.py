@@ -30,14 +30,17 @@ def linear_bias_gelu(
 
     On CUDA, in half precision and up to 512 input channels, one kernel does it all: what goes into
     GELU is neither rounded nor written. Under differentiation, and everywhere else, it is the
-    product and `xla_ops.bias_gelu`.
+    product, rounded to x's dtype, and `xla_ops.bias_gelu`: in float16 a product beyond 65504 is
+    infinite there, whatever the bias.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
-        kernel: (C, K), of x's dtype.
+        kernel: (C, K), K at least 1, of x's dtype.
         bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
-        implementation: "jnp" runs anywhere; "kernel" is the one kernel, on CUDA alone; None takes
-            it where it is known to serve, and elsewhere the product and the best `bias_gelu`.
+        implementation: "jnp" runs anywhere; "kernel" is the one kernel, on CUDA alone, but for
+            gradients; None takes it where it is known to serve, and elsewhere the product and the
+            best `bias_gelu`. For `jax.export` the targets to name are
+            "internimage_linear_bias_gelu_forward" and those of `bias_gelu`.
 
     Returns:
         (N, H, W, K) of x's dtype.
@@ -56,13 +59,18 @@ def linear_bias_gelu(
         return bias_gelu(x @ kernel, bias, implementation="jnp")
     serving = _ffi.serving(_ffi.LINEAR_GELU_FORWARD)
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    fits = bool(serving) and half and not any(size % 8 for size in kernel.shape)
+    fits = half and not any(size % 8 for size in kernel.shape)
     if implementation == "kernel" and not fits:
         raise ValueError(
-            "implementation: no 'kernel' here: it wants a GPU of compute capability 8.0 or later, "
-            "bfloat16 or float16, and C and K in eights; use 'jnp' or None"
+            "implementation: the 'kernel' takes bfloat16 or float16, and C and K in eights, "
+            f"got {x.dtype} and a kernel of {kernel.shape}; use 'jnp' or None"
         )
-    if implementation == "kernel" or (fits and x.shape[-1] <= MOST_CHANNELS):
+    if implementation == "kernel" and not serving:
+        raise ValueError(
+            "implementation: no 'kernel' to serve here; it wants a GPU of compute capability 8.0 "
+            f"or later ({_ffi.reasons()}); use 'jnp' or None"
+        )
+    if implementation == "kernel" or (serving and fits and x.shape[-1] <= MOST_CHANNELS):
         with forward_mode_named("jnp"):
             return _differentiable(implementation is None, x, kernel, bias)
     return _in_two(x, kernel, bias)
@@ -105,9 +113,10 @@ def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> None:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    if kernel.ndim != 2 or kernel.shape[0] != x.shape[-1] or kernel.dtype != x.dtype:
+    shape = kernel.shape
+    if len(shape) != 2 or shape[0] != x.shape[-1] or shape[1] < 1 or kernel.dtype != x.dtype:
         raise ValueError(
-            f"kernel: expected shape ({x.shape[-1]}, K) and dtype {x.dtype}, "
+            f"kernel: expected shape ({x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
             f"got {kernel.shape} and {kernel.dtype}"
         )
     real = at_least_float32(x.dtype)

@@ -2,7 +2,7 @@
 // one, under sanitizers. Found before the real header of this name. Blocks run one after the other in
 // random order; the threads of a block are fibers. Between two barriers of the block its warps run one after
 // the other, in random order, and so do a warp's threads between two of its own: of two accesses that no
-// barrier orders, either may come first. Programs that include this have one thread of their own.
+// barrier orders, either may come first. Launches are made one at a time, by any thread.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -38,7 +39,13 @@ inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorNoKernelImageForDevice
+};
 using cudaStream_t = struct Stream*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
@@ -71,6 +78,7 @@ struct Settings {
   bool clear = true;  // whether memory is set at all
   size_t shared_limit = kShared;
   int processors = 4;
+  int ptx_version = 90;
 };
 inline Settings settings;
 
@@ -159,6 +167,7 @@ inline void run_block(unsigned threads) {
   }
 }
 
+inline std::mutex one_launch;            // at a time
 inline std::map<void*, size_t> allowed;  // dynamic shared memory beyond what any kernel may have
 
 }  // namespace cuda_on_host
@@ -182,6 +191,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   using namespace cuda_on_host;
+  const std::lock_guard<std::mutex> lock(one_launch);
   const size_t bytes = config->dynamicSmemBytes, limit = allowed[reinterpret_cast<void*>(kernel)];
   if (config->gridDim.x < 1 || config->gridDim.x > INT32_MAX || config->blockDim.x < 1 ||
       config->blockDim.x > 1024 || bytes > std::max<size_t>(limit, 48 << 10)) {
@@ -209,8 +219,12 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   if (cuda_on_host::settings.clear) std::memset(to, value, bytes);
   return cudaSuccess;
 }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "a launch that is not allowed";
+}
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int value) {
+  const std::lock_guard<std::mutex> lock(cuda_on_host::one_launch);
   if (size_t(value) > cuda_on_host::settings.shared_limit) return cudaErrorInvalidValue;
   cuda_on_host::allowed[reinterpret_cast<void*>(kernel)] = value;
   return cudaSuccess;
@@ -220,7 +234,10 @@ struct cudaFuncAttributes {
 };
 template <class F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
-  attributes->ptxVersion = 90;
+  attributes->ptxVersion = cuda_on_host::settings.ptx_version;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {

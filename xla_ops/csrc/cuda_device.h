@@ -171,6 +171,18 @@ inline bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+// The GPU at hand: shared memory that a block may ask for, in bytes, and multiprocessors.
+struct Device {
+  int shared = 0, processors = 0;
+};
+inline cudaError_t find_device(Device* to) {
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&to->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&to->processors, cudaDevAttrMultiProcessorCount, device);
+  return error;
+}
+
 // Puts one kernel on the stream; says so if it cannot.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared,

@@ -4,6 +4,7 @@
 // so XLA may record it into a command buffer. Scratch comes as a result that nobody reads.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "dcnv3_cuda.h"
@@ -229,6 +230,9 @@ ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand kernel, Opera
   int64_t sets;
   ffi::Error error = describe(x, kernel, bias, y, version, &call, &sets);
   if (error.failure()) return error;
+  bool serving = false;
+  if (cudaError_t error = serves(&serving)) return check("internimage_linear_bias_gelu", error);
+  if (!serving) return invalid("this GPU is of a compute capability below 8.0, or no code is built for it");
   for (; sets > 0; --sets, call = next_set(call)) {
     if (const char* why = refusal(call)) return invalid(why);
     if (cudaError_t error = forward(stream, call)) return check("internimage_linear_bias_gelu", error);
@@ -266,9 +270,14 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_linear_bias_gelu_forward", linear_gelu::cuda::kForward);
     return targets;
   });
-  m.def("missing", [] {
-    pybind11::list names;  // of the targets that the GPU in use is too old for
-    if (!linear_gelu::cuda::serves()) names.append("internimage_linear_bias_gelu_forward");
+  // The targets that a GPU, by CUDA's number, is too old for. It becomes the calling thread's own.
+  m.def("missing", [](int device) {
+    pybind11::list names;
+    bool serving = false;
+    cudaError_t error = cudaSetDevice(device);
+    if (!error) error = linear_gelu::cuda::serves(&serving);
+    if (error) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+    if (!serving) names.append("internimage_linear_bias_gelu_forward");
     return names;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for

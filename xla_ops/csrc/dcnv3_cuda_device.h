@@ -254,17 +254,6 @@ struct Map {
   int pixel_bytes;
 };
 
-// The GPU at hand: shared memory that a block may ask for, in bytes, and multiprocessors.
-struct Device {
-  int shared = 0, processors = 0;
-};
-inline cudaError_t find_device(Device* to) {
-  int device;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&to->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (!error) error = cudaDeviceGetAttribute(&to->processors, cudaDevAttrMultiProcessorCount, device);
-  return error;
-}
 // Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory where it can,
 // to compare.
 inline bool only_global() {

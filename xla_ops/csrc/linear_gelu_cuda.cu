@@ -5,6 +5,8 @@
 // tiles of x and of the kernel for the next steps are on their way into shared memory meanwhile. A warp
 // computes a part of the tile, all of it in registers, as float32. The result goes through shared memory
 // once more, so that what is written is whole rows.
+#include <atomic>
+
 #include "cuda_tensor_cores.h"
 #include "gelu_cuda_device.h"
 #include "linear_gelu_cuda.h"
@@ -136,15 +138,17 @@ cudaError_t launch_tiles(cudaStream_t stream, const Call& call) {
   return launch(stream, blocks, WM * WN * 32, kBytes, linear_gelu_kernel<T, BM, BN, WM, WN>, call);
 }
 
-// The largest tiles of which there are enough for all multiprocessors.
+// The largest tiles of which there are enough for most multiprocessors.
 template <class T>
 cudaError_t launch_form(cudaStream_t stream, const Call& call) {
-  constexpr int64_t kEnough = 96;
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
+  const int64_t enough = device.processors * 3 / 4;
   const auto tiles = [&](int64_t rows, int64_t columns) {
     return (call.rows + rows - 1) / rows * ((call.outputs + columns - 1) / columns);
   };
-  if (tiles(128, 128) >= kEnough) return launch_tiles<T, 128, 128, 4, 2>(stream, call);
-  if (tiles(64, 64) >= kEnough) return launch_tiles<T, 64, 64, 2, 2>(stream, call);
+  if (tiles(128, 128) >= enough) return launch_tiles<T, 128, 128, 4, 2>(stream, call);
+  if (tiles(64, 64) >= enough) return launch_tiles<T, 64, 64, 2, 2>(stream, call);
   return launch_tiles<T, 32, 64, 2, 2>(stream, call);
 }
 
@@ -161,11 +165,25 @@ const char* refusal(const Call& call) {
   return nullptr;
 }
 
-bool serves() {
-  cudaFuncAttributes attributes;
-  const auto kernel = linear_gelu_kernel<BFloat16, 128, 128, 4, 2>;
-  // Of the code that this GPU would run: another one's, compiled anew, would have no body.
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 80;
+cudaError_t serves(bool* answer) {
+  // By the number of the GPU: 0 not known, 1 no, 2 yes.
+  static std::atomic<int> known[64];
+  int device;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  std::atomic<int>* const cell = device < 64 ? &known[device] : nullptr;
+  int found = cell ? cell->load() : 0;
+  if (!found) {
+    cudaFuncAttributes attributes = {};
+    const cudaError_t error =
+        cudaFuncGetAttributes(&attributes, linear_gelu_kernel<BFloat16, 128, 128, 4, 2>);
+    const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+    if (error && !none) return error;
+    // Of the code that this GPU would run: an older one's, compiled anew, would have no body.
+    found = !none && attributes.ptxVersion >= 80 ? 2 : 1;
+    if (cell) cell->store(found);
+  }
+  *answer = found == 2;
+  return cudaSuccess;
 }
 
 cudaError_t forward(cudaStream_t stream, const Call& call) {

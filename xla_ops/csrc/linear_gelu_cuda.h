@@ -14,6 +14,7 @@ cudaError_t forward(cudaStream_t stream, const Call& call);
 const char* refusal(const Call& call);
 
 // Whether the GPU in use has tensor cores of the kind that the kernel wants, and code for them is here.
-bool serves();
+// Without them `forward` would write nothing.
+cudaError_t serves(bool* answer);
 
 }  // namespace linear_gelu::cuda

@@ -1,0 +1,82 @@
+"""The CUDA kernels as JAX calls them, without a GPU: a CPU runs their code (cuda_on_host)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import importlib.util
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import pybind11
+
+from tests.native import COMPILER, CSRC, TESTS
+from xla_ops import _ffi, custom_call
+from xla_ops.custom_call import Target
+from xla_ops.dcnv3_kernel import DCNv3
+from xla_ops.dwconv import DwconvNormGelu
+
+PREFIX = "host_"  # before the names of the targets, which the CPU's kernels have already
+
+
+@contextlib.contextmanager
+def cuda_kernels_on_host() -> Iterator[None]:
+    """Within, the operators on a CPU are the CUDA kernels, on the host."""
+    register()
+    custom_call_of, backward_of = custom_call._custom_call, {}
+
+    def host_call(target: Target, *leading: int) -> Any:
+        if not target.name.startswith(PREFIX):
+            target = target._replace(name=PREFIX + target.name)
+        return custom_call_of(target, *leading)
+
+    for operator in (DCNv3, DwconvNormGelu):
+        backward_of[operator] = operator.backward
+    with contextlib.ExitStack() as stack:
+        patch = lambda *arguments: stack.enter_context(mock.patch.object(*arguments))  # noqa: E731
+        patch(_ffi, "serving", lambda target: ("cpu",))
+        patch(custom_call, "_custom_call", host_call)
+        for operator, backward in backward_of.items():
+            patch(operator, "backward", lambda self, _, backward=backward: backward(self, "cuda"))
+        jax.clear_caches()  # of what was traced for the CPU's kernels, and then of this
+        try:
+            yield
+        finally:
+            jax.clear_caches()
+
+
+@functools.cache
+def register() -> None:
+    for name, handler in extension().targets().items():
+        jax.ffi.register_ffi_target(PREFIX + name, handler, platform="cpu")
+
+
+@functools.cache
+def extension() -> Any:
+    """The extension `_cuda`, built for the host."""
+    includes = pybind11.get_include(), jax.ffi.include_dir(), sysconfig.get_path("include")
+    options = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-DCPU_BASELINE"]
+    options += ["-fPIC", "-shared", "-fvisibility=hidden"]
+    options += [
+        f"-I{CSRC}",
+        f"-I{TESTS / 'cuda_on_host'}",
+        *(f"-isystem{path}" for path in includes),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "_cuda.so")
+        command = [COMPILER, *options, str(TESTS / "cuda_on_host" / "module.cc"), "-o", path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        loader = importlib.machinery.ExtensionFileLoader("_cuda", path)
+        spec = importlib.util.spec_from_loader("_cuda", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    return module

@@ -2,8 +2,9 @@
 
 A build that fails leaves the package working with the jnp form, and the reason in a file that
 `xla_ops.status()` reads. `INTERNIMAGE_CPU=1` turns the failure into an error, 0 skips the build;
-`INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`, or the one on the path; neither a GPU nor
-its driver is needed. `INTERNIMAGE_CUDA_ARCHS="80 90"` builds for these architectures only.
+`INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`, or the one on the path or in
+/usr/local/cuda; neither a GPU nor its driver is needed. `INTERNIMAGE_CUDA_ARCHS="80 90"` builds for
+these architectures only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -62,11 +64,11 @@ def cuda_extension() -> Extension:
 
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    folders = f"{home}/bin" if home else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+    nvcc = shutil.which("nvcc", path=folders)
     if nvcc is None:
-        raise RuntimeError(
-            f"no nvcc in {f'CUDA_HOME={home}' if home else 'PATH, and no CUDA_HOME'}"
-        )
+        where = f"CUDA_HOME={home}" if home else "PATH or /usr/local/cuda, and no CUDA_HOME"
+        raise RuntimeError(f"no nvcc in {where}")
     return nvcc
 
 
@@ -136,15 +138,22 @@ class BuildExt(build_ext):
         code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
         names = " ".join(f"sm_{arch}" for arch in archs)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
-        objects = []
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        for source in ext.sources:
-            objects.append(str(Path(self.build_temp) / f"{Path(source).name}.o"))
-            options = [*ext.extra_compile_args, *includes, f'-DINTERNIMAGE_CUDA_ARCHS="{names}"']
-            # As many threads as processors, over the architectures.
-            options += [*code, "--threads=0"] if source.endswith(".cu") else []
-            run([nvcc, *options, "-c", source, "-o", objects[-1]])
-        run([nvcc, "-shared", "-cudart=static", *objects, "-o", target])
+        options = [*ext.extra_compile_args, *includes, f'-DINTERNIMAGE_CUDA_ARCHS="{names}"']
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = {source: str(folder / f"{Path(source).name}.o") for source in ext.sources}
+        # All processors at work: files beside one another, and architectures where there are more.
+        processors = len(os.sched_getaffinity(0))
+        workers = min(processors, len(objects))
+        code.append(f"--threads={processors // workers}")
+
+        def compile_one(source: str) -> None:
+            device = code if source.endswith(".cu") else []
+            run([nvcc, *options, *device, "-c", source, "-o", objects[source]])
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(compile_one, sorted(objects, key=os.path.getsize, reverse=True)))
+        run([nvcc, "-shared", "-cudart=static", *objects.values(), "-o", target])
 
     def copy_extensions_to_source(self) -> None:  # of an editable install
         super().copy_extensions_to_source()  # skips what was not built: the extensions are optional

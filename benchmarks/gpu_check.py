@@ -1,139 +1,75 @@
 """Checks and measures the CUDA kernels on a GPU, in one call of less than nine minutes.
 
     python -m benchmarks.gpu_check --output gpu.json
+    python -m benchmarks.gpu_check --output more.json --no-build --only operator sanitize
     python -m benchmarks.gpu_check --official --dcnv4 --peer deformops=my_adapters:deformops
 
 In this order: builds the extensions for the GPU at hand, runs the tests on it (nothing is timed
 where they fail, unless --keep-going), times whole models and looks at what their programs consist
-of, times the operator beside its peers, times T with the choices that no GPU has confirmed made the
-other way, and runs compute-sanitizer where it is. The failure of a section is written down in the
-place of its result, and the file is written anew after each. `--platform cpu` tries all of it
-without a GPU, at sizes that say nothing.
+of (gpu_model), times the choices that no GPU has confirmed made the other way, the operator beside
+its peers (gpu_op), the other layers (gpu_layers), and runs compute-sanitizer where it is.
+
+Each section is a process of its own with a limit of its own, and each row is written down as it
+comes: what fails, hangs or brings down the GPU's context costs its section's remaining rows and no
+others. `--platform cpu` tries all of it without a GPU, at sizes that say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
+import re
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-from benchmarks import gpu_op
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 530.0  # seconds, all in all
 
+Row = dict[str, Any]
+Rows = Iterator[tuple[Row, Callable[[], Row]]]  # what a row is of, and what measures it
 
-# ---- whole models ----
+
+class Section(NamedTuple):
+    """Rows that one process measures: where they are made, and seconds that it may take."""
+
+    name: str
+    place: str
+    seconds: float
 
 
-def time_model(name: str, batch: int, side: int | None, calls: int) -> dict[str, Any]:
-    """How fast it is in bfloat16, and the steps of its program."""
-    from benchmarks.gpu_target import compiled_with_steps
-    from benchmarks.model import random_forward
-    from internimage_jax.config import released_model
+SECTIONS = (
+    Section("models", "benchmarks.gpu_model:models", 130),
+    Section("choices", "benchmarks.gpu_model:choices", 120),
+    Section("operator", "benchmarks.gpu_op:rows", 150),
+    Section("layers", "benchmarks.gpu_layers:rows", 60),
+    Section("sanitize", "benchmarks.gpu_check:sanitize", 120),
+)
 
-    released = released_model(name)
-    start = time.perf_counter()
-    lowered, leaves, images = random_forward(
-        released.config, batch, side or released.image_size, "bfloat16"
-    )
-    compiled, steps = compiled_with_steps(lowered)
-    compiled(leaves, images).block_until_ready()
-    ready = time.perf_counter() - start
-    times = []
-    for _ in range(calls):
+
+# ---- in a section's process ----
+
+
+def serve(section: Section, options: argparse.Namespace) -> None:
+    """Measures the rows and prints them, a line each; one that fails does not end the others."""
+    module, _, function = section.place.partition(":")
+    for row, measure in getattr(importlib.import_module(module), function)(options):
         start = time.perf_counter()
-        compiled(leaves, images).block_until_ready()
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times)
-    row = {"model": name, "batch": batch, "milliseconds": 1e3 * median}
-    row |= {"images_per_second": batch / median, "seconds_to_first_result": ready}
-    return row | steps
-
-
-def time_models(check: Check) -> Iterator[dict[str, Any]]:
-    """The models as they are."""
-    cpu = check.options.platform == "cpu"
-    for name in ("internimage_t_1k_224", "internimage_b_1k_224"):
-        for batch in (1, 2) if cpu else (1, 64):
-            if check.seconds_left() < 45:
-                yield {"stopped": f"no time left at {name}, batch {batch}"}
-                return
-            yield time_model(name, batch, 64 if cpu else None, 5 if cpu else 30)
-
-
-def time_choices(check: Check) -> Iterator[dict[str, Any]]:
-    """T with what was chosen without a GPU chosen the other way."""
-    import jax
-
-    from internimage_jax import common
-
-    cpu = check.options.platform == "cpu"
-    linear_gelu = importlib.import_module("xla_ops.linear_gelu")
-    choices = {
-        "every convolution a product": (common, "LARGEST_PATCHES", 1 << 60),
-        "no convolution a product": (common, "LARGEST_PATCHES", 0),
-        "GELU in every product": (linear_gelu, "MOST_CHANNELS", 1 << 30),
-        "GELU in no product": (linear_gelu, "MOST_CHANNELS", 0),
-    }
-    for batch in (1, 2) if cpu else (1, 64):
-        for choice, (module, name, value) in choices.items():
-            if check.seconds_left() < 75:
-                yield {"stopped": f"no time left at {choice}, batch {batch}"}
-                return
-            jax.clear_caches()  # of layers traced with another choice
-            with mock.patch.object(module, name, value):
-                row = time_model(
-                    "internimage_t_1k_224", batch, 64 if cpu else None, 5 if cpu else 30
-                )
-            yield {"choice": choice, **row}
-
-
-# ---- build and tests ----
-
-
-def build(check: Check) -> Iterator[dict[str, Any]]:
-    """Builds in place for the GPU's architecture; the figures of a full build are in the docs."""
-    if check.options.no_build:
-        yield {"skipped": "--no-build"}
-        return
-    cuda = "0" if check.options.platform == "cpu" else "1"
-    environment = {**os.environ, "INTERNIMAGE_CUDA": cuda, "INTERNIMAGE_CPU": "1"}
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        capability = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        environment["INTERNIMAGE_CUDA_ARCHS"] = capability.split()[0].replace(".", "")
-    start = time.perf_counter()
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    check.run(command, timeout=240, environment=environment)
-    sizes = {path.name: path.stat().st_size for path in (ROOT / "xla_ops").glob("_*.so")}
-    yield {"seconds": time.perf_counter() - start, "bytes": sizes}
-
-
-def test(check: Check) -> Iterator[dict[str, Any]]:
-    """The operators' tests on the GPU."""
-    environment = check.environment() | {"INTERNIMAGE_GPU_TESTS_ON": check.options.platform}
-    files = ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", *files]
-    try:
-        output = check.run(command, timeout=200, environment=environment)
-    except RuntimeError:
-        check.correct = False
-        raise
-    summary = output.strip().splitlines()[-1]
-    check.correct = "passed" in summary and "skipped" not in summary
-    yield {"summary": summary}
+        try:
+            row = row | measure()
+        except Exception as error:
+            row = row | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        print(json.dumps(row | {"took": round(time.perf_counter() - start, 1)}), flush=True)
 
 
 SANITIZED = """
@@ -148,98 +84,167 @@ for dtype, depth, size in (("bfloat16", 16, 9), ("float32", 5, 9), ("float32", 4
         y = xla_ops.dwconv_norm_gelu(x, kernel, v, v, v, implementation="kernel")
         return xla_ops.bias_gelu(y, v, implementation="kernel").astype("float32").sum()
     jax.block_until_ready(jax.jit(jax.value_and_grad(layers, (0, 1, 2)))(x, kernel, vector))
-    if dtype == "bfloat16":
-        w, b = jnp.ones((2 * depth, 136), dtype), jnp.ones(136, dtype)
-        product = lambda *a: xla_ops.linear_bias_gelu(*a, implementation="kernel")
-        jax.block_until_ready(jax.jit(product)(x, w, b))
+# The planes in shared memory, and each size of tile with its buffers in use more than once.
+x = jnp.ones((64, 28, 28, 128), "bfloat16")
+rows = jnp.ones((64, 28, 28, xla_ops.Record(8, 9).width), "bfloat16") * 3
+f = lambda *a: xla_ops.dcnv3_fused(*a, group=8, implementation="kernel").astype("float32").sum()
+jax.block_until_ready(jax.jit(jax.value_and_grad(f, (0, 1)))(x, rows))
+product = jax.jit(lambda *a: xla_ops.linear_bias_gelu(*a, implementation="kernel"))
+for rows, outputs in ((81, 136), (1600, 264), (6500, 264)):
+    x, w, b = (jnp.ones(s, "bfloat16") for s in ((1, 1, rows, 136), (136, outputs), outputs))
+    jax.block_until_ready(product(x, w, b))
 """
 
 
-def sanitize(check: Check) -> Iterator[dict[str, Any]]:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        yield {"skipped": "no compute-sanitizer"}
-        return
-    for kind in ("memcheck", "racecheck"):
+def sanitize(options: argparse.Namespace) -> Rows:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+
+    def measure(kind: str) -> Row:
+        if not os.access(tool, os.X_OK):
+            return {"skipped": "no compute-sanitizer"}
         command = [tool, "--tool", kind]
         command += [
             f"--kernel-name=kernel_substring={name}" for name in ("dcnv3", "dwconv", "gelu")
         ]
         command += ["--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-        output = check.run(command, timeout=60, environment=check.environment())
-        yield {"tool": kind, "summary": output.strip().splitlines()[-1]}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return {"exit_status": done.returncode, "output": done.stdout.strip()[-500:]}
+
+    for kind in ("memcheck", "racecheck"):
+        yield {"tool": kind}, lambda kind=kind: measure(kind)
+
+
+# ---- in the process that was started ----
 
 
 class Check:
-    """The run: its clock, its results, and how to do something that may fail."""
+    """The run: its clock, and its results, which are in the file at any time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.start = time.perf_counter()
         self.results: dict[str, Any] = {}
-        self.correct = False
-        self.peers: dict[str, Callable] = {}
-        if options.official:
-            self.peers["official"] = gpu_op.official
-        if options.dcnv4:
-            self.peers["dcnv4"] = gpu_op.dcnv4
-        for peer in options.peer:
-            name, _, place = peer.partition("=")
-            module, _, function = place.partition(":")
-            self.peers[name] = getattr(importlib.import_module(module), function)
 
     def seconds_left(self) -> float:
         return BUDGET - (time.perf_counter() - self.start)
 
+    def note(self, section: str, row: Row) -> None:
+        self.results.setdefault(section, []).append(row)
+        partial = self.options.output.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, indent=1) + "\n")
+        partial.replace(self.options.output)
+        print(f"{section}: {json.dumps(row)}", flush=True)
+
     def environment(self) -> dict[str, str]:
-        platforms = "cpu" if self.options.platform == "cpu" else "cuda,cpu"
-        # The tests and this process share the GPU's memory.
-        return {**os.environ, "JAX_PLATFORMS": platforms, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        cpu = self.options.platform == "cpu"
+        path = os.environ.get("PYTHONPATH", "")
+        return {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu" if cpu else "cuda,cpu",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
+        }
 
-    def run(self, command: list[str], timeout: float, environment: dict[str, str]) -> str:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={
-                **environment,
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(5, min(timeout, self.seconds_left())),
-        )
-        if done.returncode:
-            raise RuntimeError(f"{command[0]} exits with {done.returncode}: {done.stdout[-3000:]}")
-        return done.stdout
+    def run(
+        self, section: str, command: list[str], seconds: float, **environment: str
+    ) -> tuple[bool, list[str]]:
+        """Runs a command in at most `seconds`; whether it ended well, and the lines it printed.
 
-    def attempt(self, function: Callable, *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}"[:500]}
+        Lines that are JSON objects become rows of the section. So does a failure, with the end of
+        what was printed.
+        """
+        seconds = max(5.0, min(seconds, self.seconds_left()))
+        lines: list[str] = []
+        with tempfile.TemporaryFile("w+", errors="replace") as other:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment() | environment,
+                stdout=subprocess.PIPE,
+                stderr=other,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+            stopped = threading.Event()
 
-    def section(self, function: Callable[[Check], Iterator[dict[str, Any]]]) -> None:
-        """Collects what a section yields; what it raises takes the place of the rest."""
-        rows: list[dict[str, Any]] = []
-        start = time.perf_counter()
-        try:
-            for row in function(self):
-                rows.append(row)
-                print(f"{function.__name__}: {json.dumps(row)}", flush=True)
-        except Exception as error:
-            rows.append({"error": f"{type(error).__name__}: {error}"[:3000]})
-            traceback.print_exc()
-        took = round(time.perf_counter() - start, 1)
-        self.results[function.__name__] = {"seconds": took, "rows": rows}
-        self.options.output.write_text(json.dumps(self.results, indent=1) + "\n")
+            def stop() -> None:
+                stopped.set()
+                os.killpg(process.pid, signal.SIGKILL)
+
+            timer = threading.Timer(seconds, stop)
+            timer.start()
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    lines.append(line)
+                    if line.startswith("{"):
+                        self.note(section, json.loads(line))
+                status = process.wait()
+            finally:
+                timer.cancel()
+            other.seek(0)
+            errors = other.read()
+        if status:
+            why = f"stopped after {seconds:.0f} s" if stopped.is_set() else f"exits with {status}"
+            printed = "".join(line for line in lines if not line.startswith("{")) + errors
+            self.note(section, {"error": f"{command[1:4]} {why}", "printed": printed[-3000:]})
+        return status == 0, lines + errors.splitlines(keepends=True)
+
+
+def build(check: Check) -> None:
+    """Builds in place for the GPU's architecture; the figures of a full build are in the docs."""
+    environment = {"INTERNIMAGE_CUDA": "0" if check.options.platform == "cpu" else "1"}
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        capability = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        environment["INTERNIMAGE_CUDA_ARCHS"] = capability.split()[0].replace(".", "")
+    start = time.perf_counter()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done, _ = check.run("build", command, 240, INTERNIMAGE_CPU="1", **environment)
+    if done:
+        sizes = {path.name: path.stat().st_size for path in (ROOT / "xla_ops").glob("_*.so")}
+        check.note("build", {"seconds": time.perf_counter() - start, "bytes": sizes})
+
+
+def test(check: Check) -> bool:
+    """Runs the operators' tests there; whether all passed, and some did."""
+    cpu = check.options.platform == "cpu"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    command += ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
+    if importlib.util.find_spec("xdist"):  # compiling is most of the time
+        command += ["-n", str(min(8, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+    environment = {"INTERNIMAGE_GPU_TESTS_ON": "host" if cpu else "cuda"}
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers share the GPU's memory
+    done, lines = check.run("test", command, 300 if cpu else 200, **environment)
+    summary = summary_of(lines)
+    check.note("test", {"summary": summary})
+    return done and "passed" in summary
+
+
+def summary_of(lines: list[str]) -> str:
+    """pytest's last word, wherever it is in what was printed."""
+    found = [
+        line.strip() for line in lines if re.search(r"\d+ (passed|failed|skipped|error)", line)
+    ]
+    return found[-1] if found else "no summary"
+
+
+DESCRIBE = """
+import json, flax, jax, jaxlib, xla_ops
+kernels = {name: list(status) for name, status in xla_ops.status().items()}
+print(json.dumps({"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__,
+                  "device": jax.devices()[0].device_kind, "kernels": kernels}))
+"""
 
 
 def main() -> None:
+    names = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run")
     parser.add_argument("--no-build", action="store_true", help="take the extensions as they are")
+    parser.add_argument("--no-test", action="store_true", help="they have passed")
     parser.add_argument("--keep-going", action="store_true", help="times even what fails its tests")
     parser.add_argument("--official", action="store_true", help="ops_dcnv3 is built and importable")
     parser.add_argument("--dcnv4", action="store_true", help="DCNv4 is importable")
@@ -247,26 +252,24 @@ def main() -> None:
         "--peer", action="append", default=[], metavar="NAME=MODULE:FUNCTION",
         help="a function of torch tensors (x, offset, mask, group) to time as well",
     )  # fmt: skip
+    parser.add_argument("--section", choices=names, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    sections = {section.name: section for section in SECTIONS}
+    if options.section:
+        serve(sections[options.section], options)
+        return
     check = Check(options)
-    os.environ.update(check.environment())
-    check.section(build)
-    check.section(test)
-    if not check.correct and not options.keep_going:
+    if not options.no_build:
+        build(check)
+    check.run("machine", [sys.executable, "-c", DESCRIBE], 60)
+    if not options.no_test and not test(check) and not options.keep_going:
         sys.exit(f"the tests did not pass, so nothing is timed: see {options.output}")
-    import jax
-
-    import xla_ops
-
-    check.results["machine"] = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "kernels": {name: list(status) for name, status in xla_ops.status().items()},
-    }
-    check.section(time_models)
-    check.section(gpu_op.time_operator)
-    check.section(time_choices)
-    check.section(sanitize)
+    for name in options.only:
+        command = [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:], "--section", name]
+        if check.seconds_left() < 20:
+            check.note(name, {"skipped": "no time left"})
+        else:
+            check.run(name, command, sections[name].seconds)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Times DCNv3 on a GPU, at the shapes of the models' layers, beside its peers and its floors.
 
-A part of `benchmarks.gpu_check`. Times have no launch in them: a program applies the operator many
-times in a row, each time to the result of the last, and the difference between long and short
-programs is what counts.
+A section of `benchmarks.gpu_check`. A program applies the operator many times in a row, each time
+to the result of the last, and the difference between long and short programs is what counts; both
+are long enough for XLA to launch them as CUDA graphs, so the gap from one node to the next is in
+the times and the cost of a launch is not. A small map stays in the second-level cache from one
+application to the next, as it would within a model; floors of what DRAM moves are for others.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import importlib
 import os
 import statistics
 import time
@@ -16,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_check import Check
+    from benchmarks.gpu_check import Rows
 
 POINTS = 9
 
@@ -39,37 +43,50 @@ def stages(model: str, batch: int, side: int, channels: int, group: int) -> Iter
 STAGES = [
     Stage("published", 64, 56, 128, 4),
     *stages("T", 64, 56, 64, 4),
+    *stages("H", 4, 160, 320, 10),
+    *stages("T at batch 1, ", 1, 56, 64, 4),
     *stages("B", 64, 56, 112, 7),
     *stages("L", 16, 96, 160, 10),
-    *stages("H", 4, 160, 320, 10),
 ]
 TINY = [Stage("tiny", 2, 8, 32, 2)]
 
 
-class Peak(NamedTuple):
-    """What a GPU can do: bytes a second from DRAM; multiprocessors and their clock."""
+def copy_rate() -> dict[str, float]:
+    """Bytes a second, read and written, of adding one to a gigabyte: what DRAM gives here."""
+    import jax
+    import jax.numpy as jnp
 
-    dram: float
-    processors: int
-    clock: float
+    count = 1 << (28 if jax.default_backend() == "gpu" else 20)
+    x = jnp.zeros(count, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    add(x).block_until_ready()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        add(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return {"bytes_a_second": 8 * count / statistics.median(times)}
 
 
-PEAKS = {"H200": Peak(4.3e12, 132, 1.98e9), "H100": Peak(3.35e12, 132, 1.98e9)}
-PEAKS["A100"] = Peak(2.0e12, 108, 1.41e9)
+def floors(stage: Stage, dtype: str) -> dict[str, float]:
+    """Microseconds that a forward call cannot go below: for what it moves, by the data sheet's rate
+    of DRAM, unless that stays in the second-level cache; and for what it reads on the chip.
+    """
+    import jax
 
+    from benchmarks.gpu_target import GPUS
 
-def floors(stage: Stage, dtype: str, device: str) -> dict[str, float]:
-    """Microseconds that a forward call cannot go below, for what it moves and for what it reads."""
-    peak = next((peak for name, peak in PEAKS.items() if name in device), None)
-    if peak is None:
+    device = jax.devices()[0].device_kind
+    gpu = next((gpu for name, gpu in GPUS.items() if name in device), None)
+    if gpu is None:
         return {}
     size = 4 if dtype == "float32" else 2
     pairs = stage.batch * stage.side**2 * stage.group
     depth = stage.channels // stage.group
     moved = pairs * (2 * depth * size + 28 * size)  # x once, y once, the record
     taps = pairs * POINTS * 4 * depth * size  # through shared memory or L1, 128 bytes a clock
-    on_chip = taps / (peak.processors * 128 * peak.clock)
-    return {"dram_us": 1e6 * moved / peak.dram, "taps_us": 1e6 * on_chip}
+    found = {"moved": moved, "taps_us": 1e-3 * taps / (gpu.processors * 128 * gpu.clock)}
+    return found | ({"dram_us": 1e6 * moved / gpu.bandwidth} if moved > gpu.level2 else {})
 
 
 def operands(stage: Stage, spread: float) -> list[Any]:
@@ -84,9 +101,12 @@ def operands(stage: Stage, spread: float) -> list[Any]:
     return [x, spread * offset, logits, dy]
 
 
-def slope(run: Callable[[int], Callable[[], Any]], few: int, many: int, repeats: int) -> float:
-    """Microseconds of one application, from programs of `few` and of `many`; run(n)() waits."""
-    times: dict[int, list[float]] = {few: [], many: []}
+FEW, MANY = 8, 32  # applications in a program; of fewer than five launches XLA makes no graph
+
+
+def slope(run: Callable[[int], Callable[[], Any]], repeats: int = 7) -> float:
+    """Microseconds of one application, from programs of few and of many; run(n)() waits."""
+    times: dict[int, list[float]] = {FEW: [], MANY: []}
     programs = {n: run(n) for n in times}
     for program in programs.values():
         program()
@@ -95,8 +115,8 @@ def slope(run: Callable[[int], Callable[[], Any]], few: int, many: int, repeats:
             start = time.perf_counter()
             program()
             times[n].append(time.perf_counter() - start)
-    short, long = (statistics.median(times[n]) for n in (few, many))
-    return 1e6 * (long - short) / (many - few)
+    short, long = (statistics.median(times[n]) for n in (FEW, MANY))
+    return 1e6 * (long - short) / (MANY - FEW)
 
 
 def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, float]:
@@ -138,7 +158,7 @@ def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, f
 
         return lambda: program(dy, x, *points).block_until_ready()
 
-    return {"forward_us": slope(forward, 2, 12, 7), "backward_us": slope(backward, 2, 12, 5)}
+    return {"forward_us": slope(forward), "backward_us": slope(backward)}
 
 
 @contextlib.contextmanager
@@ -175,7 +195,7 @@ def dcnv4(x: Any, offset: Any, mask: Any, group: int) -> Any:
 
 def time_peer(
     peer: Callable, stage: Stage, dtype: str, spread: float, device: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
     import torch
@@ -193,55 +213,89 @@ def time_peer(
     difference = np.abs(y.detach().float().cpu().numpy() - wanted).max() / np.abs(wanted).max()
     if not difference < (1e-3 if dtype == "float32" else 5e-2):
         raise RuntimeError(f"its output differs from ours by {difference:.1e} of the largest value")
+    found: dict[str, Any] = {"difference": float(difference)}
 
-    def timed(run: Callable[[], Any]) -> float:
-        for _ in range(3):
+    def forward() -> None:
+        with torch.no_grad():
+            peer(x, offset, mask, stage.group)
+
+    def backward() -> None:
+        torch.autograd.grad(y, x, dy, retain_graph=True)
+
+    for name, run in (("forward", forward), ("backward", backward)):
+        us, replayed = microseconds(run, device)
+        found |= {f"{name}_us": us, f"{name}_as_graph": replayed}
+    return found
+
+
+def microseconds(run: Callable[[], None], device: str) -> tuple[float, bool]:
+    """Of one call among ten, as a CUDA graph where the code can be captured in one: launched from
+    Python, a short kernel's time would be Python's. Whether it was.
+    """
+    import torch
+
+    for _ in range(3):
+        run()
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e6 * (time.perf_counter() - start), False
+
+    def ten() -> None:
+        for _ in range(10):
             run()
-        if device == "cpu":
-            start = time.perf_counter()
-            run()
-            return 1e6 * (time.perf_counter() - start)
-        times = []
-        for _ in range(7):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            for _ in range(10):
-                run()
-            last.record()
-            torch.cuda.synchronize()
-            times.append(100 * first.elapsed_time(last))
-        return statistics.median(times)
 
-    with torch.no_grad():
-        forward = timed(lambda: peer(x, offset, mask, stage.group))
-    backward = timed(lambda: torch.autograd.grad(y, x, dy, retain_graph=True))
-    return {"difference": float(difference), "forward_us": forward, "backward_us": backward}
+    replay, captured = ten, False
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ten()
+        replay, captured = graph.replay, True
+    except RuntimeError:
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(7):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(100 * first.elapsed_time(last))
+    return statistics.median(times), captured
 
 
-def time_operator(check: Check) -> Iterator[dict[str, Any]]:
-    import jax
+def rows(options: argparse.Namespace) -> Rows:
+    """The published shape and T's and H's layers first: the others may find no time left."""
+    cpu = options.platform == "cpu"
+    yield {"what": "copy"}, copy_rate
+    peers: dict[str, Callable] = {"official": official} if options.official else {}
+    peers |= {"dcnv4": dcnv4} if options.dcnv4 else {}
+    for peer in options.peer:
+        name, _, place = peer.partition("=")
+        module, _, function = place.partition(":")
+        peers[name] = getattr(importlib.import_module(module), function)
+    for spread in (1.0, 20.0):
+        for stage in TINY if cpu else STAGES:
+            dtypes = ("bfloat16", "float32") if stage.name in ("published", "T1") else ("bfloat16",)
+            for dtype in dtypes:
+                row = {**stage._asdict(), "dtype": dtype, "spread": spread}
+                yield row, functools.partial(measure, stage, dtype, spread, peers, cpu)
 
-    device = jax.devices()[0].device_kind
-    cpu = check.options.platform == "cpu"
-    for stage in TINY if cpu else STAGES:
-        for dtype in ("bfloat16", "float32"):
-            wide = dtype == "bfloat16" or stage.name in ("published", "tiny")
-            for spread in (1.0, 20.0) if wide else (1.0,):
-                if check.seconds_left() < 60:
-                    yield {"stopped": f"no time left at {stage.name}"}
-                    return
-                row: dict[str, Any] = {**stage._asdict(), "dtype": dtype, "spread": spread}
-                forms = ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",)
-                for form in forms:
-                    row[form] = check.attempt(time_ours, stage, dtype, spread, form)
-                # Without planes in shared memory where there is a choice, to see if it is right.
-                with only_global():
-                    row["fused_global"] = check.attempt(time_ours, stage, dtype, spread, "fused")
-                row |= floors(stage, dtype, device)
-                for name, peer in check.peers.items():
-                    kind = (
-                        "float16" if name in ("official", "dcnv4") and dtype != "float32" else dtype
-                    )
-                    where = "cpu" if cpu else "cuda"
-                    row[name] = check.attempt(time_peer, peer, stage, kind, spread, where)
-                yield row
+
+def measure(
+    stage: Stage, dtype: str, spread: float, peers: dict[str, Callable], cpu: bool
+) -> dict[str, Any]:
+    found: dict[str, Any] = floors(stage, dtype)
+    for form in ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",):
+        found[form] = time_ours(stage, dtype, spread, form)
+    # Without planes in shared memory where there is a choice, to see if it is right.
+    with only_global():
+        found["fused_global"] = time_ours(stage, dtype, spread, "fused")
+    for name, peer in peers.items():
+        kind = "float16" if name in ("official", "dcnv4") and dtype != "float32" else dtype
+        try:
+            found[name] = time_peer(peer, stage, kind, spread, "cpu" if cpu else "cuda")
+        except Exception as error:  # ours stand without it
+            found[name] = {"error": f"{type(error).__name__}: {error}"[-500:]}
+    return found

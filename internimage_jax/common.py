@@ -117,7 +117,8 @@ def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cuda=by_patches, default=conv)
 
 
-# Bytes. What stays in a GPU's second-level cache, 50 MB of an H100, costs no time of its memory.
+# Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
+# cache, 50 MB of an H100, costs no time of its memory.
 LARGEST_PATCHES = 32 << 20
 
 

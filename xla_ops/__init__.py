@@ -1,4 +1,4 @@
-"""The operators of InternImage for JAX: DCNv3, and the depthwise layer before its offsets."""
+"""The operators of InternImage for JAX: DCNv3, and the layers around it that gain by a kernel."""
 
 from xla_ops._ffi import Status, status
 from xla_ops.bias_gelu import bias_gelu

@@ -1,0 +1,89 @@
+"""Times the layers besides DCNv3 on a GPU, beside what XLA makes of them.
+
+A section of `benchmarks.gpu_check`. Shapes are those of T and B at batch 64, and wider ones, since
+it is open up to how many channels `linear_bias_gelu` pays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+import xla_ops
+from benchmarks.gpu_op import MANY, slope
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_check import Row, Rows
+
+# batch, side, channels
+PRODUCTS = [(64, 56, 64), (64, 28, 128), (64, 14, 256), (64, 7, 512), (64, 7, 896), (64, 12, 1280)]
+PRODUCTS += [(1, 56, 64), (1, 28, 128), (1, 14, 256), (1, 7, 512)]
+MAPS = [(64, 56, 64), (64, 14, 256), (1, 14, 256)]
+TINY = [(2, 8, 32)]
+
+
+def rows(options: argparse.Namespace) -> Rows:
+    cpu = options.platform == "cpu"
+    for shape in TINY if cpu else PRODUCTS:
+        yield {"layer": "linear_bias_gelu", "shape": shape}, functools.partial(product, shape, cpu)
+    for shape in TINY if cpu else MAPS:
+        for layer in ("dwconv_norm_gelu", "bias_gelu"):
+            yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def product(shape: tuple[int, int, int], cpu: bool) -> Row:
+    """Microseconds of fc1 of an MLP, by one kernel, as product and `bias_gelu`, and as XLA's own.
+
+    Each application has weights of its own and the same x; all results are kept.
+    """
+    n, side, channels = shape
+    x, bias = normal(0, n, side, side, channels), normal(1, 4 * channels)
+    weights = [normal(i, channels, 4 * channels) / channels**0.5 for i in range(MANY)]
+    in_two = lambda x, w, b: xla_ops.bias_gelu(x @ w, b)  # noqa: E731
+    one = functools.partial(xla_ops.linear_bias_gelu, implementation="kernel")
+    forms = {"one_kernel": one, "product_and_bias_gelu": in_two}
+    forms["xla"] = functools.partial(xla_ops.linear_bias_gelu, implementation="jnp")
+    if cpu:
+        del forms["one_kernel"]  # there is none
+
+    def program(form: Callable[..., jax.Array], count: int) -> Callable[[], Any]:
+        run = jax.jit(lambda x, ws, b: [form(x, w, b) for w in ws])
+        return lambda: jax.block_until_ready(run(x, weights[:count], bias))
+
+    found = {name: slope(functools.partial(program, form)) for name, form in forms.items()}
+    work = 2 * n * side**2 * 4 * channels**2
+    return {f"{name}_us": us for name, us in found.items()} | {
+        f"{name}_tflops": work / us / 1e6 for name, us in found.items()
+    }
+
+
+def in_a_row(shape: tuple[int, int, int], layer: str) -> Row:
+    """Microseconds of a layer applied to its own result, by the kernel and in jnp."""
+    n, side, channels = shape
+    x, vector = normal(0, n, side, side, channels), normal(1, channels)
+    kernel = normal(2, 3, 3, channels)
+
+    def program(form: str, count: int) -> Callable[[], Any]:
+        @jax.jit
+        def run(x: jax.Array) -> jax.Array:
+            for _ in range(count):
+                if layer == "dwconv_norm_gelu":
+                    x = xla_ops.dwconv_norm_gelu(
+                        x, kernel, vector, vector, vector, implementation=form
+                    )
+                else:
+                    x = xla_ops.bias_gelu(x, vector, implementation=form)
+            return x
+
+        return lambda: run(x).block_until_ready()
+
+    return {f"{form}_us": slope(functools.partial(program, form)) for form in ("kernel", "jnp")}

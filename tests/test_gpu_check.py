@@ -1,0 +1,85 @@
+"""The script that a GPU gets one call of: what fails or hangs costs its own rows and no others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Check, Section, serve, summary_of
+
+
+def rows(options: argparse.Namespace) -> Iterator:
+    def fail() -> dict:
+        raise RuntimeError("out of memory")
+
+    yield {"n": 1}, lambda: {"us": 2.0}
+    yield {"n": 2}, fail
+    yield {"n": 3}, lambda: {"us": 4.0}
+
+
+def test_a_row_that_fails_does_not_end_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    serve(Section("rows", f"{__name__}:rows", 1), argparse.Namespace())
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(row.pop("took") >= 0 for row in found)
+    assert found == [
+        {"n": 1, "us": 2.0},
+        {"n": 2, "error": "RuntimeError: out of memory"},
+        {"n": 3, "us": 4.0},
+    ]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    return Check(argparse.Namespace(output=tmp_path / "gpu.json", platform="cpu"))
+
+
+def test_what_was_measured_before_a_crash_is_kept(check: Check) -> None:
+    code = "import os, sys; print('{\"us\": 3}', flush=True); sys.stderr.write('bad'); os.abort()"
+    done, _ = check.run("operator", [sys.executable, "-c", code], 60)
+    assert not done
+    written = json.loads(check.options.output.read_text())
+    assert written["operator"][0] == {"us": 3}
+    assert "exits with -6" in written["operator"][1]["error"]
+    assert written["operator"][1]["printed"].endswith("bad")
+
+
+def test_a_section_that_hangs_is_stopped_with_what_it_started(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = tmp_path / "late"
+    child = f"import time, pathlib; time.sleep(7); pathlib.Path({str(late)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.perf_counter()
+    done, _ = check.run("models", [sys.executable, "-c", code], 5)
+    assert not done and time.perf_counter() - start < 7
+    assert "stopped after 5 s" in check.results["models"][0]["error"]
+    time.sleep(max(0, start + 9 - time.perf_counter()))
+    assert not late.exists()
+
+
+@pytest.mark.parametrize(
+    ("printed", "summary"),
+    [
+        (
+            ["...\n", "5 passed, 1 skipped in 3s\n", "E0000 cuda: closing\n"],
+            "5 passed, 1",
+        ),
+        (["1 failed, 4 passed in 2s\n"], "1 failed"),
+        (["Segmentation fault\n"], "no summary"),
+    ],
+)
+def test_the_summary_is_found_among_other_lines(printed: list[str], summary: str) -> None:
+    assert summary_of(printed).startswith(summary)
+
+
+def test_each_section_is_there() -> None:
+    for section in gpu_check.SECTIONS:
+        module, _, function = section.place.partition(":")
+        assert callable(getattr(__import__(module, fromlist=[function]), function))

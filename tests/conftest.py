@@ -14,12 +14,15 @@ import tempfile
 # compile them, and so is everything under a later jaxlib, but for LLVM's optimisation. XLA for GPUs
 # heeds these flags as well and does not do without, so they are for a CPU alone.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        + " --xla_cpu_use_fusion_emitters=false"
+        * importlib.metadata.version("jaxlib").startswith("0.10.")
+    )
 # What several tests or their processes compile is compiled once; pytest-xdist's workers share it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="internimage-tests-")

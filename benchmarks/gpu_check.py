@@ -175,10 +175,11 @@ class Check:
             timer.start()
             try:
                 assert process.stdout is not None
-                for line in process.stdout:
-                    lines.append(line)
-                    if line.startswith("{"):
-                        self.note(section, json.loads(line))
+                with process.stdout:
+                    for line in process.stdout:
+                        lines.append(line)
+                        if line.startswith("{"):
+                            self.note(section, json.loads(line))
                 status = process.wait()
             finally:
                 timer.cancel()

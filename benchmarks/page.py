@@ -150,12 +150,8 @@ def plot(rows: Sequence[Row]) -> None:
         plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", type=Path, help="files of JSON lines")
-    options = parser.parse_args()
-    rows = [json.loads(line) for path in options.results for line in path.read_text().splitlines()]
-    page = PAGE.read_text()
+def with_tables(page: str, rows: Sequence[Row]) -> str:
+    """The page with the tables that there are results for."""
     for name, (columns, wanted) in TABLES.items():
         chosen = [row for row in rows if wanted(row)]
         if not chosen:
@@ -165,7 +161,19 @@ def main() -> None:
         page, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], page, flags=re.S)
         if count != 1:
             raise SystemExit(f"{PAGE.name}: {count} places for table {name}, expected 1")
-    PAGE.write_text(page)
+    return page
+
+
+def read(paths: Sequence[Path]) -> list[Row]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="files of JSON lines")
+    options = parser.parse_args()
+    rows = read(options.results)
+    PAGE.write_text(with_tables(PAGE.read_text(), rows))
     plot(rows)
 
 

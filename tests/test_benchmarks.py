@@ -1,8 +1,9 @@
-"""The script that a GPU gets one call of: what fails or hangs costs its own rows and no others."""
+"""The benchmarks but for their times: what fails costs its own rows, the page is the results'."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, page
 from benchmarks.gpu_check import Check, Section, serve, summary_of
 
 
@@ -82,4 +83,33 @@ def test_the_summary_is_found_among_other_lines(printed: list[str], summary: str
 def test_each_section_is_there() -> None:
     for section in gpu_check.SECTIONS:
         module, _, function = section.place.partition(":")
-        assert callable(getattr(__import__(module, fromlist=[function]), function))
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    results = sorted(Path(page.__file__).parent.glob("results/*.jsonl"))
+    written = page.PAGE.read_text()
+    assert page.with_tables(written, page.read(results)) == written
+    assert all(f"<!-- table {name} -->" in written for name in page.TABLES)
+
+
+@pytest.mark.parametrize(
+    "module", ["cuda_code", "growth", "loader", "model", "op", "page", "programs", "startup"]
+)
+def test_each_benchmark_says_what_it_takes(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    main = importlib.import_module(f"benchmarks.{module}").main
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_what_is_no_checkout_of_the_official_code_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["op", "--official", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.op").main()
+    assert "has no classification/models/intern_image.py" in capsys.readouterr().err

@@ -128,5 +128,6 @@ def run(folder: Path, kind: str, how: str) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # that a process with JAX in it forks
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for strike in STRIKES:
         run(Path(sys.argv[1]), *strike)

@@ -299,7 +299,7 @@ def test_missing_kernel_is_an_error_where_it_is_asked_for(monkeypatch: pytest.Mo
     from xla_ops import _ffi
 
     reason = _ffi.Status("gather", "not built: no compiler")
-    monkeypatch.setattr(_ffi, "_load", lambda platform: reason)
+    monkeypatch.setattr(_ffi, "_load", lambda platform: _ffi._Loaded(reason))
     x, offset, mask, _ = problem(0, "float32", settings_of(CASES["plain"]), (1, 3, 3), 4)
     with pytest.raises(
         ValueError, match=r"no 'kernel' to serve here \(cpu: not built: no compiler; cuda: "

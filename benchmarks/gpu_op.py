@@ -119,6 +119,14 @@ def slope(run: Callable[[int], Callable[[], Any]], repeats: int = 7) -> float:
     return 1e6 * (long - short) / (MANY - FEW)
 
 
+def attempt(function: Callable, *arguments: Any) -> Any:
+    """What it returns, or its error: others stand without it."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+
+
 def time_ours(stage: Stage, dtype: str, spread: float, form: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
@@ -269,12 +277,7 @@ def rows(options: argparse.Namespace) -> Rows:
     """The published shape and T's and H's layers first: the others may find no time left."""
     cpu = options.platform == "cpu"
     yield {"what": "copy"}, copy_rate
-    peers: dict[str, Callable] = {"official": official} if options.official else {}
-    peers |= {"dcnv4": dcnv4} if options.dcnv4 else {}
-    for peer in options.peer:
-        name, _, place = peer.partition("=")
-        module, _, function = place.partition(":")
-        peers[name] = getattr(importlib.import_module(module), function)
+    peers = peers_of(options)
     for spread in (1.0, 20.0):
         for stage in TINY if cpu else STAGES:
             dtypes = ("bfloat16", "float32") if stage.name in ("published", "T1") else ("bfloat16",)
@@ -283,19 +286,27 @@ def rows(options: argparse.Namespace) -> Rows:
                 yield row, functools.partial(measure, stage, dtype, spread, peers, cpu)
 
 
+def peers_of(options: argparse.Namespace) -> dict[str, Callable]:
+    peers: dict[str, Callable] = {"official": official} if options.official else {}
+    peers |= {"dcnv4": dcnv4} if options.dcnv4 else {}
+    for peer in options.peer:
+        name, _, place = peer.partition("=")
+        module, _, function = place.partition(":")
+        peers[name] = getattr(importlib.import_module(module), function)
+    return peers
+
+
 def measure(
     stage: Stage, dtype: str, spread: float, peers: dict[str, Callable], cpu: bool
 ) -> dict[str, Any]:
     found: dict[str, Any] = floors(stage, dtype)
     for form in ("fused", "separate") if stage.name in ("published", "tiny") else ("fused",):
-        found[form] = time_ours(stage, dtype, spread, form)
+        found[form] = attempt(time_ours, stage, dtype, spread, form)
     # Without planes in shared memory where there is a choice, to see if it is right.
     with only_global():
-        found["fused_global"] = time_ours(stage, dtype, spread, "fused")
+        found["fused_global"] = attempt(time_ours, stage, dtype, spread, "fused")
     for name, peer in peers.items():
         kind = "float16" if name in ("official", "dcnv4") and dtype != "float32" else dtype
-        try:
-            found[name] = time_peer(peer, stage, kind, spread, "cpu" if cpu else "cuda")
-        except Exception as error:  # ours stand without it
-            found[name] = {"error": f"{type(error).__name__}: {error}"[-500:]}
+        where = "cpu" if cpu else "cuda"
+        found[name] = attempt(time_peer, peer, stage, kind, spread, where)
     return found

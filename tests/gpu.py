@@ -1,36 +1,45 @@
-"""Where the tests for a GPU run: on one if there is one, else on the host (kernels_on_host)."""
+"""Where the tests for a GPU run: on one if there is one, else on the host (kernels_on_host).
+
+On a GPU a kernel that does not serve is an error and no skip. INTERNIMAGE_GPU_TESTS_ON, "cuda" or
+"host", says where, whatever there is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from typing import Any
 
 import jax
 import pytest
 
 import xla_ops
-from tests.kernels_on_host import cuda_kernels_on_host
-from tests.native import COMPILER
+from tests.kernels_on_host import cannot_build, cuda_kernels_on_host
+from xla_ops import _ffi
 
 
 def _place() -> str:
-    there = xla_ops.status()["cuda"].implementation == "kernel"
-    return "cuda" if there else "host"
+    try:
+        return "cuda" if jax.local_devices(backend="cuda") else "host"
+    except RuntimeError:  # no such platform
+        return "host"
 
 
 ON = os.environ.get("INTERNIMAGE_GPU_TESTS_ON") or _place()
+if ON not in ("cuda", "host"):
+    raise ValueError(f"INTERNIMAGE_GPU_TESTS_ON: expected cuda or host, got {ON!r}")
 
 
 def needs_it() -> pytest.MarkDecorator:
     """The mark of a test that runs there."""
-    if ON == "cuda":
-        status = xla_ops.status()["cuda"]
-        absent, reason = status.implementation != "kernel", f"no kernel for cuda: {status.detail}"
-    else:
-        absent, reason = shutil.which(COMPILER) is None, f"no compiler {COMPILER}"
-    return pytest.mark.skipif(absent, reason=reason)
+    reason = cannot_build() if ON == "host" else ""
+    return pytest.mark.skipif(bool(reason), reason=reason)
+
+
+def needs_tensor_cores() -> pytest.MarkDecorator:
+    """That of a test of `linear_bias_gelu`."""
+    too_old = ON == "cuda" and _ffi.LINEAR_GELU_FORWARD in _ffi._extension("cuda").missing(0)
+    return pytest.mark.skipif(too_old, reason="the GPU is too old")
 
 
 def large(*values: Any) -> Any:
@@ -44,4 +53,8 @@ def device() -> jax.Device:
 
 def kernels() -> contextlib.AbstractContextManager[None]:
     """Within, on that device, the operators are the CUDA kernels."""
-    return contextlib.nullcontext() if ON == "cuda" else cuda_kernels_on_host()
+    if ON == "host":
+        return cuda_kernels_on_host()
+    status = xla_ops.status()["cuda"]
+    assert status.implementation == "kernel", status.detail
+    return contextlib.nullcontext()

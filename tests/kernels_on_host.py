@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.machinery
 import importlib.util
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -15,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import jax
-import pybind11
 
 from tests.native import COMPILER, CSRC, TESTS
 from xla_ops import _ffi, custom_call
@@ -26,25 +26,32 @@ from xla_ops.dwconv import DwconvNormGelu
 PREFIX = "host_"  # before the names of the targets, which the CPU's kernels have already
 
 
+def cannot_build() -> str:
+    """What is missing to build the kernels for the host; nothing where all is there."""
+    if shutil.which(COMPILER) is None:
+        return f"no compiler {COMPILER}"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no headers of Python"
+    return "" if importlib.util.find_spec("pybind11") else "no pybind11"
+
+
 @contextlib.contextmanager
 def cuda_kernels_on_host() -> Iterator[None]:
     """Within, the operators on a CPU are the CUDA kernels, on the host."""
     register()
-    custom_call_of, backward_of = custom_call._custom_call, {}
+    custom_call_of = custom_call._custom_call
 
     def host_call(target: Target, *leading: int) -> Any:
         if not target.name.startswith(PREFIX):
             target = target._replace(name=PREFIX + target.name)
         return custom_call_of(target, *leading)
 
-    for operator in (DCNv3, DwconvNormGelu):
-        backward_of[operator] = operator.backward
     with contextlib.ExitStack() as stack:
         patch = lambda *arguments: stack.enter_context(mock.patch.object(*arguments))  # noqa: E731
         patch(_ffi, "serving", lambda target: ("cpu",))
         patch(custom_call, "_custom_call", host_call)
-        for operator, backward in backward_of.items():
-            patch(operator, "backward", lambda self, _, backward=backward: backward(self, "cuda"))
+        for operator in (DCNv3, DwconvNormGelu):
+            patch(operator, "backward", lambda self, _, of=operator.backward: of(self, "cuda"))
         jax.clear_caches()  # of what was traced for the CPU's kernels, and then of this
         try:
             yield
@@ -61,6 +68,8 @@ def register() -> None:
 @functools.cache
 def extension() -> Any:
     """The extension `_cuda`, built for the host."""
+    import pybind11
+
     includes = pybind11.get_include(), jax.ffi.include_dir(), sysconfig.get_path("include")
     options = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-DCPU_BASELINE"]
     options += ["-fPIC", "-shared", "-fvisibility=hidden"]

@@ -43,8 +43,8 @@ def check(tmp_path: Path) -> Check:
 
 def test_what_was_measured_before_a_crash_is_kept(check: Check) -> None:
     code = "import os, sys; print('{\"us\": 3}', flush=True); sys.stderr.write('bad'); os.abort()"
-    done, _ = check.run("operator", [sys.executable, "-c", code], 60)
-    assert not done
+    status, _ = check.run("operator", [sys.executable, "-c", code], 60)
+    assert status == -6
     written = json.loads(check.options.output.read_text())
     assert written["operator"][0] == {"us": 3}
     assert "exits with -6" in written["operator"][1]["error"]
@@ -58,8 +58,8 @@ def test_a_section_that_hangs_is_stopped_with_what_it_started(
     child = f"import time, pathlib; time.sleep(7); pathlib.Path({str(late)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     start = time.perf_counter()
-    done, _ = check.run("models", [sys.executable, "-c", code], 5)
-    assert not done and time.perf_counter() - start < 7
+    status, _ = check.run("models", [sys.executable, "-c", code], 5)
+    assert status is None and time.perf_counter() - start < 7
     assert "stopped after 5 s" in check.results["models"][0]["error"]
     time.sleep(max(0, start + 9 - time.perf_counter()))
     assert not late.exists()
@@ -113,3 +113,27 @@ def test_what_is_no_checkout_of_the_official_code_is_named(
     with pytest.raises(SystemExit):
         importlib.import_module("benchmarks.op").main()
     assert "has no classification/models/intern_image.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "correct"),
+    [
+        (0, ["....\n", "4 passed in 3s\n"], True),
+        (1, ["..F.\n", "1 failed, 3 passed in 3s\n"], False),
+        (0, ["ss..\n", "SKIPPED [2] tests: the GPU is too old\n", "2 passed, 2 skipped\n"], True),
+        (0, ["ss..\n", "SKIPPED [2] tests: no kernel\n", "2 passed, 2 skipped\n"], False),
+        (0, ["no tests ran\n"], False),
+        (None, ["....\n", "....\n"], True),
+        (None, ["....\n", "..F.\n"], False),
+    ],
+)
+def test_nothing_is_timed_unless_the_tests_are_good(
+    check: Check,
+    status: int | None,
+    printed: list[str],
+    correct: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check.options.platform = "cuda"
+    monkeypatch.setattr(check, "run", lambda *_, **__: (status, printed))
+    assert gpu_check.test(check) == correct

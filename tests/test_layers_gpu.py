@@ -7,6 +7,7 @@ Without a GPU a CPU runs the same code (gpu.py); test_layers_cuda.py does under 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +18,6 @@ import pytest
 import xla_ops
 from tests import gpu
 from tests.test_dwconv import TOLERANCE, assert_close, operands
-from xla_ops import _ffi
 
 pytestmark = gpu.needs_it()
 
@@ -33,14 +33,15 @@ SHAPES = [
 ]
 
 
-def by_cuda(function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Value and gradients of `function` by the CUDA kernels."""
+def by_cuda(function: Callable, *arrays: np.ndarray, times: int = 1) -> list[list[np.ndarray]]:
+    """Value and gradients of `function` by the CUDA kernels, as often as asked."""
     with gpu.kernels():
-        return _on(gpu.device(), "kernel", function, *arrays)
+        return _on(gpu.device(), "kernel", function, *arrays, times=times)
 
 
-def _on(device: jax.Device, form: str, function: Callable, *arrays: np.ndarray) -> list[np.ndarray]:
-
+def _on(
+    device: jax.Device, form: str, function: Callable, *arrays: np.ndarray, times: int = 1
+) -> list[list[np.ndarray]]:
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
         y, pullback = jax.vjp(
             lambda *a: function(*a, implementation=form), *operands[: len(arrays) - 1]
@@ -48,15 +49,17 @@ def _on(device: jax.Device, form: str, function: Callable, *arrays: np.ndarray) 
         return y, *pullback(operands[-1])
 
     with jax.default_device(device):
-        results = jax.jit(run)(*(jax.device_put(a, device) for a in arrays))
-    return [np.asarray(r) for r in results]
+        local = [jax.device_put(a, device) for a in arrays]
+        compiled = jax.jit(run)
+        return [[np.asarray(r) for r in compiled(*local)] for _ in range(times)]
 
 
 def assert_as_exact(function: Callable, dtype: str, *arrays: jax.Array) -> None:
-    got = by_cuda(function, *map(np.asarray, arrays))
+    (got,) = by_cuda(function, *map(np.asarray, arrays))
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True):
-        expected = _on(cpu, "jnp", function, *(np.asarray(a, np.float64) for a in arrays))
+        exact = [np.asarray(a, np.float64) for a in arrays]
+        (expected,) = _on(cpu, "jnp", function, *exact)
     assert_close(got, expected, 2 * TOLERANCE[dtype])
 
 
@@ -83,9 +86,7 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
         assert_as_exact(xla_ops.bias_gelu, dtype, 4 * x, bias, dy)
 
 
-@pytest.mark.skipif(
-    gpu.ON == "cuda" and not _ffi.serving(_ffi.LINEAR_GELU_FORWARD), reason="the GPU is too old"
-)
+@gpu.needs_tensor_cores()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
@@ -109,22 +110,24 @@ def test_linear_bias_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             wanted = xla_ops.linear_bias_gelu(*map(jnp.asarray, exact), implementation="jnp")
-        first, second = (product(x, kernel, bias) for _ in range(2))
+        first, second = products(2, x, kernel, bias)
         assert_close(first, wanted, TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
 
 
-def product(*arrays: jax.Array) -> np.ndarray:
+def products(times: int, *arrays: jax.Array) -> list[np.ndarray]:
     local = [jax.device_put(a, gpu.device()) for a in arrays]
     with gpu.kernels():
-        return np.asarray(xla_ops.linear_bias_gelu(*local, implementation="kernel"))
+        run = jax.jit(functools.partial(xla_ops.linear_bias_gelu, implementation="kernel"))
+        return [np.asarray(run(*local)) for _ in range(times)]
 
 
+@gpu.needs_tensor_cores()
 def test_linear_bias_gelu_of_what_is_not_finite() -> None:
     x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
     bias[5], bias[11] = np.nan, -np.inf
-    got = product(*(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
+    (got,) = products(1, *(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
     with np.errstate(invalid="ignore"):
         z = x @ kernel + bias
     wanted = np.where(z == -np.inf, 0, z)
@@ -139,6 +142,6 @@ def test_half_precision_with_float32_parameters() -> None:
 
 def test_the_same_bits_each_time() -> None:
     arrays = [np.asarray(a) for a in operands((4, 14, 14, 128), 3, "bfloat16")]
-    first, *others = (by_cuda(xla_ops.dwconv_norm_gelu, *arrays) for _ in range(3))
+    first, *others = by_cuda(xla_ops.dwconv_norm_gelu, *arrays, times=3)
     for other in others:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(first, other, strict=True))

@@ -73,7 +73,7 @@ constexpr size_t kShared = 227 << 10, kStack = 128 << 10;
 inline unsigned char* shared;  // kShared bytes, where the kernels' dynamic shared memory is declared
 
 struct Settings {
-  unsigned seed = 0;  // of the order of blocks, warps and threads
+  unsigned seed = 0;  // of the next launch's order of blocks, warps and threads; then of the one after
   int64_t part = 1;   // only the last 1/part of each launch's blocks runs
   bool clear = true;  // whether memory is set at all
   size_t shared_limit = kShared;
@@ -202,7 +202,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const int64_t count = gridDim.x / settings.part;
   std::vector<unsigned> order(count);
   for (int64_t i = 0; i < count; ++i) order[i] = unsigned(gridDim.x - count + i);
-  chance.seed(settings.seed);
+  chance.seed(settings.seed++);
   std::shuffle(order.begin(), order.end(), chance);
   ASAN_POISON_MEMORY_REGION(shared, kShared);
   ASAN_UNPOISON_MEMORY_REGION(shared, bytes);

@@ -203,7 +203,7 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
 
 
 def _product() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """x, kernel and bias of several tiles that are not full, and the result.
+    """x, kernel and bias of several tiles that are not full, of the smallest kind, and the result.
 
     Small integers, whose sums bfloat16 holds and GELU leaves as they are, and so many kinds of row
     and column that none can stand for another unseen.

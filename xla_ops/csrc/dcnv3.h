@@ -55,15 +55,33 @@ DCNV3_HD int64_t step(int64_t a, int64_t kernel, int64_t dilation) {
   return a * dilation - radius(kernel, dilation);
 }
 
-// What `locate` needs of an axis: the last pixel that a pair of neighbours can start at, and 1 if there
-// is a second pixel at all. Reals, made once: a test of integers does not vectorise well.
+// The smaller and the larger of two numbers; of a NaN and a number the second, or in float32 on a GPU,
+// where one instruction does it, the number. Nothing here has its result depend on which.
+template <class Real>
+DCNV3_HD Real smaller(Real a, Real b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == 4) return fminf(a, b);
+#endif
+  return a < b ? a : b;
+}
+template <class Real>
+DCNV3_HD Real larger(Real a, Real b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == 4) return fmaxf(a, b);
+#endif
+  return a > b ? a : b;
+}
+
+// What `locate` needs of an axis: the last pixel that a pair of neighbours can start at, and from how far
+// on, counted from the first, the second has no weight: 2, or minus infinity where there is no second.
+// Reals, made once: a test of integers does not vectorise well.
 template <class Real>
 struct Extent {
-  Real last, second;
+  Real last, end;
 };
 template <class Real>
 DCNV3_HD Extent<Real> extent(int64_t size) {
-  return {size > 1 ? Real(size - 2) : Real(0), size > 1 ? Real(1) : Real(0)};
+  return {size > 1 ? Real(size - 2) : Real(0), size > 1 ? Real(2) : -Real(INFINITY)};
 }
 
 // A location along one axis: pixels `first` and `first + 1` hold all the weight there is. An axis of
@@ -75,14 +93,11 @@ struct Axis {
 
 template <class Real>
 DCNV3_HD Axis<Real> locate(Real location, const Extent<Real>& extent) {
-  Real first = std::floor(location);
-  first = first > 0 ? first : Real(0);  // also where it is NaN
-  first = first < extent.last ? first : extent.last;
+  Real first = larger(std::floor(location), Real(0));  // 0 also where it is NaN
+  first = smaller(first, extent.last);
   const Real t = location - first;  // in [0, 1) inside, below at the first pixel, above at the last
-  const Real rise0 = Real(1) + t, fall0 = Real(1) - t, fall1 = Real(2) - t;
-  const Real weight0 = rise0 < fall0 ? rise0 : fall0;
-  const Real weight1 = t < fall1 ? t : fall1;
-  return {first, weight0 > 0 ? weight0 : Real(0), (weight1 > 0 ? weight1 : Real(0)) * extent.second};
+  const Real weight0 = smaller(Real(1) + t, Real(1) - t), weight1 = smaller(t, extent.end - t);
+  return {first, larger(weight0, Real(0)), larger(weight1, Real(0))};
 }
 
 // Derivatives of the two weights by the location: at a pixel the one to the right, outside zero.
@@ -95,8 +110,9 @@ DCNV3_HD Slopes<Real> slopes(Real location, const Axis<Real>& axis, const Extent
   const Real t = location - axis.first;
   const Real before = (t > -1) & (t < 0) ? Real(1) : Real(0);
   const Real inside = (t >= 0) & (t < 1) ? Real(1) : Real(0);
-  const Real after = (t >= 1) & (t < 2) ? Real(1) : Real(0);
-  return {before - inside, (inside - after) * extent.second};
+  const Real rising = (t >= 0) & (t < 1) & (extent.end > 0) ? Real(1) : Real(0);
+  const Real falling = (t >= 1) & (t < extent.end) ? Real(1) : Real(0);
+  return {before - inside, rising - falling};
 }
 
 // The same for one point: from the dots <dy, pixel> of its cell's four pixels to <dy, sample> and its

@@ -18,6 +18,26 @@ using namespace xla_ops::cuda;
 
 constexpr int kThreads = 128;  // of a block
 
+// Keeps a value that a loop uses in a register, where the compiler would make it anew each time around.
+// Pointers are to global memory.
+__device__ __forceinline__ void hold(float& v) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+f"(v));
+#endif
+}
+__device__ __forceinline__ void hold(double& v) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+d"(v));
+#endif
+}
+template <class T>
+__device__ __forceinline__ void hold(T*& p) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+#endif
+}
+
 // Learned numbers in a row, which have x's dtype T or, where that is of half precision, may be float32.
 template <class T, class Byte = const char>
 struct Numbers {
@@ -27,11 +47,13 @@ struct Numbers {
   __device__ __forceinline__ Numbers(Byte* data, Type type, int64_t first)
       : wide(kEither && type == Type::kFloat32),
         bytes(wide ? int(sizeof(float)) : int(sizeof(T))),
-        base(data + first * bytes) {}
+        base(data + first * bytes) {
+    hold(base);
+  }
   template <class R>
   __device__ __forceinline__ auto* at(int i) const {
     using Element = std::conditional_t<std::is_const_v<Byte>, const R, R>;
-    return reinterpret_cast<Element*>(base + int64_t(i) * bytes);
+    return reinterpret_cast<Element*>(base + uint32_t(i * bytes));
   }
   __device__ __forceinline__ Real operator[](int i) const {
     if constexpr (kEither) {
@@ -143,6 +165,9 @@ struct Points {
     grid_h = Real(int(grid(at.i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h)));
     grid_w = Real(int(grid(at.j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w)));
     scale = Real(s.offset_scale);
+    hold(scale);
+    hold(height.end);
+    hold(width.end);
     centre = s.remove_center ? int(s.kernel_h) * int(s.kernel_w) / 2 : -1;
     if (c.fused) {
 #pragma unroll 3
@@ -209,7 +234,7 @@ struct Points {
   }
 
   const Call& call;
-  const Extent<Real> height, width;
+  Extent<Real> height, width;
   const Numbers<T> numbers, weights;  // from the first offset on, from the first weight on
   Real grid_h, grid_w, scale;
   Real top = 0;              // of the logits
@@ -246,7 +271,9 @@ template <class T>
 struct Map {
   __device__ __forceinline__ Map(const void* x, const Problem& s, int64_t first)
       : base(static_cast<const char*>(x) + first * sizeof(T)),
-        pixel_bytes(int(s.group) * int(s.depth) * int(sizeof(T))) {}
+        pixel_bytes(int(s.group) * int(s.depth) * int(sizeof(T))) {
+    hold(base);
+  }
   __device__ __forceinline__ const T* operator[](int pixel) const {  // one multiplication, to 64 bits
     return reinterpret_cast<const T*>(base + int64_t(pixel) * pixel_bytes);
   }

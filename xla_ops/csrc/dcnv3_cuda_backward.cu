@@ -33,7 +33,7 @@ __device__ __noinline__ Sample<Real> chain_by_definition(const Call& call, int64
 }
 
 template <class T, int C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 4)
     points_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image) {
   using Real = RealOf<T>;
   const Problem& s = call.problem;

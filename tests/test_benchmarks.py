@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, page
+from benchmarks import gpu_check, gpu_target, page
 from benchmarks.gpu_check import Check, Section, serve, summary_of
 
 
@@ -137,3 +137,24 @@ def test_nothing_is_timed_unless_the_tests_are_good(
     check.options.platform = "cuda"
     monkeypatch.setattr(check, "run", lambda *_, **__: (status, printed))
     assert gpu_check.test(check) == correct
+
+
+def test_steps_are_counted_within_command_buffers() -> None:
+    class Lowered:
+        def compile(self, options: dict[str, str]) -> str:
+            step = "kGemm [prev=001 | next=003] gemm.1"
+            folder = Path(options["xla_dump_to"])
+            before = f"001: {step}\n002: kCustomCall [prev=001] call\n"
+            (folder / "module_0001.jit_f.thunk_sequence.txt").write_text(before)
+            after = f"001: kCommandBuffer [prev=000] buffer\n    001: {step}\n    002: {step}\n"
+            after += "002: kConvolution [prev=001] conv\n"
+            after_name = "module_0001.jit_f.thunk_sequence_after_thunk_passes.txt"
+            (folder / after_name).write_text(after)
+            return "compiled"
+
+    compiled, counts = gpu_target.compiled_with_steps(Lowered())  # type: ignore[arg-type]
+    assert compiled == "compiled"
+    some = {name: count for name, count in counts.items() if count}
+    assert some == {
+        "steps": 3, "command_buffers": 1, "outside": 1, "products": 2, "convolutions": 1
+    }  # fmt: skip

@@ -63,19 +63,24 @@ GELU_FN V absolute(V z) {
   return z < 0 ? -z : z;
 }
 
-template <class Real, int W>
-GELU_FN Vec<Real, W> gelu(Vec<Real, W> z) {
-  using V = Vec<Real, W>;
+template <class Real, class V>
+GELU_FN V gelu_from(V z, const Normal<V>& at) {
   const V t = absolute(z), bounded = t < Real(40) ? t : V{} + Real(40);  // infinity times zero is NaN
   const V positive = z < 0 ? V{} : z;                                    // NaN stays NaN
-  return positive - bounded * normal<W>(t).tail;
+  return positive - bounded * at.tail;
+}
+template <class Real, int W>
+GELU_FN Vec<Real, W> gelu(Vec<Real, W> z) {
+  return gelu_from<Real>(z, normal<W>(absolute(z)));
 }
 
 // The derivative: Phi(z) + z * exp(-z^2 / 2) / sqrt(2 pi).
-template <class Real, int W>
-GELU_FN Vec<Real, W> gelu_slope(Vec<Real, W> z) {
-  using V = Vec<Real, W>;
-  const Normal<V> at = normal<W>(absolute(z));
+template <class Real, class V>
+GELU_FN V gelu_slope_from(V z, const Normal<V>& at) {
   const V bounded = z < Real(-40) ? V{} - Real(40) : z > Real(40) ? V{} + Real(40) : z;
   return (z < 0 ? at.tail : 1 - at.tail) + bounded * at.density * Real(0.39894228040143267794);
+}
+template <class Real, int W>
+GELU_FN Vec<Real, W> gelu_slope(Vec<Real, W> z) {
+  return gelu_slope_from<Real>(z, normal<W>(absolute(z)));
 }

@@ -48,8 +48,7 @@ __device__ __forceinline__ float reciprocal_of(float x) {
 }
 
 // `normal` for results in half precision: relative error below 2e-5, far out too, where rounding to float16
-// makes 5e-4. A third of the instructions, and an MLP applies GELU more often than a GPU could otherwise
-// hide behind the memory that it waits for.
+// makes 5e-4, for two fifths of the instructions.
 __device__ __forceinline__ Normal<float> normal_for_half(float t) {
   t = t < 13.f ? t : 13.f;
   const float density = exp2_of(-0.72134752f * (t * t));

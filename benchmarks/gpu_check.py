@@ -18,6 +18,7 @@ others. `--platform cpu` tries all of it without a GPU, at sizes that say nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -110,11 +111,13 @@ def sanitize(options: argparse.Namespace) -> Rows:
             f"--kernel-name=kernel_substring={name}" for name in ("dcnv3", "dwconv", "gelu")
         ]
         command += ["--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+        # One that was stopped may leave its program and what memory that has.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             status: int | str
             try:
                 status = subprocess.run(
-                    command, stdout=output, stderr=output, timeout=60
+                    command, stdout=output, stderr=output, timeout=60, env=environment
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = "no time left"
@@ -179,9 +182,13 @@ class Check:
             )
             stopped = threading.Event()
 
+            def end() -> None:
+                with contextlib.suppress(ProcessLookupError):  # that none is left
+                    os.killpg(process.pid, signal.SIGKILL)
+
             def stop() -> None:
                 stopped.set()
-                os.killpg(process.pid, signal.SIGKILL)
+                end()
 
             timer = threading.Timer(seconds, stop)
             timer.start()
@@ -195,8 +202,7 @@ class Check:
                 status = process.wait()
             finally:
                 timer.cancel()
-                if process.poll() is None:
-                    stop()
+                end()  # also of what it has left behind
             other.seek(0)
             errors = other.read()
         if status:

@@ -93,7 +93,7 @@ x = jnp.ones((64, 28, 28, 128), "bfloat16")
 rows = jnp.ones((64, 28, 28, xla_ops.Record(8, 9).width), "bfloat16") * 3
 f = lambda *a: xla_ops.dcnv3_fused(*a, group=8, implementation="kernel").astype("float32").sum()
 jax.block_until_ready(jax.jit(jax.value_and_grad(f, (0, 1)))(x, rows))
-product = jax.jit(lambda *a: xla_ops.linear_bias_gelu(*a, implementation="kernel"))
+product = jax.jit(lambda *a: xla_ops.linear(*a, gelu=True, implementation="kernel"))
 for rows, outputs in ((81, 136), (1600, 264), (6500, 264)):
     x, w, b = (jnp.ones(s, "bfloat16") for s in ((1, 1, rows, 136), (136, outputs), outputs))
     jax.block_until_ready(product(x, w, b))

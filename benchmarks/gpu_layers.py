@@ -1,7 +1,7 @@
 """Times the layers besides DCNv3 on a GPU, beside what XLA makes of them.
 
 A section of `benchmarks.gpu_check`. Shapes are those of T and B at batch 64, and wider ones, since
-it is open up to how many channels `linear_bias_gelu` pays.
+it is open up to how many channels `linear` with GELU pays.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TINY = [(2, 8, 32)]
 def rows(options: argparse.Namespace) -> Rows:
     cpu = options.platform == "cpu"
     for shape in TINY if cpu else PRODUCTS:
-        yield {"layer": "linear_bias_gelu", "shape": shape}, functools.partial(product, shape, cpu)
+        yield {"layer": "linear", "shape": shape}, functools.partial(product, shape, cpu)
     for shape in TINY if cpu else MAPS:
         for layer in ("dwconv_norm_gelu", "bias_gelu"):
             yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
@@ -51,9 +51,9 @@ def product(shape: tuple[int, int, int], cpu: bool) -> Row:
     maps = [normal(MANY + i, n, side, side, channels) for i in range(MANY)]
     weights = [normal(i, channels, 4 * channels) / channels**0.5 for i in range(MANY)]
     in_two = lambda x, w, b: xla_ops.bias_gelu(x @ w, b)  # noqa: E731
-    one = functools.partial(xla_ops.linear_bias_gelu, implementation="kernel")
+    one = functools.partial(xla_ops.linear, gelu=True, implementation="kernel")
     forms = {"one_kernel": one, "product_and_bias_gelu": in_two}
-    forms["xla"] = functools.partial(xla_ops.linear_bias_gelu, implementation="jnp")
+    forms["xla"] = functools.partial(xla_ops.linear, gelu=True, implementation="jnp")
     if cpu:
         del forms["one_kernel"]  # there is none
 

@@ -105,8 +105,8 @@ def measure(options: argparse.Namespace, name: str, batch: int, form: Any = None
 
 def choices(options: argparse.Namespace) -> Rows:
     """Beside the models as they are, timed anew."""
-    patches = {"module": "internimage_jax.common", "name": "LARGEST_PATCHES"}
-    widest = {"module": "xla_ops.linear_gelu", "name": "MOST_CHANNELS"}
+    patches = {"module": "xla_ops.convolution", "name": "LARGEST_PATCHES"}
+    widest = {"module": "xla_ops.linear", "name": "MOST_CHANNELS"}
     small, large = batches(options)
     at_both = [
         ("as it is", T, None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -103,37 +101,27 @@ def linear_of(kernel: jax.Array, bias: jax.Array, dtype: DTypeLike) -> nnx.Linea
     return layer
 
 
-def convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
-    """Applies a convolution of 3 x 3 pixels, stride 2 and padding 1 to `x` (N, H, W, C).
+def apply(
+    layer: nnx.Linear,
+    x: jax.Array,
+    implementation: Literal["jnp"] | None = None,
+    *,
+    gelu: bool = False,
+) -> jax.Array:
+    """Applies a linear layer to `x` (N, H, W, C) by `xla_ops.linear`."""
+    x = x.astype(layer.dtype)
+    kernel, bias = layer.kernel[...].astype(x.dtype), operand(x, layer.bias)
+    return xla_ops.linear(x, kernel, bias, gelu=gelu, implementation=implementation)
 
-    On CUDA a small one is a matrix product over patches: XLA keeps convolutions out of its command
-    buffers, and a product is launched with all else as one CUDA graph. On a CPU that is slower.
-    """
+
+def convolve(
+    conv: nnx.Conv, x: jax.Array, implementation: Literal["jnp"] | None = None
+) -> jax.Array:
+    """Applies a convolution of 3 x 3 pixels and stride 2 to `x` by `xla_ops.convolution`."""
     x = x.astype(conv.dtype)
-    known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
-    if not known or 9 / 4 * x.size * x.dtype.itemsize > LARGEST_PATCHES:
-        return conv(x)
-    by_patches = functools.partial(convolve_by_patches, conv)
-    return lax.platform_dependent(x, cuda=by_patches, default=conv)
-
-
-# Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
-# cache, 50 MB of an H100, costs no time of its memory.
-LARGEST_PATCHES = 32 << 20
-
-
-def convolve_by_patches(conv: nnx.Conv, x: jax.Array) -> jax.Array:
-    """`convolve` as a matrix product over the nine pixels of each place, side by side."""
-    n, h, w, c = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = [
-        lax.slice(x, (0, i, j, 0), (n, i + h, j + w, c), (1, 2, 2, 1))
-        for i in range(3)
-        for j in range(3)
-    ]
-    kernel = conv.kernel[...].astype(x.dtype).reshape(9 * c, conv.out_features)
-    y = jnp.concatenate(taps, axis=-1) @ kernel
-    return y if conv.bias is None else y + along_channels(conv.bias, y)
+    kernel = conv.kernel[...].astype(x.dtype)
+    bias = None if conv.bias is None else operand(x, conv.bias)
+    return xla_ops.convolution(x, kernel, bias, implementation=implementation)
 
 
 def normalize(norm: nnx.LayerNorm | nnx.BatchNorm, x: jax.Array, train: bool) -> jax.Array:

@@ -22,6 +22,7 @@ from internimage_jax.common import (
     Context,
     activation,
     along_channels,
+    apply,
     at_least_float32,
     convolve,
     drop_path,
@@ -48,12 +49,13 @@ class StemLayer(nnx.Module):
         self.conv2 = ctx.conv(channels // 2, channels, 3, strides=2)
         self.norm2 = ctx.norm(channels, kind)
         self.activation = activation(ctx.config)
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = self.activation(
-            normalize(self.norm1, convolve(self.conv1, x), train)
-        )  # (N, H/2, W/2, C/2)
-        return normalize(self.norm2, convolve(self.conv2, x), train)  # (N, H/4, W/4, C)
+        convolved = functools.partial(convolve, implementation=self.implementation)
+        x = self.activation(normalize(self.norm1, convolved(self.conv1, x), train))
+        # (N, H/2, W/2, C/2)
+        return normalize(self.norm2, convolved(self.conv2, x), train)  # (N, H/4, W/4, C)
 
 
 class DownsampleLayer(nnx.Module):
@@ -62,9 +64,11 @@ class DownsampleLayer(nnx.Module):
     def __init__(self, ctx: Context, channels: int):
         self.conv = ctx.conv(channels, 2 * channels, 3, bias=False, strides=2)
         self.norm = ctx.norm(2 * channels, ctx.config.norm_layer)
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        return normalize(self.norm, convolve(self.conv, x), train)  # (N, H/2, W/2, 2C)
+        x = convolve(self.conv, x, self.implementation)
+        return normalize(self.norm, x, train)  # (N, H/2, W/2, 2C)
 
 
 class MLPLayer(nnx.Module):
@@ -82,12 +86,11 @@ class MLPLayer(nnx.Module):
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         key1, key2 = split(key, 2)
         if self.fused:  # bias and activation, and maybe the product, in one pass
-            kernel, bias = self.fc1.kernel[...].astype(x.dtype), operand(x, self.fc1.bias)
-            x = xla_ops.linear_bias_gelu(x, kernel, bias, implementation=self.implementation)
+            x = apply(self.fc1, x, self.implementation, gelu=True)
         else:
-            x = self.activation(self.fc1(x))
+            x = self.activation(apply(self.fc1, x, self.implementation))
         x = dropout(x, self.drop_rate, key1)
-        return dropout(self.fc2(x), self.drop_rate, key2)
+        return dropout(apply(self.fc2, x, self.implementation), self.drop_rate, key2)
 
 
 class DepthwiseLayer(nnx.Module):
@@ -136,20 +139,22 @@ class DCNv3(nnx.Module):
         self.offset_scale = float(config.offset_scale)
         self.remove_center = config.remove_center
         self.implementation: xla_ops.Implementation | None = ctx.implementation
+        self.implementation_of_products: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         features = self.dw_conv(x, train=train)
-        x = self.input_proj(x)
+        product = functools.partial(apply, implementation=self.implementation_of_products)
+        x = product(self.input_proj, x)
         y = xla_ops.dcnv3_fused(
             x,
-            self._record()(features),
+            product(self._record(), features),
             group=self.group,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
             center_feature_scale=self.center_feature_scale,
             implementation=self.implementation,
         )
-        return self.output_proj(y)
+        return product(self.output_proj, y)
 
     def fuse(self) -> None:
         """Joins the products that offsets, masks and centre scales are made by, for good."""

@@ -1,4 +1,4 @@
-// Random calls of dwconv_norm_gelu, bias_gelu and linear_bias_gelu, held against the definition, written out
+// Random calls of dwconv_norm_gelu, bias_gelu and linear, held against the definition, written out
 // plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it. How a
 // call is computed is the includer's.
 #pragma once
@@ -14,7 +14,7 @@
 
 #include "dwconv_call.h"
 #include "gelu_call.h"
-#include "linear_gelu_call.h"
+#include "linear_call.h"
 
 using xla_ops::Type;
 using Values = std::vector<double>;
@@ -208,29 +208,47 @@ bool gelu_case(Compute compute) {
   return close("gelu", s.type, y, wanted) && close("its gradient", s.type, dx, wanted_dx);
 }
 
-// `compute` does the call.
+// `compute` does the call; of a form that CUDA has, or of any.
 template <class Compute>
-bool linear_gelu_case(Compute compute) {
-  linear_gelu::Call s = {};
+bool linear_case(bool cuda, Compute compute) {
+  linear::Call s = {};
+  s.gelu = cuda || integer(0, 1);
   s.type = integer(0, 1) ? Type::kBFloat16 : Type::kFloat16;
-  s.bias_type = integer(0, 1) ? Type::kFloat32 : s.type;
   s.rows = integer(1, 150), s.inputs = 8 * integer(1, 13), s.outputs = 8 * integer(1, 20);
-  Values x = normal(s.rows * s.inputs), kernel = normal(s.inputs * s.outputs);
+  if (!cuda) {
+    if (integer(0, 1)) s.type = Type::kFloat32;
+    const int64_t inputs[] = {1, 3, 17, 100, 256, 300, 1024};
+    s.rows = integer(1, 40), s.inputs = inputs[integer(0, 6)], s.outputs = integer(1, 100);
+    if (integer(0, 1)) {
+      s.map = {integer(1, 9), integer(1, 9), integer(1, 40)};
+      s.rows = integer(1, 2) * s.map.rows() * s.map.columns(), s.inputs = 9 * s.map.channels;
+    }
+  }
+  s.bias_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
+  const Values x = normal(s.numbers()), bias = normal(s.outputs);
+  Values kernel = normal(s.inputs * s.outputs);
   for (double& v : kernel) v = std::round(v * 8) / 64;  // products and their sums are exact in float32
-  const Values bias = normal(s.outputs);
   const auto bx = stored(s.type, x), bk = stored(s.type, kernel), bb = stored(s.bias_type, bias);
-  std::vector<char> y(s.rows * s.outputs * 2);
+  std::vector<char> y(s.rows * s.outputs * size_of(s.type));
   s.x = bx.data(), s.kernel = bk.data(), s.bias = bb.data(), s.y = y.data();
   if (!compute(s)) return false;
+  const auto at = [&](int64_t row, int64_t k) {  // of x as a matrix
+    if (!s.map.channels) return x[row * s.inputs + k];
+    const int64_t pixels = s.map.rows() * s.map.columns(), tap = k / s.map.channels;
+    const int64_t i = 2 * (row % pixels / s.map.columns()) + tap / 3 - 1;
+    const int64_t j = 2 * (row % s.map.columns()) + tap % 3 - 1;
+    if (i < 0 || i >= s.map.height || j < 0 || j >= s.map.width) return 0.0;
+    return x[((row / pixels * s.map.height + i) * s.map.width + j) * s.map.channels + k % s.map.channels];
+  };
   Values wanted(s.rows * s.outputs);
   for (int64_t i = 0; i < s.rows; ++i) {
     for (int64_t j = 0; j < s.outputs; ++j) {
       double z = bias[j];
-      for (int64_t k = 0; k < s.inputs; ++k) z += x[i * s.inputs + k] * kernel[k * s.outputs + j];
-      wanted[i * s.outputs + j] = z * phi(z);
+      for (int64_t k = 0; k < s.inputs; ++k) z += at(i, k) * kernel[k * s.outputs + j];
+      wanted[i * s.outputs + j] = s.gelu ? z * phi(z) : z;
     }
   }
-  return close("gelu of a product", s.type, y, wanted);
+  return close("a product", s.type, y, wanted);
 }
 
 // Runs `one` for each of COUNT seeds from SEED on, the arguments of a program.

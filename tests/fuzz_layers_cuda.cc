@@ -55,15 +55,15 @@ bool gelu_call(const gelu::Call& s) {
 
 // Each form of tile, and the one that the number of tiles decides on.
 template <class T>
-cudaError_t launch_any(int form, const linear_gelu::Call& s) {
-  using namespace linear_gelu::cuda;
+cudaError_t launch_any(int form, const linear::Call& s) {
+  using namespace linear::cuda;
   if (form == 0) return launch_tiles<T, 128, 128, 4, 2>(nullptr, s);
   if (form == 1) return launch_tiles<T, 64, 64, 2, 2>(nullptr, s);
   return form == 2 ? launch_tiles<T, 32, 64, 2, 2>(nullptr, s) : forward(nullptr, s);
 }
 
-bool linear_gelu_call(const linear_gelu::Call& s) {
-  if (const char* why = linear_gelu::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
+bool linear_gelu_call(const linear::Call& s) {
+  if (const char* why = linear::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
   const int form = int(integer(0, 3));
   return twice({{s.y, s.rows * s.outputs * 2}}, [&] {
     return s.type == Type::kBFloat16 ? launch_any<xla_ops::cuda::BFloat16>(form, s)
@@ -110,6 +110,6 @@ int main(int argc, char** argv) {
   cuda_on_host::shared = xla_ops::cuda::dynamic_shared_memory;
   if (!limits() || !gelu_for_half()) return 1;
   return fuzz(count, seed, [] {
-    return dwconv_case(true, dwconv_call) && gelu_case(gelu_call) && linear_gelu_case(linear_gelu_call);
+    return dwconv_case(true, dwconv_call) && gelu_case(gelu_call) && linear_case(true, linear_gelu_call);
   });
 }

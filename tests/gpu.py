@@ -37,7 +37,7 @@ def needs_it() -> pytest.MarkDecorator:
 
 
 def needs_tensor_cores() -> pytest.MarkDecorator:
-    """That of a test of `linear_bias_gelu`."""
+    """That of a test of `linear` with GELU."""
     too_old = ON == "cuda" and _ffi.LINEAR_GELU_FORWARD in _ffi._extension("cuda").missing(0)
     return pytest.mark.skipif(too_old, reason="the GPU is too old")
 

@@ -102,14 +102,14 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
     ],
     ids=str,
 )
-def test_linear_bias_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
+def test_linear_with_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
     normal = np.random.RandomState(0).standard_normal
     arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
     x, kernel, vector = (jnp.asarray(a, dtype) for a in arrays)
     for bias in (vector, vector.astype("float32")):
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            wanted = xla_ops.linear_bias_gelu(*map(jnp.asarray, exact), implementation="jnp")
+            wanted = xla_ops.linear(*map(jnp.asarray, exact), gelu=True, implementation="jnp")
         first, second = products(2, x, kernel, bias)
         assert_close(first, wanted, TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
@@ -118,12 +118,12 @@ def test_linear_bias_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
 def products(times: int, *arrays: jax.Array) -> list[np.ndarray]:
     local = [jax.device_put(a, gpu.device()) for a in arrays]
     with gpu.kernels():
-        run = jax.jit(functools.partial(xla_ops.linear_bias_gelu, implementation="kernel"))
+        run = jax.jit(functools.partial(xla_ops.linear, gelu=True, implementation="kernel"))
         return [np.asarray(run(*local)) for _ in range(times)]
 
 
 @gpu.needs_tensor_cores()
-def test_linear_bias_gelu_of_what_is_not_finite() -> None:
+def test_linear_with_gelu_of_what_is_not_finite() -> None:
     x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
     bias[5], bias[11] = np.nan, -np.inf

@@ -15,7 +15,6 @@ from flax import nnx
 
 import xla_ops
 from convert.rules import rules
-from internimage_jax.common import convolve_by_patches
 from internimage_jax.config import RELEASED, InternImageConfig
 from internimage_jax.model import InternImage
 from tests.support import (
@@ -168,17 +167,6 @@ def test_every_option_builds_a_model_that_computes_and_trains(changes):
 
     leaves = jax.tree.leaves(slopes(state, images()))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
-
-
-@pytest.mark.parametrize("sides", [(1, 1), (5, 8), (14, 7)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_over_patches_is_the_convolution(sides, bias):
-    settings = {"padding": ((1, 1), (1, 1)), "use_bias": bias, "dtype": jnp.float32}
-    conv = nnx.Conv(6, 8, (3, 3), strides=2, rngs=nnx.Rngs(0), **settings)
-    x = jax.random.normal(jax.random.key(0), (2, *sides, 6))
-    by_patches = functools.partial(convolve_by_patches, conv)
-    for function in (lambda f: f(x), lambda f: jax.grad(lambda x: jnp.sin(f(x)).sum())(x)):
-        np.testing.assert_allclose(function(by_patches), function(conv), atol=1e-5)
 
 
 def test_activations_are_the_ones_named():

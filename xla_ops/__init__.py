@@ -2,21 +2,23 @@
 
 from xla_ops._ffi import Status, status
 from xla_ops.bias_gelu import bias_gelu
+from xla_ops.convolution import convolution
 from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
-from xla_ops.linear_gelu import linear_bias_gelu
+from xla_ops.linear import linear
 
 __all__ = [
     "Implementation",
     "Record",
     "Status",
     "bias_gelu",
+    "convolution",
     "dcnv3",
     "dcnv3_fused",
     "depthwise_convolution",
     "dwconv_norm_gelu",
-    "linear_bias_gelu",
+    "linear",
     "status",
 ]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-VERSION = 2  # of the attributes and layouts; the handlers refuse another
+VERSION = 3  # of the attributes and layouts; the handlers refuse another
 
 FORWARD = "internimage_dcnv3_forward"
 BACKWARD = "internimage_dcnv3_backward"
@@ -29,7 +29,9 @@ DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
 DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 GELU_FORWARD = "internimage_bias_gelu_forward"
 GELU_BACKWARD = "internimage_bias_gelu_backward"
-LINEAR_GELU_FORWARD = "internimage_linear_bias_gelu_forward"  # on CUDA alone
+LINEAR_FORWARD = "internimage_linear_forward"  # on CPU alone, as is the convolution
+LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
+CONVOLUTION_FORWARD = "internimage_convolution_forward"
 
 # As JAX names them; the module with a platform's handlers is `_cpu` or `_cuda`.
 PLATFORMS = ("cpu", "cuda")
@@ -174,6 +176,18 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
         ),
         GELU_FORWARD: ((one * 6, one[0, 0, 0] * 7), gelu, (one,), [13.0]),
         GELU_BACKWARD: ((one * 6, one[0, 0, 0] * 7, one * 5), gelu, (one,), [5.0]),
+        LINEAR_FORWARD: (
+            tuple(a.astype(np.float32) for a in product),
+            gelu,
+            (products.astype(np.float32),),
+            [products],
+        ),
+        CONVOLUTION_FORWARD: (
+            (np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]),
+            gelu,
+            (np.zeros((1, 2, 1, 1), np.float32),),
+            [5.0, 5.0],
+        ),
         LINEAR_GELU_FORWARD: (product, gelu, (products,), [products]),
     }
     missing = _extension(platform).missing(device.local_hardware_id) if cuda else []

@@ -113,15 +113,23 @@ def forward(
     return _forward(_Form(operator, platforms, fallback), *_varying_alike(*operands))
 
 
+class NoForwardMode(ValueError):
+    """A kernel has no forward mode."""
+
+
 @contextlib.contextmanager
 def forward_mode_named(plain: str) -> Iterator[None]:
-    """Says of forward mode that a kernel has none, and that `plain` has it."""
+    """Says of forward mode that a kernel has none, and that `plain` has it.
+
+    Of two around one another the outer one has the word: a model's form has a name of its own.
+    """
     try:
         yield
-    except TypeError as error:  # what JAX has for `jvp` of any `custom_vjp` does not help
-        if "forward-mode" not in str(error):
+    except (TypeError, NoForwardMode) as error:
+        # What JAX has for `jvp` of any `custom_vjp` does not help.
+        if isinstance(error, TypeError) and "forward-mode" not in str(error):
             raise
-        raise ValueError(
+        raise NoForwardMode(
             f"implementation: the kernel has no forward mode (jvp, jacfwd, hessian); use {plain!r}"
         ) from None
 

@@ -12,3 +12,9 @@ namespace gelu::cpu {
 XLA_FFI_Handler* forward_handler();
 XLA_FFI_Handler* backward_handler();
 }  // namespace gelu::cpu
+
+namespace linear::cpu {
+XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* gelu_forward_handler();
+XLA_FFI_Handler* convolution_handler();
+}  // namespace linear::cpu

@@ -14,7 +14,7 @@
 #include "gelu_cuda.h"
 #include "gelu_ffi.h"
 #include "linear_gelu_cuda.h"
-#include "linear_gelu_ffi.h"
+#include "linear_ffi.h"
 
 namespace {
 
@@ -221,21 +221,22 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler,
 }  // namespace
 }  // namespace gelu::cuda
 
-namespace linear_gelu::cuda {
+namespace linear::cuda {
 namespace {
 
 ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand kernel, Operand bias, Result y,
                            int64_t version) {
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe(x, kernel, bias, y, version, &call, &sets);
+  ffi::Error error = describe(x, kernel, bias, y, version, Form::kGelu, &call, &sets);
   if (error.failure()) return error;
   bool serving = false;
-  if (cudaError_t error = serves(&serving)) return check("internimage_linear_bias_gelu", error);
+  if (cudaError_t error = serves(&serving)) return check("internimage_linear_gelu", error);
   if (!serving) return invalid("this GPU is of a compute capability below 8.0, or no code is built for it");
-  for (; sets > 0; --sets, call = next_set(call)) {
-    if (const char* why = refusal(call)) return invalid(why);
-    if (cudaError_t error = forward(stream, call)) return check("internimage_linear_bias_gelu", error);
+  for (int64_t i = 0; i < sets; ++i) {
+    const Call one = of_set(call, i);
+    if (const char* why = refusal(one)) return invalid(why);
+    if (cudaError_t error = forward(stream, one)) return check("internimage_linear_gelu", error);
   }
   return ffi::Error::Success();
 }
@@ -250,7 +251,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
                        TRAITS);
 
 }  // namespace
-}  // namespace linear_gelu::cuda
+}  // namespace linear::cuda
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Handlers of the CUDA custom calls, by target name.";
@@ -267,7 +268,7 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_dwconv_norm_gelu_backward", dwconv::cuda::kBackward);
     add("internimage_bias_gelu_forward", gelu::cuda::kForward);
     add("internimage_bias_gelu_backward", gelu::cuda::kBackward);
-    add("internimage_linear_bias_gelu_forward", linear_gelu::cuda::kForward);
+    add("internimage_linear_gelu_forward", linear::cuda::kForward);
     return targets;
   });
   // The targets that a GPU, by CUDA's number, is too old for. It becomes the calling thread's own.
@@ -275,9 +276,9 @@ PYBIND11_MODULE(_cuda, m) {
     pybind11::list names;
     bool serving = false;
     cudaError_t error = cudaSetDevice(device);
-    if (!error) error = linear_gelu::cuda::serves(&serving);
+    if (!error) error = linear::cuda::serves(&serving);
     if (error) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-    if (!serving) names.append("internimage_linear_bias_gelu_forward");
+    if (!serving) names.append("internimage_linear_gelu_forward");
     return names;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for

@@ -11,7 +11,7 @@
 #include "gelu_cuda_device.h"
 #include "linear_gelu_cuda.h"
 
-namespace linear_gelu::cuda {
+namespace linear::cuda {
 namespace {
 
 using namespace xla_ops::cuda;
@@ -155,6 +155,7 @@ cudaError_t launch_form(cudaStream_t stream, const Call& call) {
 }  // namespace
 
 const char* refusal(const Call& call) {
+  if (!call.gelu || call.map.channels) return "expected GELU to follow the product";
   if (call.type != Type::kBFloat16 && call.type != Type::kFloat16) return "expected bfloat16 or float16";
   if (call.inputs % 8 || call.outputs % 8) return "expected inputs and outputs in eights";
   if (call.inputs > INT32_MAX / 2 || call.outputs > INT32_MAX / 2) return "more than 2^30 inputs or outputs";
@@ -192,4 +193,4 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
                                       : launch_form<Float16>(stream, call);
 }
 
-}  // namespace linear_gelu::cuda
+}  // namespace linear::cuda

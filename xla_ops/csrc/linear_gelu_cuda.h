@@ -3,9 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include "linear_gelu_call.h"
+#include "linear_call.h"
 
-namespace linear_gelu::cuda {
+namespace linear::cuda {
 
 // Computes y. Nothing is allocated and nothing waits.
 cudaError_t forward(cudaStream_t stream, const Call& call);
@@ -17,4 +17,4 @@ const char* refusal(const Call& call);
 // Without them `forward` would write nothing.
 cudaError_t serves(bool* answer);
 
-}  // namespace linear_gelu::cuda
+}  // namespace linear::cuda

@@ -1,0 +1,234 @@
+"""Products with bias and GELU: the kernel on a CPU, what serves elsewhere, programs for CUDA.
+
+The CUDA kernel itself is tested in test_layers_cuda.py, on the host, and in test_layers_gpu.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.test_dwconv import TOLERANCE, assert_close, mesh
+from xla_ops import _ffi, linear
+
+CALL = "@internimage_linear_gelu_forward"
+
+gelu_of = functools.partial(linear, gelu=True)
+SERVES = "cpu" in _ffi.serving(_ffi.LINEAR_FORWARD)
+kernel_serves = pytest.mark.skipif(not SERVES, reason="no kernel of `linear` for this CPU")
+
+
+def kernel():
+    return pytest.param("kernel", marks=kernel_serves)
+
+
+def operands(
+    shape: tuple[int, ...] = (4, 5, 3, 16), outputs: int = 24, dtype: str = "bfloat16"
+) -> list[jax.Array]:
+    """x, kernel and bias."""
+    normal = np.random.RandomState(0).standard_normal
+    arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
+    return [jnp.asarray(a, dtype) for a in arrays]
+
+
+def value_and_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sin(gelu_of(*arrays).astype("float32")).sum()
+
+    return gelu_of(*arrays), *jax.grad(loss, (0, 1, 2))(*arrays)
+
+
+@pytest.fixture
+def cuda_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
+
+
+def for_cuda(function, *arrays: jax.Array) -> str:
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("implementation", ["jnp", kernel(), None])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gelu", [True, False])
+def test_agrees_with_float64(dtype: str, implementation, gelu: bool) -> None:
+    if implementation == "kernel" and dtype == "float64":
+        pytest.skip("the kernel does not take float64")
+    # Several tiles, panels and depths, none full; whole ones; rows that are copied; nothing.
+    for shape, outputs in (
+        ((4, 5, 3, 16), 24),
+        ((2, 9, 13, 300), 290),
+        ((1, 15, 15, 256), 64),
+        ((1, 2, 3, 1024), 17),
+        ((1, 1, 1, 1), 1),
+        ((0, 2, 2, 8), 8),
+    ):
+        with jax.enable_x64(True):
+            arrays = operands(shape, outputs, dtype)
+            got = jax.jit(functools.partial(linear, gelu=gelu, implementation=implementation))(
+                *arrays
+            )
+            x, kernel, bias = (np.asarray(a, np.float64) for a in arrays)
+            z = jnp.asarray(x @ kernel + bias)
+            wanted = jax.nn.gelu(z, approximate=False) if gelu else z
+        assert got.dtype == dtype
+        # XLA's product is rounded, and so may the bias be.
+        assert_close(got, wanted, 4 * TOLERANCE[dtype])
+
+
+@kernel_serves
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_bias_in_float32(dtype: str) -> None:
+    x, kernel, bias = operands((1, 3, 3, 40), 56, dtype)
+    mixed = linear(x, kernel, bias.astype("float32") + 2.0**-20, implementation="kernel")
+    assert mixed.dtype == dtype
+    assert_close(mixed, linear(x, kernel, bias, implementation="kernel"), TOLERANCE[dtype])
+
+
+@kernel_serves
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_what_is_not_finite(dtype: str, gelu: bool) -> None:
+    x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
+    x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
+    bias[5], bias[11] = np.nan, -np.inf
+    arrays = (jnp.asarray(a, dtype) for a in (x, kernel, bias))
+    got = linear(*arrays, gelu=gelu, implementation="kernel")
+    with np.errstate(invalid="ignore"):
+        z = x @ kernel + bias
+    wanted = np.where(z == -np.inf, 0, z) if gelu else z
+    np.testing.assert_array_equal(np.asarray(got, np.float64), wanted)
+
+
+@kernel_serves
+def test_other_rows_do_not_matter() -> None:
+    """Nor do threads and tiles: each sum runs in one order."""
+    x, kernel, bias = operands((3, 20, 20, 300), 128, "float32")
+    run = jax.jit(functools.partial(linear, gelu=True, implementation="kernel"))
+    whole = np.asarray(run(x, kernel, bias))
+    assert whole.tobytes() == np.asarray(run(x, kernel, bias)).tobytes()
+    part = np.asarray(run(x[1:2, 5:], kernel, bias))
+    np.testing.assert_array_equal(part, whole[1:2, 5:])
+
+
+@kernel_serves
+@pytest.mark.parametrize("gelu", [True, False])
+def test_transforms_of_the_cpu_kernel(gelu: bool) -> None:
+    arrays = operands((4, 5, 3, 16), 24, "float32")
+
+    def value_and_gradients(implementation, *arrays):
+        def loss(*arrays):
+            y = linear(*arrays, gelu=gelu, implementation=implementation)
+            return jnp.sin(y).sum(), y
+
+        (_, y), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+        return linear(*arrays, gelu=gelu, implementation=implementation), y, *gradients
+
+    by_kernel, by_jnp = (functools.partial(value_and_gradients, i) for i in ("kernel", "jnp"))
+    wanted = jax.jit(by_jnp)(*arrays)
+    assert_close(jax.jit(by_kernel)(*arrays), wanted)
+    stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
+    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
+        each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
+        got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
+        assert_close(got, by_map)
+    specs = (P("data"), P(), P())
+    results = (P("data"), P("data"), *specs)
+    mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=results)
+    assert_close(jax.jit(mapped)(*arrays), wanted)
+    local = [
+        jax.device_put(a, NamedSharding(mesh(), s)) for a, s in zip(arrays, specs, strict=True)
+    ]
+    program = functools.partial(linear, gelu=gelu, implementation="kernel")
+    compiled = jax.jit(program).lower(*local).compile()
+    assert "all-gather" not in compiled.as_text() and "internimage_linear" in compiled.as_text()
+    assert_close(compiled(*local), wanted[0])
+
+
+def test_a_program_for_cuda_has_the_kernel_where_it_serves(cuda_serves: None) -> None:
+    def has_it(dtype: str, inputs: int, outputs: int = 64) -> bool:
+        arrays = operands((1, 4, 4, inputs), outputs, dtype)
+        text = for_cuda(gelu_of, *arrays)
+        assert (CALL in text) != ("stablehlo.dot_general" in text)
+        return CALL in text
+
+    assert has_it("bfloat16", 64) and has_it("float16", 512)
+    assert not has_it("float32", 64)
+    assert not has_it("bfloat16", 520)  # wide: the product's form matters more
+    assert not has_it("bfloat16", 20) and not has_it("bfloat16", 64, 20)
+
+
+def test_under_differentiation_it_is_a_product_and_bias_gelu(cuda_serves: None) -> None:
+    arrays = operands()
+    gradients = lambda *arrays: value_and_gradients(*arrays)[1:]  # noqa: E731
+    text = for_cuda(gradients, *arrays)
+    assert CALL not in text and "@internimage_bias_gelu_backward" in text
+    assert for_cuda(value_and_gradients, *arrays).count(CALL) == 1
+    with pytest.raises(ValueError, match=r"no forward mode .* use 'jnp'"):
+        jax.jvp(gelu_of, arrays, arrays)
+
+
+def test_transforms(cuda_serves: None) -> None:
+    arrays = operands()
+    wanted = jax.jit(value_and_gradients)(*arrays)  # compiled for the CPU, which has no kernel here
+    specs = (P("data"), P(), P())
+    mapped = jax.shard_map(
+        value_and_gradients, mesh=mesh(), in_specs=specs, out_specs=(P("data"), *specs)
+    )
+    assert_close(jax.jit(mapped)(*arrays), wanted, 4 * TOLERANCE["bfloat16"])
+    assert CALL in for_cuda(mapped, *arrays)
+    stacked = [jnp.stack([a, 2 * a]) for a in arrays]
+    for axes, shapes in (
+        ((0, None, None), "2x4x5x3x16xbf16>, tensor<16x24xbf16>, tensor<24xbf16>"),
+        ((None, 0, 0), "2x4x5x3x16xbf16>, tensor<2x16x24xbf16>, tensor<2x24xbf16>"),
+    ):
+        each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
+        text = for_cuda(jax.vmap(gelu_of, axes), *each)
+        (call,) = (line for line in text.splitlines() if CALL in line)
+        assert shapes in call
+
+
+def test_a_sharded_batch_divides_the_result(cuda_serves: None) -> None:
+    local = [
+        jax.device_put(a, NamedSharding(mesh(), s))
+        for a, s in zip(operands(), (P("data"), P(), P()), strict=True)
+    ]
+    text = for_cuda(gelu_of, *local)
+    (rule,) = re.findall(r"op_sharding_rule<\((.*?)\) \{", text)
+    x, kernel, bias, y = re.findall(r"\[([^]]*)\]", rule)
+    assert x[0] == y[0] and x[0] not in kernel + bias  # the batch, and nothing else, goes through
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: jnp.zeros((2, 16))}, r"x: expected shape \(N, H, W, C\)"),
+        ({0: jnp.zeros((1, 1, 1, 16), int)}, "x: expected one of float32"),
+        ({1: jnp.zeros((8, 24), "bfloat16")}, r"kernel: expected shape \(16, K\)"),
+        ({1: jnp.zeros((16, 24))}, "kernel: .* and float32"),
+        ({1: jnp.zeros((16, 0), "bfloat16")}, "kernel: .* K at least 1"),
+        ({2: jnp.zeros(32, "bfloat16")}, r"bias: expected shape \(24,\)"),
+        ({2: jnp.zeros(24, "float16")}, "bias: .* and float16"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str) -> None:
+    arrays = [changes.get(i, a) for i, a in enumerate(operands())]
+    with pytest.raises(ValueError, match=message):
+        gelu_of(*arrays)
+
+
+def test_an_implementation_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "serving", lambda target: ())
+    with pytest.raises(ValueError, match="no 'kernel' to serve here"):
+        gelu_of(*operands(), implementation="kernel")
+    monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
+    with pytest.raises(ValueError, match="bfloat16 and float16, with C and K in eights"):
+        gelu_of(*operands(outputs=20), implementation="kernel")
+    with pytest.raises(ValueError, match="expected 'kernel', 'jnp' or None, got 'fast'"):
+        gelu_of(*operands(), implementation="fast")  # type: ignore[arg-type]

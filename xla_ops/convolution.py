@@ -1,0 +1,143 @@
+"""The dense convolution of stem and downsampling: 3 x 3 pixels, stride 2, padding 1."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xla_ops import _ffi
+from xla_ops.custom_call import Shapes, Target, forward, forward_mode_named
+from xla_ops.geometry import DTYPES, at_least_float32
+
+# Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
+# cache, 50 MB of an H100, costs no time of its memory.
+LARGEST_PATCHES = 32 << 20
+
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> jax.Array:
+    """Returns the convolution of 3 x 3 pixels with stride 2 and padding 1 on all sides.
+
+    On x86 processors with AVX2 it is a kernel, but for float64: a matrix product whose rows are put
+    together as they are read. On CUDA a small one is a matrix product over patches: XLA keeps
+    convolutions out of its command buffers, and a product is launched with all else as one CUDA
+    graph. Under differentiation, and everywhere else, it is XLA's convolution.
+
+    Args:
+        x: (N, H, W, C), float32, bfloat16, float16 or float64, H and W at least 1.
+        kernel: (3, 3, C, K), K at least 1, of x's dtype.
+        bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16; None for none.
+        implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None takes
+            it where it is known to serve. For `jax.export` the target to name is
+            "internimage_convolution_forward".
+
+    Returns:
+        (N, (H + 1) // 2, (W + 1) // 2, K) of x's dtype.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+    """
+    _check(x, kernel, bias)
+    if implementation not in ("kernel", "jnp", None):
+        raise ValueError(
+            f"implementation: expected 'kernel', 'jnp' or None, got {implementation!r}"
+        )
+    serving = _ffi.serving(_ffi.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
+    if implementation == "kernel" and not serving:
+        reason = _ffi.reasons() if x.dtype != jnp.float64 else "it does not take float64"
+        raise ValueError(f"implementation: no 'kernel' to serve here ({reason}); use 'jnp' or None")
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[-1], x.dtype)
+    operator = Convolution(LARGEST_PATCHES)
+    if implementation == "jnp" or not serving:
+        return operator.definition(x, kernel, bias)
+    with forward_mode_named("jnp"):
+        return _differentiable(operator, serving, implementation is None, x, kernel, bias)
+
+
+class Convolution(NamedTuple):
+    """`convolution` as `xla_ops.custom_call` takes it."""
+
+    largest_patches: int
+
+    @property
+    def forward(self) -> Target:
+        attributes = (("version", np.int64(_ffi.VERSION)),)
+        target = _ffi.CONVOLUTION_FORWARD
+        return Target(target, (3, 4, 1), (3,), _result, attributes, shared=(1, 2))
+
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        x, kernel, bias = operands
+        known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
+        if not known or 9 / 4 * x.size * x.dtype.itemsize > self.largest_patches:
+            y = by_xla(x, kernel)
+        else:
+            y = lax.platform_dependent(x, kernel, cuda=by_patches, default=by_xla)
+        return y + bias.astype(y.dtype)[None, None, None]
+
+
+def by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as XLA has it."""
+    layouts = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layouts)
+
+
+def by_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as a matrix product over the nine pixels of each place, side by side."""
+    n, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [
+        lax.slice(x, (0, i, j, 0), (n, i + h, j + w, c), (1, 2, 2, 1))
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.concatenate(taps, axis=-1) @ kernel.reshape(9 * c, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(
+    operator: Convolution, platforms: tuple[str, ...], fallback: bool, *operands: jax.Array
+) -> jax.Array:
+    return forward(operator, platforms, fallback, *operands)
+
+
+_differentiable.defvjp(
+    lambda operator, platforms, fallback, *operands: jax.vjp(operator.definition, *operands),
+    lambda operator, platforms, fallback, pullback, dy: pullback(dy),
+)
+
+
+def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
+    *batch, height, width, _ = x.shape
+    return [((*batch, (height + 1) // 2, (width + 1) // 2, kernel.shape[-1]), x.dtype)]
+
+
+def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> None:
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x: expected shape (N, H, W, C), H, W and C at least 1, got {x.shape}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    shape = kernel.shape
+    fits = len(shape) == 4 and shape[:3] == (3, 3, x.shape[-1]) and shape[3] >= 1
+    if not fits or kernel.dtype != x.dtype:
+        raise ValueError(
+            f"kernel: expected shape (3, 3, {x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
+            f"got {shape} and {kernel.dtype}"
+        )
+    real = at_least_float32(x.dtype)
+    if bias is not None and (bias.shape != shape[3:] or bias.dtype not in (x.dtype, real)):
+        also = f" or {real}" if real != x.dtype else ""
+        raise ValueError(
+            f"bias: expected shape {shape[3:]} and dtype {x.dtype}{also}, "
+            f"got {bias.shape} and {bias.dtype}"
+        )

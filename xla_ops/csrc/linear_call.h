@@ -1,0 +1,38 @@
+// One call of y = f(x kernel + bias) over raw buffers, f GELU, gelu(z) = z * Phi(z), or nothing. A
+// convolution is the same with rows of x made of the pixels that go into a pixel of y.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace linear {
+
+using xla_ops::Type;
+
+// The map of a convolution of 3 x 3 pixels, stride 2 and padding 1 on all sides.
+struct Map {
+  int64_t height, width, channels;
+
+  int64_t rows() const { return (height + 1) / 2; }  // of the result
+  int64_t columns() const { return (width + 1) / 2; }
+};
+
+struct Call {
+  Map map;  // no channels where this is no convolution, else 9 times as many are the inputs
+  int64_t rows, inputs, outputs;
+  bool gelu;
+  Type type;  // of x, kernel and y
+  Type bias_type;
+  const void* x;       // (rows, inputs), or the map of each image
+  const void* kernel;  // (inputs, outputs)
+  const void* bias;    // (outputs)
+  void* y;             // (rows, outputs)
+
+  int64_t numbers() const {  // of x
+    if (!map.channels) return rows * inputs;
+    return rows == 0 ? 0 : rows / (map.rows() * map.columns()) * map.height * map.width * map.channels;
+  }
+};
+
+}  // namespace linear

@@ -1,0 +1,61 @@
+// Matrix products with bias and GELU on CPU: the kernels of linear_cpu_kernel.h.
+#include "linear_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <utility>
+
+namespace linear::cpu {
+namespace {
+
+using namespace ::cpu;
+
+constexpr int64_t kUnit = 32;           // columns that stay together: whole panels for any instruction set
+constexpr int64_t kMostRows = 16 * 14;  // of a tile; what is copied of the kernel is used so often
+constexpr int64_t kMostUnits = 8;       // 256 columns
+
+int64_t rounded_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Memory for a tile's parts, aligned to cache lines.
+struct Scratch {
+  explicit Scratch(int64_t floats)
+      : data(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete[](data, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* const data;
+};
+
+// The part of a call that a tile is.
+struct Tile {
+  int64_t row, rows, column, columns;
+};
+
+#define CPU_KERNELS "linear_cpu_kernel.h"
+#include "cpu_targets.h"
+
+}  // namespace
+
+Tiles tiles_of(const Call& call, int64_t wanted) {
+  const int64_t units = rounded_up(call.outputs, kUnit);
+  Tiles tiles = {rounded_up(call.rows, kMostRows), rounded_up(units, kMostUnits)};
+  if (tiles.down * tiles.across >= wanted || tiles.down == 0) return tiles;
+  tiles.across = std::min(rounded_up(wanted, tiles.down), units);
+  if (tiles.down * tiles.across >= wanted) return tiles;
+  tiles.down = std::min(rounded_up(wanted, tiles.across), rounded_up(call.rows, 28));
+  return tiles;
+}
+
+void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
+  const int64_t units = rounded_up(call.outputs, kUnit);
+  const int64_t row = i * call.rows / tiles.down, column = j * units / tiles.across * kUnit;
+  const int64_t end = std::min((j + 1) * units / tiles.across * kUnit, call.outputs);
+  const Tile tile = {row, (i + 1) * call.rows / tiles.down - row, column, end - column};
+  CPU_CALL(forward, call, tile);
+}
+
+}  // namespace linear::cpu

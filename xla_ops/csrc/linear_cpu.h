@@ -1,0 +1,21 @@
+// y = f(x kernel + bias), f GELU or nothing, on CPU: compute functions over raw buffers.
+#pragma once
+
+#include "cpu_types.h"
+#include "linear_call.h"
+
+namespace linear::cpu {
+
+// How a call is cut into tiles of y, each of them computed alone. Their sums run in the same order whatever
+// the tiles are.
+struct Tiles {
+  int64_t down, across;
+};
+
+// The fewest tiles that fit the caches, or about `wanted` of them if there are as many.
+Tiles tiles_of(const Call& call, int64_t wanted);
+
+// Computes a tile.
+void forward(const Call& call, const Tiles& tiles, int64_t row, int64_t column);
+
+}  // namespace linear::cpu

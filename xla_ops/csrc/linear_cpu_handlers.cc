@@ -1,0 +1,58 @@
+// The CPU handlers of XLA's foreign function interface for `linear` and `convolution`.
+#include "cpu_handlers.h"
+#include "cpu_layers.h"
+#include "linear_cpu.h"
+#include "linear_ffi.h"
+
+namespace linear::cpu {
+namespace {
+
+using namespace ::cpu;
+
+constexpr double kFew = 2e6;  // multiply-adds that are not worth dividing: some 20 us
+
+template <Form form>
+ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operand bias, Result y,
+                         int64_t version) {
+  Call call = {};
+  int64_t sets;
+  ffi::Error error = describe(x, kernel, bias, y, version, form, &call, &sets);
+  if (error.failure()) return failed(error);
+  const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
+  const double threads = static_cast<double>(std::max<int64_t>(pool.num_threads(), 1));
+  const double wanted = std::min(cost / kFew, 4 * threads) / double(std::max<int64_t>(sets, 1));
+  const Tiles tiles = tiles_of(call, static_cast<int64_t>(wanted));
+  const int64_t each = tiles.down * tiles.across;
+  return run(pool, sets * each, [call, tiles, each](int64_t i) {
+    const int64_t tile = i % each;
+    forward(of_set(call, i / each), tiles, tile / tiles.across, tile % tiles.across);
+  });
+}
+
+auto bind() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Operand>()  // x
+      .Arg<Operand>()  // kernel
+      .Arg<Operand>()  // bias
+      .Ret<Operand>()  // y
+      .Attr<int64_t>("version");
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
+XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
+XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
+
+}  // namespace
+
+XLA_FFI_Handler* forward_handler() {
+  return kForward;
+}
+XLA_FFI_Handler* gelu_forward_handler() {
+  return kGeluForward;
+}
+XLA_FFI_Handler* convolution_handler() {
+  return kConvolution;
+}
+
+}  // namespace linear::cpu

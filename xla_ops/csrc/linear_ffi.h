@@ -1,0 +1,88 @@
+// The handlers' part of `linear` that knows no platform: from a custom call's buffers and attributes to
+// checked calls.
+//
+// Operands: x (..., C), kernel (..., C, K) and bias (..., K), or of a convolution x (..., H, W, C) and kernel
+// (..., 3, 3, C, K). What precedes the parameters' own axes also
+// precedes x's, and says which rows use which parameters: `vmap` over them adds an axis to all.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "ffi_types.h"
+#include "linear_call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace linear {
+
+namespace ffi = xla::ffi;
+
+using xla_ops::kVersion;
+using xla_ops::type_of;
+
+using Operand = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_linear: " + message);
+}
+
+enum class Form { kProduct, kGelu, kConvolution };
+
+// The call of the first set of parameters; there are `sets`, one after the other in all buffers.
+inline ffi::Error describe(Operand x, Operand kernel, Operand bias, Result y, int64_t version, Form form,
+                           Call* call, int64_t* sets) {
+  if (version != kVersion) return invalid("expected attributes of version " + std::to_string(kVersion));
+  const bool convolution = form == Form::kConvolution;
+  const auto misfit = [convolution] {
+    return invalid(convolution ? "expected x (..., H, W, C), kernel (3, 3, C, K) and bias (K,)"
+                               : "expected x (..., C), kernel (C, K) and bias (K,)");
+  };
+  const auto xs = x.dimensions(), ks = kernel.dimensions(), bs = bias.dimensions();
+  const size_t own = convolution ? 4 : 2;  // axes of the kernel
+  if (ks.size() < own || xs.size() < ks.size() - 1 || bs.size() != ks.size() - own + 1) return misfit();
+  Call& s = *call;
+  const int64_t channels = ks[ks.size() - 2];
+  s.outputs = ks.back(), s.gelu = form == Form::kGelu;
+  if (xs.back() != channels || bs.back() != s.outputs || channels < 1 || s.outputs < 1) return misfit();
+  s.inputs = channels;
+  int64_t rows = static_cast<int64_t>(x.element_count()) / channels;
+  if (convolution) {
+    if (ks[ks.size() - 4] != 3 || ks[ks.size() - 3] != 3) return misfit();
+    s.map = {xs[xs.size() - 3], xs[xs.size() - 2], channels}, s.inputs = 9 * channels;
+    const int64_t pixels = s.map.height * s.map.width;
+    rows = pixels > 0 ? rows / pixels * s.map.rows() * s.map.columns() : 0;
+  }
+  *sets = 1;
+  for (size_t i = 0; i + own < ks.size(); ++i) {
+    if (ks[i] != xs[i] || bs[i] != xs[i]) return invalid("the leading axes of x, kernel and bias differ");
+    *sets *= ks[i];
+  }
+  s.rows = *sets > 0 ? rows / *sets : 0;
+  if (!type_of(x.element_type(), &s.type) || s.type == Type::kFloat64) {
+    return invalid("expected float32, bfloat16 or float16");
+  }
+  if (!type_of(bias.element_type(), &s.bias_type) || kernel.element_type() != x.element_type() ||
+      (s.type != s.bias_type && s.bias_type != Type::kFloat32)) {
+    return invalid("expected a kernel of the dtype of x, and a bias of that or float32");
+  }
+  if (static_cast<int64_t>(y->element_count()) != rows * s.outputs || y->element_type() != x.element_type()) {
+    return invalid("the result does not fit");
+  }
+  s.x = x.untyped_data(), s.kernel = kernel.untyped_data(), s.bias = bias.untyped_data();
+  s.y = y->untyped_data();
+  return ffi::Error::Success();
+}
+
+// The call of another set of parameters, by its number.
+inline Call of_set(Call s, int64_t set) {
+  const auto bytes = [](Type type) { return type == Type::kFloat32 ? 4 : 2; };
+  const auto after = [set](const void* p, int64_t size) { return static_cast<const char*>(p) + set * size; };
+  s.x = after(s.x, s.numbers() * bytes(s.type));
+  s.kernel = after(s.kernel, s.inputs * s.outputs * bytes(s.type));
+  s.bias = after(s.bias, s.outputs * bytes(s.bias_type));
+  s.y = const_cast<char*>(after(s.y, s.rows * s.outputs * bytes(s.type)));
+  return s;
+}
+
+}  // namespace linear

@@ -1,0 +1,149 @@
+"""A matrix product with bias and GELU as one operator, where that pays."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xla_ops import _ffi
+from xla_ops.bias_gelu import bias_gelu
+from xla_ops.custom_call import Shapes, Target, forward, forward_mode_named
+from xla_ops.geometry import DTYPES, at_least_float32
+
+# Beyond so many input channels the product is most of the time, and XLA chooses among more forms
+# of it for a GPU than there are here.
+MOST_CHANNELS = 512
+
+
+def linear(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    gelu: bool = False,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> jax.Array:
+    """Returns x @ kernel + bias, or the erf form of GELU of it.
+
+    One kernel does it all, and what is summed or goes into GELU is neither rounded nor written: on
+    x86 processors with AVX2, but for float64; on CUDA with GELU, in half precision and up to 512
+    input channels. Under differentiation, and everywhere else, it is XLA's product, rounded to x's
+    dtype, and `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever
+    the bias.
+
+    Args:
+        x: (N, H, W, C), float32, bfloat16, float16 or float64.
+        kernel: (C, K), K at least 1, of x's dtype.
+        bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
+        gelu: Whether GELU follows.
+        implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
+            takes it where it is known to serve, and elsewhere the product and the best `bias_gelu`.
+            For `jax.export` the targets to name are "internimage_linear_forward" without GELU, with
+            it "internimage_linear_gelu_forward" and those of `bias_gelu`.
+
+    Returns:
+        (N, H, W, K) of x's dtype.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+
+    Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
+    """
+    _check(x, kernel, bias)
+    if implementation not in ("kernel", "jnp", None):
+        raise ValueError(
+            f"implementation: expected 'kernel', 'jnp' or None, got {implementation!r}"
+        )
+    operator = Linear(gelu, "jnp" if implementation == "jnp" else None)
+    if implementation == "jnp":
+        return operator.definition(x, kernel, bias)
+    serving = _ffi.serving(operator.name)
+    taken = tuple(platform for platform in serving if _takes(platform, kernel))
+    if implementation == "kernel" and not taken:
+        raise ValueError(
+            "implementation: no 'kernel' to serve here "
+            f"({_ffi.reasons() if not serving else _TAKEN}); use 'jnp' or None"
+        )
+    if implementation is None and kernel.shape[0] > MOST_CHANNELS:
+        taken = tuple(platform for platform in taken if platform != "cuda")
+    if not taken:
+        return operator.definition(x, kernel, bias)
+    with forward_mode_named("jnp"):
+        return _differentiable(operator, taken, implementation is None, x, kernel, bias)
+
+
+_TAKEN = (
+    "on a CPU, with AVX2, it takes all but float64; on CUDA, with GELU and from compute capability "
+    "8.0 on, bfloat16 and float16, with C and K in eights"
+)
+
+
+def _takes(platform: str, kernel: jax.Array) -> bool:
+    if platform == "cpu":
+        return kernel.dtype != jnp.float64
+    return kernel.dtype.itemsize == 2 and not any(size % 8 for size in kernel.shape)
+
+
+class Linear(NamedTuple):
+    """`linear` as `xla_ops.custom_call` takes it."""
+
+    gelu: bool
+    implementation: Literal["jnp"] | None = None  # of what follows XLA's product
+
+    @property
+    def name(self) -> str:
+        return _ffi.LINEAR_GELU_FORWARD if self.gelu else _ffi.LINEAR_FORWARD
+
+    @property
+    def forward(self) -> Target:
+        attributes = (("version", np.int64(_ffi.VERSION)),)
+        return Target(self.name, (3, 2, 1), (3,), _result, attributes, shared=(1, 2))
+
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        x, kernel, bias = operands
+        y = x @ kernel
+        if self.gelu:
+            return bias_gelu(y, bias, implementation=self.implementation)
+        return y + bias.astype(y.dtype)[None, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(
+    operator: Linear, platforms: tuple[str, ...], fallback: bool, *operands: jax.Array
+) -> jax.Array:
+    return forward(operator, platforms, fallback, *operands)
+
+
+# The gradients want the product without bias and GELU, so that is what runs under differentiation.
+_differentiable.defvjp(
+    lambda operator, platforms, fallback, *operands: jax.vjp(operator.definition, *operands),
+    lambda operator, platforms, fallback, pullback, dy: pullback(dy),
+)
+
+
+def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
+    return [((*x.shape[:-1], kernel.shape[-1]), x.dtype)]
+
+
+def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> None:
+    if x.ndim != 4 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    shape = kernel.shape
+    if len(shape) != 2 or shape[0] != x.shape[-1] or shape[1] < 1 or kernel.dtype != x.dtype:
+        raise ValueError(
+            f"kernel: expected shape ({x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
+            f"got {kernel.shape} and {kernel.dtype}"
+        )
+    real = at_least_float32(x.dtype)
+    if bias.shape != kernel.shape[1:] or bias.dtype not in (x.dtype, real):
+        also = f" or {real}" if real != x.dtype else ""
+        raise ValueError(
+            f"bias: expected shape {kernel.shape[1:]} and dtype {x.dtype}{also}, "
+            f"got {bias.shape} and {bias.dtype}"
+        )

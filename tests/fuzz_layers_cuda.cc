@@ -93,8 +93,8 @@ bool gelu_for_half() {
   for (int i = -1300; i <= 1300; ++i) {
     const double z = i / 100.0, tail = 0.5 * std::erfc(std::fabs(z) * std::sqrt(0.5));
     const double phi = z < 0 ? tail : 1 - tail, density = std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
-    const double y = xla_ops::cuda::gelu_for<BFloat16>(float(z));
-    const double slope = xla_ops::cuda::gelu_slope_for<BFloat16>(float(z));
+    const double y = xla_ops::cuda::gelu_for<BFloat16, 1>(float(z));
+    const double slope = xla_ops::cuda::gelu_slope_for<BFloat16, 1>(float(z));
     if (!(std::fabs(y - z * phi) <= 2e-5 * std::fabs(z * phi)) ||
         !(std::fabs(slope - (phi + z * density)) <= 2e-5 * (phi + std::fabs(z) * density))) {
       return std::printf("GELU of %g is %g, its derivative %g\n", z, y, slope), false;

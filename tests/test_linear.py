@@ -6,7 +6,11 @@ The CUDA kernel itself is tested in test_layers_cuda.py, on the host, and in tes
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import xla_ops
 from tests.test_dwconv import TOLERANCE, assert_close, mesh
 from xla_ops import _ffi, linear
 
@@ -22,6 +27,9 @@ CALL = "@internimage_linear_gelu_forward"
 
 gelu_of = functools.partial(linear, gelu=True)
 SERVES = "cpu" in _ffi.serving(_ffi.LINEAR_FORWARD)
+BEST = xla_ops.status()["cpu"].detail
+# Those besides the one that these tests run on.
+INSTRUCTION_SETS = {"avx512": ["avx2"], "avx512 and amx": ["avx2", "avx512"]}.get(BEST, [])
 kernel_serves = pytest.mark.skipif(not SERVES, reason="no kernel of `linear` for this CPU")
 
 
@@ -115,6 +123,25 @@ def test_other_rows_do_not_matter() -> None:
     assert whole.tobytes() == np.asarray(run(x, kernel, bias)).tobytes()
     part = np.asarray(run(x[1:2, 5:], kernel, bias))
     np.testing.assert_array_equal(part, whole[1:2, 5:])
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_other_instruction_sets_compute_the_same(name: str) -> None:
+    if name not in INSTRUCTION_SETS:
+        pytest.skip(f"this processor has no {name}, or nothing less")
+    tests = [
+        f"{Path(__file__).parent / file}::test_{test}"
+        for file, test in (
+            ("test_linear.py", "agrees_with_float64"),
+            ("test_linear.py", "what_is_not_finite"),
+            ("test_linear.py", "a_bias_in_float32"),
+            ("test_convolution.py", "agrees_with_float64"),
+        )
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel or finite or bias", *tests]
+    environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 @kernel_serves

@@ -11,6 +11,11 @@
 #if defined(__x86_64__) && !defined(CPU_BASELINE)
 #define CPU_X86 1
 #include <immintrin.h>
+#ifdef __linux__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace cpu {
@@ -71,8 +76,8 @@ inline InstructionSet instruction_set() {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && allowed("avx512")) return InstructionSet::kAvx512;
-    if (avx2 && (allowed("avx2") || allowed("avx512"))) return InstructionSet::kAvx2;
+    if (avx512 && (allowed("avx512") || allowed("amx"))) return InstructionSet::kAvx512;
+    if (avx2 && (allowed("avx2") || allowed("avx512") || allowed("amx"))) return InstructionSet::kAvx2;
 #endif
     (void)allowed;
     return InstructionSet::kBaseline;
@@ -80,8 +85,29 @@ inline InstructionSet instruction_set() {
   return chosen;
 }
 
+#if CPU_X86 && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define CPU_AMX 1
+// Whether there is AMX for bfloat16 beside AVX-512, and Linux lets this process use it.
+inline bool has_amx() {
+  static const bool found = [] {
+    const char* wanted = std::getenv("INTERNIMAGE_CPU_ISA");
+    if (instruction_set() != InstructionSet::kAvx512 || (wanted && std::strcmp(wanted, "amx"))) return false;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return found;
+}
+#else
+inline bool has_amx() {
+  return false;
+}
+#endif
+
 inline const char* instruction_set_name() {
   const InstructionSet set = instruction_set();
+  if (has_amx()) return "avx512 and amx";
   return set == InstructionSet::kAvx512 ? "avx512" : set == InstructionSet::kAvx2 ? "avx2" : "baseline";
 }
 

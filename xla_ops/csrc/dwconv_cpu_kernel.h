@@ -182,11 +182,11 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
         int64_t c = 0;
         for (; c + kLanes <= call.channels; c += kLanes) {
           const V z = load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
-          Memory<T, Real, kLanes>::store(out + c, gelu<Real, kLanes>(z));
+          Memory<T, Real, kLanes>::store(out + c, gelu_for<T, kLanes>(z));
         }
         if (c == call.channels) continue;
         const V z = load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
-        store_raw(v + c, gelu<Real, kLanes>(z));
+        store_raw(v + c, gelu_for<T, kLanes>(z));
         for (; c < call.channels; ++c) Memory<T, Real, 1>::store(out + c, v[c]);
       }
     }
@@ -217,7 +217,7 @@ CPU_FN void differentiate(const Layer<Real>& a, const T* dy, Real* v, Real* slop
   for (int64_t c = a.call.channels; c < a.channels; ++c) slope[c] = 0;
   for (int64_t c = 0; c < a.channels; c += kLanes) {
     const V u = load_raw<V>(v + c) * factor, scale = load_raw<V>(a.scale + c);
-    const V dz = load_raw<V>(slope + c) * gelu_slope<Real, kLanes>(u * scale + load_raw<V>(a.offset + c));
+    const V dz = load_raw<V>(slope + c) * gelu_slope_for<T, kLanes>(u * scale + load_raw<V>(a.offset + c));
     if (sums) {
       store_raw(sums->scale + c, load_raw<V>(sums->scale + c) + dz * u);
       store_raw(sums->offset + c, load_raw<V>(sums->offset + c) + dz);

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
         for (int c = 0; c < C; ++c) {
           v[c] = (v[c] - mean[p]) * factor[p];
-          du[c] *= gelu_slope_for<T>(v[c] * scale[c] + offset[c]);
+          du[c] *= gelu_slope_for<T, 1>(v[c] * scale[c] + offset[c]);
           of_offset[c] += du[c];
           of_scale[c] += du[c] * v[c];
           du[c] *= scale[c];

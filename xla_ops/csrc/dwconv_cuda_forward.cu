@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMostThreads)
       load<C>(values[round * P + p], v);
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        v[c] = gelu_for<T>((v[c] - mean[p]) * factor[p] * scale[c] + offset[c]);
+        v[c] = gelu_for<T, 1>((v[c] - mean[p]) * factor[p] * scale[c] + offset[c]);
       }
       store<C>(v, static_cast<T*>(call.y) + (row.all * call.width + j + p) * call.channels + channel);
     }

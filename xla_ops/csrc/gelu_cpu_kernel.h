@@ -9,9 +9,9 @@ CPU_FN void step(const T* x, const Real* bias, const T* dy, T* to, int64_t c) {
   using M = Memory<T, Real, W>;
   const Vec<Real, W> z = M::load(x + c) + Memory<Real, Real, W>::load(bias + c);
   if constexpr (backward) {
-    M::store(to + c, M::load(dy + c) * gelu_slope<Real, W>(z));
+    M::store(to + c, M::load(dy + c) * gelu_slope_for<T, W>(z));
   } else {
-    M::store(to + c, gelu<Real, W>(z));
+    M::store(to + c, gelu_for<T, W>(z));
   }
 }
 

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) gelu_kernel(const __grid_constant__ 
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     z[c] += bias[c];
-    z[c] = backward ? slope[c] * gelu_slope_for<T>(z[c]) : gelu_for<T>(z[c]);
+    z[c] = backward ? slope[c] * gelu_slope_for<T, 1>(z[c]) : gelu_for<T, 1>(z[c]);
   }
   store<C>(z, static_cast<T*>(call.result) + at);
 }

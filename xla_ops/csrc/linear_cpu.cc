@@ -12,9 +12,17 @@ namespace {
 
 using namespace ::cpu;
 
-constexpr int64_t kUnit = 32;           // columns that stay together: whole panels for any instruction set
-constexpr int64_t kMostRows = 16 * 14;  // of a tile; what is copied of the kernel is used so often
-constexpr int64_t kMostUnits = 8;       // 256 columns
+constexpr int64_t kUnit = 32;  // columns that stay together: whole panels for any instruction set
+// Rows of a tile: what is copied of the kernel is used so often. Where AMX computes, it should be oftener, as
+// long as the rows of x stay in the second cache.
+int64_t most_rows(const Call& call) {
+#if CPU_AMX
+  constexpr int64_t kNumbers = int64_t{1} << 19;
+  if (call.type == Type::kBFloat16 && has_amx()) return std::clamp<int64_t>(kNumbers / call.inputs, 64, 896);
+#endif
+  return 16 * 14;
+}
+constexpr int64_t kMostUnits = 8;  // 256 columns
 
 int64_t rounded_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -37,12 +45,15 @@ struct Tile {
 
 #define CPU_KERNELS "linear_cpu_kernel.h"
 #include "cpu_targets.h"
+#if CPU_AMX
+#include "linear_cpu_amx.h"
+#endif
 
 }  // namespace
 
 Tiles tiles_of(const Call& call, int64_t wanted) {
   const int64_t units = rounded_up(call.outputs, kUnit);
-  Tiles tiles = {rounded_up(call.rows, kMostRows), rounded_up(units, kMostUnits)};
+  Tiles tiles = {rounded_up(call.rows, most_rows(call)), rounded_up(units, kMostUnits)};
   if (tiles.down * tiles.across >= wanted || tiles.down == 0) return tiles;
   tiles.across = std::min(rounded_up(wanted, tiles.down), units);
   if (tiles.down * tiles.across >= wanted) return tiles;
@@ -55,6 +66,9 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   const int64_t row = i * call.rows / tiles.down, column = j * units / tiles.across * kUnit;
   const int64_t end = std::min((j + 1) * units / tiles.across * kUnit, call.outputs);
   const Tile tile = {row, (i + 1) * call.rows / tiles.down - row, column, end - column};
+#if CPU_AMX
+  if (call.type == Type::kBFloat16 && has_amx()) return amx::forward(call, tile);
+#endif
   CPU_CALL(forward, call, tile);
 }
 

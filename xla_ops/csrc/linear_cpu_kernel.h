@@ -72,26 +72,34 @@ CPU_FN auto strip_for(std::integer_sequence<int, N...>, int64_t rows, int64_t ve
   return (vectors == 1 ? kOne : kTwo)[rows - 1];
 }
 
-template <class T>
-CPU_FN void widen(const T* from, int64_t n, float* to) {
+// Copies n numbers of T as floats, or as they are.
+template <class T, class To>
+CPU_FN void copy(const T* from, int64_t n, To* to) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_raw(to + i, Memory<T, float, kLanes>::load(from + i));
-  for (; i + 4 <= n; i += 4) store_raw(to + i, Memory<T, float, 4>::load(from + i));
-  for (; i < n; ++i) to[i] = Memory<T, float, 1>::load(from + i);
+  if constexpr (std::is_same_v<T, To> && sizeof(T) == 2) {
+    using Raw = Vec<uint16_t, kBytes / 2>;
+    for (; i + kBytes / 2 <= n; i += kBytes / 2) store_raw(to + i, load_raw<Raw>(from + i));
+    for (; i + 4 <= n; i += 4) store_raw(to + i, load_raw<Vec<uint16_t, 4>>(from + i));
+    for (; i < n; ++i) to[i] = from[i];
+  } else {
+    for (; i + kLanes <= n; i += kLanes) store_raw(to + i, Memory<T, float, kLanes>::load(from + i));
+    for (; i + 4 <= n; i += 4) store_raw(to + i, Memory<T, float, 4>::load(from + i));
+    for (; i < n; ++i) to[i] = Memory<T, float, 1>::load(from + i);
+  }
 }
 
 // Copies `rows` rows of x, of each the numbers from `at` on, to rows `stride` apart.
-template <class T>
-CPU_TARGET void copy_rows(const T* x, int64_t inputs, int64_t rows, int64_t at, int64_t depth, float* to,
+template <class T, class To>
+CPU_TARGET void copy_rows(const T* x, int64_t inputs, int64_t rows, int64_t at, int64_t depth, To* to,
                           int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) widen(x + r * inputs + at, depth, to + r * stride);
+  for (int64_t r = 0; r < rows; ++r) copy(x + r * inputs + at, depth, to + r * stride);
 }
 
 // Likewise of the rows that a convolution's are, from `row` on: the three rows of three pixels around pixel
 // (2 i, 2 j) for the result's pixel (i, j), zero outside the map.
-template <class T>
+template <class T, class To>
 CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t rows, int64_t at, int64_t depth,
-                            float* to, int64_t stride) {
+                            To* to, int64_t stride) {
   const int64_t c = map.channels, across = 3 * c;
   int64_t image = row / (map.rows() * map.columns());
   int64_t i = row / map.columns() % map.rows(), j = row % map.columns();
@@ -107,12 +115,12 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
       const bool inside = y >= 0 && y < map.height;
       const int64_t first = inside ? std::clamp(lowest, begin, end) : end;
       const int64_t last = inside ? std::clamp(highest, first, end) : end;
-      float* const p = to + line * across - at;
-      std::fill(p + begin, p + first, 0.f);
+      To* const p = to + line * across - at;
+      std::fill(p + begin, p + first, To{});
       if (first < last) {
-        widen(x + ((image * map.height + y) * map.width + left) * c + first, last - first, p + first);
+        copy(x + ((image * map.height + y) * map.width + left) * c + first, last - first, p + first);
       }
-      std::fill(p + last, p + end, 0.f);
+      std::fill(p + last, p + end, To{});
     }
     if (++j < map.columns()) continue;
     j = 0;
@@ -139,7 +147,7 @@ CPU_TARGET void pack(const T* kernel, int64_t stride, int64_t depth, int64_t col
 template <int W, bool with_gelu, class T, class P>
 CPU_FN void finish_some(const float* sums, const P* bias, T* y) {
   const Vec<float, W> z = Memory<float, float, W>::load(sums) + Memory<P, float, W>::load(bias);
-  Memory<T, float, W>::store(y, with_gelu ? gelu<float, W>(z) : z);
+  Memory<T, float, W>::store(y, with_gelu ? gelu_for<T, W>(z) : z);
 }
 
 // y of a panel's columns.
@@ -171,19 +179,19 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   const Scratch scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
   float* const panel = scratch.data;
   float* const all_sums = panel + kDepth * kPanel;
-  float* const copy = all_sums + sums_size;
+  float* const copied_rows = all_sums + sums_size;
   for (int64_t at = 0; at < s.inputs; at += kDepth) {
     const int64_t depth = std::min<int64_t>(s.inputs - at, kDepth);
     const bool last = at + depth == s.inputs;
     if (copied) {
       if (s.map.channels) {
-        copy_pixels(x, s.map, tile.row, tile.rows, at, depth, copy, kCopyStride);
+        copy_pixels(x, s.map, tile.row, tile.rows, at, depth, copied_rows, kCopyStride);
       } else {
-        copy_rows(x + tile.row * s.inputs, s.inputs, tile.rows, at, depth, copy, kCopyStride);
+        copy_rows(x + tile.row * s.inputs, s.inputs, tile.rows, at, depth, copied_rows, kCopyStride);
       }
     }
-    const float* rows = copy;
-    if constexpr (!kWiden) rows = copied ? copy : x + tile.row * s.inputs + at;
+    const float* rows = copied_rows;
+    if constexpr (!kWiden) rows = copied ? copied_rows : x + tile.row * s.inputs + at;
     const int64_t stride = copied ? kCopyStride : s.inputs;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t columns = tile.columns - p * kPanel;

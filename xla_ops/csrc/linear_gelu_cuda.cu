@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(WM * WN * 32, 2) linear_gelu_kernel(const __gr
     for (int i = 0; i < TM / 16; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float z[2] = {gelu_for<T>(sum[i][j][2 * half] + bias[0]),
-                            gelu_for<T>(sum[i][j][2 * half + 1] + bias[1])};
+        const float z[2] = {gelu_for<T, 1>(sum[i][j][2 * half] + bias[0]),
+                            gelu_for<T, 1>(sum[i][j][2 * half + 1] + bias[1])};
         store<2>(z, tiles + (warp_row + i * 16 + half * 8 + lane / 4) * kRow + column);
       }
     }

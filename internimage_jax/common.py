@@ -124,9 +124,21 @@ def convolve(
     return xla_ops.convolution(x, kernel, bias, implementation=implementation)
 
 
-def normalize(norm: nnx.LayerNorm | nnx.BatchNorm, x: jax.Array, train: bool) -> jax.Array:
-    """Applies `norm`; a BatchNorm uses and updates the batch's statistics in training only."""
-    return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)
+def normalize(
+    norm: nnx.LayerNorm | nnx.BatchNorm,
+    x: jax.Array,
+    train: bool = False,
+    implementation: Literal["jnp"] | None = None,
+) -> jax.Array:
+    """Applies `norm` to `x` (N, H, W, C), a LayerNorm by `xla_ops.layer_norm`.
+
+    A BatchNorm uses and updates the batch's statistics in training only.
+    """
+    if isinstance(norm, nnx.BatchNorm):
+        return norm(x, use_running_average=not train)
+    x = x.astype(norm.dtype)
+    scale, bias = operand(x, norm.scale), operand(x, norm.bias)
+    return xla_ops.layer_norm(x, scale, bias, epsilon=norm.epsilon, implementation=implementation)
 
 
 def activation(config: InternImageConfig) -> Callable[[jax.Array], jax.Array]:

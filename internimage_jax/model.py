@@ -52,10 +52,10 @@ class StemLayer(nnx.Module):
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        convolved = functools.partial(convolve, implementation=self.implementation)
-        x = self.activation(normalize(self.norm1, convolved(self.conv1, x), train))
-        # (N, H/2, W/2, C/2)
-        return normalize(self.norm2, convolved(self.conv2, x), train)  # (N, H/4, W/4, C)
+        x = convolve(self.conv1, x, self.implementation)  # (N, H/2, W/2, C/2)
+        x = self.activation(normalize(self.norm1, x, train, self.implementation))
+        x = convolve(self.conv2, x, self.implementation)  # (N, H/4, W/4, C)
+        return normalize(self.norm2, x, train, self.implementation)
 
 
 class DownsampleLayer(nnx.Module):
@@ -67,8 +67,8 @@ class DownsampleLayer(nnx.Module):
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = convolve(self.conv, x, self.implementation)
-        return normalize(self.norm, x, train)  # (N, H/2, W/2, 2C)
+        x = convolve(self.conv, x, self.implementation)  # (N, H/2, W/2, 2C)
+        return normalize(self.norm, x, train, self.implementation)
 
 
 class MLPLayer(nnx.Module):
@@ -190,6 +190,7 @@ class InternImageLayer(nnx.Module):
         self.layer_scale = config.layer_scale is not None
         if self.layer_scale:
             self.gamma1, self.gamma2 = ctx.vector(channels), ctx.vector(channels)
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
         self.post_norm = config.post_norm
         self.res_post_norm = config.res_post_norm
         if self.res_post_norm:
@@ -205,21 +206,22 @@ class InternImageLayer(nnx.Module):
         drop_path_rate: jax.Array | float | None = None,
     ) -> jax.Array:
         key1, key2, key3 = split(key, 3)
+        norm = functools.partial(normalize, implementation=self.implementation)
 
-        y = self.dcn(x if self.post_norm else self.norm1(x), train=train)
+        y = self.dcn(x if self.post_norm else norm(self.norm1, x), train=train)
         if self.post_norm:
-            y = self.norm1(y)
+            y = norm(self.norm1, y)
         if self.res_post_norm:
-            y = self.res_post_norm1(y)
+            y = norm(self.res_post_norm1, y)
         if self.layer_scale:
             y *= along_channels(self.gamma1, y)
         x += drop_path(y, drop_path_rate, key1)
 
-        y = self.mlp(x if self.post_norm else self.norm2(x), key=key2)
+        y = self.mlp(x if self.post_norm else norm(self.norm2, x), key=key2)
         if self.post_norm:
-            y = self.norm2(y)
+            y = norm(self.norm2, y)
         if self.res_post_norm:
-            y = self.res_post_norm2(y)
+            y = norm(self.res_post_norm2, y)
         if self.layer_scale:
             y *= along_channels(self.gamma2, y)
         return x + drop_path(y, drop_path_rate, key3)
@@ -269,6 +271,7 @@ class InternImageBlock(nnx.Module):
         if level < 3:
             self.downsample = DownsampleLayer(ctx, channels)
         self.with_cp = config.with_cp
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -286,8 +289,9 @@ class InternImageBlock(nnx.Module):
             if train:
                 nnx.update(block, statistics)
             if i in self.post_norm_block_ids:
-                x = self.post_norms[self.post_norm_block_ids.index(i)](x)
-        return self.norm(x) if self.has_norm else x
+                norm = self.post_norms[self.post_norm_block_ids.index(i)]
+                x = normalize(norm, x, train, self.implementation)
+        return normalize(self.norm, x, train, self.implementation) if self.has_norm else x
 
 
 class ConvHead(nnx.Module):

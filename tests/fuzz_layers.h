@@ -1,6 +1,6 @@
-// Random calls of dwconv_norm_gelu, bias_gelu and linear, held against the definition, written out
-// plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it. How a
-// call is computed is the includer's.
+// Random calls of dwconv_norm_gelu, bias_gelu, layer_norm and linear, held against the definition, written
+// out plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it.
+// How a call is computed is the includer's.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include "dwconv_call.h"
 #include "gelu_call.h"
 #include "linear_call.h"
+#include "norm_call.h"
 
 using xla_ops::Type;
 using Values = std::vector<double>;
@@ -206,6 +207,35 @@ bool gelu_case(Compute compute) {
     wanted[i] = z * phi(z), wanted_dx[i] = dy[i] * slope(z);
   }
   return close("gelu", s.type, y, wanted) && close("its gradient", s.type, dx, wanted_dx);
+}
+
+// `compute` does the call.
+template <class Compute>
+bool norm_case(Compute compute) {
+  norm::Call s = {};
+  s.shared = integer(1, 5), s.rows = s.shared * integer(1, 3), s.channels = integer(1, 80), s.epsilon = 1e-3;
+  s.type = any_type();
+  s.parameters_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
+  const int64_t n = s.channels, count = s.rows * n;
+  const Values x = normal(count, 1), scale = normal(s.rows / s.shared * n, 1),
+               bias = normal(s.rows / s.shared * n);
+  const auto bx = stored(s.type, x), bs = stored(s.parameters_type, scale),
+             bb = stored(s.parameters_type, bias);
+  std::vector<char> y(bx.size());
+  s.x = bx.data(), s.scale = bs.data(), s.bias = bb.data(), s.y = y.data();
+  if (!compute(s)) return false;
+  Values wanted(count);
+  for (int64_t row = 0; row < s.rows; ++row) {
+    double mean = 0, variance = 0;
+    for (int64_t k = 0; k < n; ++k) mean += x[row * n + k] / n;
+    for (int64_t k = 0; k < n; ++k) variance += (x[row * n + k] - mean) * (x[row * n + k] - mean) / n;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t parameter = row / s.shared * n + k;
+      const double u = (x[row * n + k] - mean) / std::sqrt(variance + s.epsilon);
+      wanted[row * n + k] = u * scale[parameter] + bias[parameter];
+    }
+  }
+  return close("a norm", s.type, y, wanted);
 }
 
 // `compute` does the call; of a form that CUDA has, or of any.

@@ -1,10 +1,11 @@
-// Runs the CPU kernels of dwconv_norm_gelu, bias_gelu, linear and convolution over random shapes and dtypes
-// (fuzz_layers.h). Arguments: the number of shapes, the seed. tests/test_native.py builds it.
+// Runs the CPU kernels of dwconv_norm_gelu, bias_gelu, layer_norm, linear and convolution over random shapes
+// and dtypes (fuzz_layers.h). Arguments: the number of shapes, the seed. tests/test_native.py builds it.
 #include "fuzz_layers.h"
 
 #include "dwconv_cpu.h"
 #include "gelu_cpu.h"
 #include "linear_cpu.h"
+#include "norm_cpu.h"
 
 namespace {
 
@@ -21,6 +22,13 @@ bool gelu_call(const gelu::Call& s) {
   return true;
 }
 
+bool norm_call(const norm::Call& s) {
+  const int64_t cut = integer(0, s.rows);
+  norm::cpu::forward(s, cut, s.rows);
+  norm::cpu::forward(s, 0, cut);
+  return true;
+}
+
 bool linear_call(const linear::Call& s) {
   const linear::cpu::Tiles tiles = linear::cpu::tiles_of(s, integer(0, 12));
   for (int64_t i = tiles.down * tiles.across; i-- > 0;) {
@@ -34,6 +42,7 @@ bool linear_call(const linear::Call& s) {
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   return fuzz(count, seed, [] {
-    return dwconv_case(false, dwconv_call) && gelu_case(gelu_call) && linear_case(false, linear_call);
+    return dwconv_case(false, dwconv_call) && gelu_case(gelu_call) && norm_case(norm_call) &&
+           linear_case(false, linear_call);
   });
 }

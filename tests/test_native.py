@@ -10,7 +10,10 @@ from tests.native import build, needs_compiler, run
 
 PROGRAMS = {
     "fuzz_dcnv3_cpu.cc": (["dcnv3_cpu.cc"], "500 geometries"),
-    "fuzz_layers_cpu.cc": (["dwconv_cpu.cc", "gelu_cpu.cc", "linear_cpu.cc"], "500 shapes"),
+    "fuzz_layers_cpu.cc": (
+        ["dwconv_cpu.cc", "gelu_cpu.cc", "norm_cpu.cc", "linear_cpu.cc"],
+        "500 shapes",
+    ),
 }
 
 

@@ -29,7 +29,8 @@ DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
 DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 GELU_FORWARD = "internimage_bias_gelu_forward"
 GELU_BACKWARD = "internimage_bias_gelu_backward"
-LINEAR_FORWARD = "internimage_linear_forward"  # on CPU alone, as is the convolution
+NORM_FORWARD = "internimage_layer_norm_forward"
+LINEAR_FORWARD = "internimage_linear_forward"
 LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
 CONVOLUTION_FORWARD = "internimage_convolution_forward"
 
@@ -181,6 +182,12 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
             gelu,
             (products.astype(np.float32),),
             [products],
+        ),
+        NORM_FORWARD: (
+            (np.array([[[[0, 6]]]], np.float32), pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
+            dwconv | {"epsilon": np.float64(7)},
+            (pair,),
+            [44.0, 56.0],
         ),
         CONVOLUTION_FORWARD: (
             (np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]),

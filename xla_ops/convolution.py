@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from xla_ops import _ffi
-from xla_ops.custom_call import Shapes, Target, forward, forward_mode_named
+from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
 
 # Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
@@ -48,21 +47,12 @@ def convolution(
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
     _check(x, kernel, bias)
-    if implementation not in ("kernel", "jnp", None):
-        raise ValueError(
-            f"implementation: expected 'kernel', 'jnp' or None, got {implementation!r}"
-        )
-    serving = _ffi.serving(_ffi.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
-    if implementation == "kernel" and not serving:
-        reason = _ffi.reasons() if x.dtype != jnp.float64 else "it does not take float64"
-        raise ValueError(f"implementation: no 'kernel' to serve here ({reason}); use 'jnp' or None")
+    taken = _ffi.serving(_ffi.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
+    refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
     if bias is None:
         bias = jnp.zeros(kernel.shape[-1], x.dtype)
     operator = Convolution(LARGEST_PATCHES)
-    if implementation == "jnp" or not serving:
-        return operator.definition(x, kernel, bias)
-    with forward_mode_named("jnp"):
-        return _differentiable(operator, serving, implementation is None, x, kernel, bias)
+    return forward(operator, implementation, taken, refusal, x, kernel, bias)
 
 
 class Convolution(NamedTuple):
@@ -102,19 +92,6 @@ def by_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
         for j in range(3)
     ]
     return jnp.concatenate(taps, axis=-1) @ kernel.reshape(9 * c, -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(
-    operator: Convolution, platforms: tuple[str, ...], fallback: bool, *operands: jax.Array
-) -> jax.Array:
-    return forward(operator, platforms, fallback, *operands)
-
-
-_differentiable.defvjp(
-    lambda operator, platforms, fallback, *operands: jax.vjp(operator.definition, *operands),
-    lambda operator, platforms, fallback, pullback, dy: pullback(dy),
-)
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:

@@ -105,12 +105,31 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
 
 
 def forward(
-    operator: Forward, platforms: tuple[str, ...], fallback: bool, *operands: jax.Array
+    operator: Forward,
+    implementation: str | None,
+    platforms: tuple[str, ...],
+    refusal: str,
+    *operands: jax.Array,
 ) -> jax.Array:
-    """Computes `operator` by its kernel on `platforms`, elsewhere by its definition with `fallback`
-    and not at all without; there is nothing to differentiate it by.
+    """Computes `operator`, which has a kernel for the forward alone, as `call` does.
+
+    `platforms` are those whose kernel serves and takes the operands; `refusal` says why others do
+    not, "" that there are none. Under differentiation it is the definition everywhere.
     """
-    return _forward(_Form(operator, platforms, fallback), *_varying_alike(*operands))
+    if implementation not in ("kernel", "jnp", None):
+        raise ValueError(
+            f"implementation: expected 'kernel', 'jnp' or None, got {implementation!r}"
+        )
+    if implementation == "kernel" and not platforms:
+        raise ValueError(
+            "implementation: no 'kernel' to serve here "
+            f"({refusal or _ffi.reasons()}); use 'jnp' or None"
+        )
+    if implementation == "jnp" or not platforms:
+        return operator.definition(*operands)
+    form = _Form(operator, platforms, implementation is None)
+    with forward_mode_named("jnp"):
+        return _differentiable_by_definition(form, *operands)
 
 
 class NoForwardMode(ValueError):
@@ -157,6 +176,17 @@ def _differentiable_backward(form: _Form, operands: Arrays, dy: jax.Array) -> Ar
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable_by_definition(form: _Form, *operands: jax.Array) -> jax.Array:
+    return _forward(form, *_varying_alike(*operands))
+
+
+_differentiable_by_definition.defvjp(
+    lambda form, *operands: jax.vjp(form.operator.definition, *operands),
+    lambda form, pullback, dy: pullback(dy),
+)
 
 
 # jit keeps what it traced: the branches are not traced anew for each layer of a model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 
 from xla_ops import _ffi
 from xla_ops.bias_gelu import bias_gelu
-from xla_ops.custom_call import Shapes, Target, forward, forward_mode_named
+from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
 
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
@@ -54,26 +53,12 @@ def linear(
     Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
     """
     _check(x, kernel, bias)
-    if implementation not in ("kernel", "jnp", None):
-        raise ValueError(
-            f"implementation: expected 'kernel', 'jnp' or None, got {implementation!r}"
-        )
     operator = Linear(gelu, "jnp" if implementation == "jnp" else None)
-    if implementation == "jnp":
-        return operator.definition(x, kernel, bias)
     serving = _ffi.serving(operator.name)
     taken = tuple(platform for platform in serving if _takes(platform, kernel))
-    if implementation == "kernel" and not taken:
-        raise ValueError(
-            "implementation: no 'kernel' to serve here "
-            f"({_ffi.reasons() if not serving else _TAKEN}); use 'jnp' or None"
-        )
     if implementation is None and kernel.shape[0] > MOST_CHANNELS:
         taken = tuple(platform for platform in taken if platform != "cuda")
-    if not taken:
-        return operator.definition(x, kernel, bias)
-    with forward_mode_named("jnp"):
-        return _differentiable(operator, taken, implementation is None, x, kernel, bias)
+    return forward(operator, implementation, taken, _TAKEN if serving else "", x, kernel, bias)
 
 
 _TAKEN = (
@@ -109,20 +94,6 @@ class Linear(NamedTuple):
         if self.gelu:
             return bias_gelu(y, bias, implementation=self.implementation)
         return y + bias.astype(y.dtype)[None, None, None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(
-    operator: Linear, platforms: tuple[str, ...], fallback: bool, *operands: jax.Array
-) -> jax.Array:
-    return forward(operator, platforms, fallback, *operands)
-
-
-# The gradients want the product without bias and GELU, so that is what runs under differentiation.
-_differentiable.defvjp(
-    lambda operator, platforms, fallback, *operands: jax.vjp(operator.definition, *operands),
-    lambda operator, platforms, fallback, pullback, dy: pullback(dy),
-)
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:

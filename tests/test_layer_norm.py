@@ -1,0 +1,131 @@
+"""LayerNorm: kernel, definition, and flax's."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.test_dwconv import TOLERANCE, assert_close, mesh, needs_kernel
+from xla_ops import _ffi, layer_norm
+
+SHAPES = [(2, 3, 5, 37), (1, 2, 2, 64), (3, 1, 1, 1), (1, 7, 1, 112), (1, 1, 2, 2560), (0, 2, 2, 8)]
+KERNEL = pytest.param("kernel", marks=needs_kernel)
+
+
+def operands(shape: tuple[int, ...] = (4, 5, 3, 24), dtype: str = "float32") -> list[jax.Array]:
+    """x, scale and bias."""
+    normal = np.random.RandomState(0).standard_normal
+    arrays = 2 * normal(shape) + 3, 1 + 0.2 * normal(shape[-1]), normal(shape[-1])
+    return [jnp.asarray(a, dtype) for a in arrays]
+
+
+def in_float64(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> np.ndarray:
+    x, scale, bias = (np.asarray(a, np.float64) for a in (x, scale, bias))
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return y * scale + bias
+
+
+@pytest.mark.parametrize("implementation", ["jnp", KERNEL, None])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_agrees_with_float64(dtype: str, implementation) -> None:
+    run = jax.jit(functools.partial(layer_norm, epsilon=1e-3, implementation=implementation))
+    for shape in SHAPES:
+        with jax.enable_x64(True):
+            x, scale, bias = operands(shape, dtype)
+            got = run(x, scale, bias)
+            assert got.dtype == dtype
+            assert_close(got, in_float64(x, scale, bias, 1e-3), 2 * TOLERANCE[dtype])
+            if dtype in ("bfloat16", "float16"):
+                vectors = (a.astype("float32") + 2.0**-20 for a in (scale, bias))
+                assert_close(run(x, *vectors), got, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", ["jnp", KERNEL])
+def test_is_exact_where_the_mean_is_large(implementation) -> None:
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((1, 1, 1, 16)) * 1e-2 + 300, "float32")
+    # The mean is rounded: 300 has steps of 3e-5.
+    got = layer_norm(x, jnp.ones(16), jnp.zeros(16), implementation=implementation)
+    np.testing.assert_allclose(got, in_float64(x, np.ones(16), np.zeros(16), 1e-6), atol=1e-2)
+
+
+def test_agrees_with_flax() -> None:
+    x, scale, bias = operands()
+    norm = nnx.LayerNorm(24, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = scale, bias
+    assert_close(layer_norm(x, scale, bias), norm(x), 2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["jnp", KERNEL])
+def test_what_is_not_finite_stays_in_its_row(implementation) -> None:
+    x, scale, bias = operands((1, 3, 7, 20))
+    spoilt = x.at[0, 0, 2, 3].set(jnp.nan).at[0, 1, 1, 19].set(jnp.inf)
+    got, wanted = (layer_norm(a, scale, bias, implementation=implementation) for a in (spoilt, x))
+    rows = np.zeros((1, 3, 7), bool)
+    rows[0, 0, 2] = rows[0, 1, 1] = True
+    assert np.isnan(got[rows]).all()
+    np.testing.assert_array_equal(got[~rows], wanted[~rows])
+
+
+@needs_kernel
+def test_transforms() -> None:
+    arrays = operands()
+
+    def value_and_gradients(implementation, *arrays):
+        def loss(*arrays):
+            return jnp.sin(layer_norm(*arrays, implementation=implementation)).sum()
+
+        y = layer_norm(*arrays, implementation=implementation)
+        return y, *jax.grad(loss, (0, 1, 2))(*arrays)
+
+    by_kernel, by_jnp = (functools.partial(value_and_gradients, i) for i in ("kernel", "jnp"))
+    wanted = jax.jit(by_jnp)(*arrays)
+    assert_close(jax.jit(by_kernel)(*arrays), wanted)
+    stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
+    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
+        each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
+        got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
+        assert_close(got, by_map)
+    specs = (P("data"), P(), P())
+    mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=(P("data"), *specs))
+    assert_close(jax.jit(mapped)(*arrays), wanted)
+    local = [
+        jax.device_put(a, NamedSharding(mesh(), s)) for a, s in zip(arrays, specs, strict=True)
+    ]
+    compiled = jax.jit(layer_norm).lower(*local).compile()
+    assert "all-gather" not in compiled.as_text() and "internimage_layer_norm" in compiled.as_text()
+    assert_close(compiled(*local), wanted[0])
+    with pytest.raises(ValueError, match=r"no forward mode .* use 'jnp'"):
+        jax.jvp(layer_norm, arrays, arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: jnp.zeros((2, 24))}, r"x: expected shape \(N, H, W, C\)"),
+        ({0: jnp.zeros((1, 1, 1, 24), int)}, "x: expected one of float32"),
+        ({1: jnp.zeros(8)}, r"scale: expected shape \(24,\) and dtype float32, got \(8,\)"),
+        ({1: jnp.zeros(24, "bfloat16")}, "scale: .* and bfloat16"),
+        ({2: jnp.zeros(24, "float16")}, "bias: .* dtype float32, got .* and float16"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str) -> None:
+    arrays = [changes.get(i, a) for i, a in enumerate(operands())]
+    with pytest.raises(ValueError, match=message):
+        layer_norm(*arrays)
+
+
+def test_settings_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"epsilon: expected a number of at least 0, got -1"):
+        layer_norm(*operands(), epsilon=-1)
+    with pytest.raises(ValueError, match="expected 'kernel', 'jnp' or None, got 'fast'"):
+        layer_norm(*operands(), implementation="fast")  # type: ignore[arg-type]
+    monkeypatch.setattr(_ffi, "serving", lambda target: ())
+    with pytest.raises(ValueError, match="no 'kernel' to serve here"):
+        layer_norm(*operands(), implementation="kernel")

@@ -60,6 +60,14 @@ struct Memory<BFloat16, float, W> {
   using U = Vec<uint32_t, W>;
   using H = Vec<uint16_t, W>;
   CPU_FN Vec<float, W> load(const BFloat16* p) {
+#if CPU_BYTES == 64
+    if constexpr (W == 16) {  // to the upper halves in one step
+      const __m512i place = _mm512_mullo_epi32(
+          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(1 << 16));
+      const __m512i words = _mm512_castsi256_si512(load_raw<__m256i>(p));
+      return bits<Vec<float, 16>>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, words));
+    }
+#endif
     if constexpr (W == 1) {
       return bits<float>(uint32_t(p->bits) << 16);
     } else {

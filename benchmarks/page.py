@@ -43,7 +43,8 @@ def _cell(key: str) -> Callable[[Row], str]:
 MODEL: Columns = {
     "model": _cell("model"),
     "batch": _cell("batch_size"),
-    "DCNv3": _cell("implementation"),
+    "dtype": _cell("dtype"),
+    "implementation": _cell("implementation"),
     "ours, ms": lambda row: _with_range(row, "ours"),
     "official, ms": lambda row: _with_range(row, "official"),
     "ratio": lambda row: f"{row['ratio']:.2f}",

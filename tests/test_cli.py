@@ -314,6 +314,7 @@ def test_compiled_programs_are_kept_unless_told_otherwise(checkpoint: str, tmp_p
     def predict(*options: str) -> list[Path]:
         environment = os.environ | {"INTERNIMAGE_CACHE": str(tmp_path)}
         del environment["JAX_COMPILATION_CACHE_DIR"]  # a user's own setting would be kept
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the model is small
         command = ("-m", "internimage_jax", *options, "predict", CAT, "--model", checkpoint)
         process = run_python(*command, env=environment)
         _, err = process.communicate(timeout=120)

@@ -117,7 +117,8 @@ class DepthwiseLayer(nnx.Module):
                 implementation=self.implementation,
             )
         x = xla_ops.depthwise_convolution(x, kernel.astype(x.dtype))
-        return self.activation(normalize(self.norm, x + along_channels(self.conv.bias, x), train))
+        x = x + along_channels(self.conv.bias, x)
+        return self.activation(normalize(self.norm, x, train, self.implementation))
 
 
 class DCNv3(nnx.Module):

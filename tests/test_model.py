@@ -179,6 +179,15 @@ def test_activations_are_the_ones_named():
     np.testing.assert_allclose(values["ReLU"], [0, 0.5, 2])
 
 
+@pytest.mark.parametrize("act_layer", ["GELU", "SiLU"])
+def test_the_gather_form_has_no_custom_call(act_layer):
+    config = SMALLEST.replace(act_layer=act_layer)
+    model = InternImage(config, rngs=nnx.Rngs(0), implementation="gather")
+    graphdef, state = nnx.split(model)
+    lowered = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, images())
+    assert "@internimage_" not in lowered.as_text()
+
+
 def test_layer_norm_is_exact_where_the_mean_is_large():
     norm = InternImage(SMALLEST, rngs=nnx.Rngs(0)).levels[0].blocks[0].norm1
     x = np.random.RandomState(0).standard_normal((1, 1, 1, 16)) * 1e-2 + 300

@@ -2,7 +2,7 @@
 
 From the outside in, each layer gives the call one transform:
 
-    custom_vjp            grad: the backward is a custom call of its own
+    custom_vjp            grad: the backward is a custom call of its own, or the definition's
     platform_dependent    the platform that the program is compiled for picks kernel or jnp form
     custom_vmap           vmap: the mapped axis becomes one more axis of batch
     custom_partitioning   jit over a sharded batch: each device computes its part, nothing moves

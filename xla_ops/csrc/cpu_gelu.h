@@ -15,7 +15,7 @@ CPU_FN Vec<float, W> exp2_of(Vec<float, W> x) {
   return bits<V>(bits<U>(e) + (bits<U>(shifted) << 23));
 }
 
-// 1 / v, to 1e-7 relative: a step of Newton's after an estimate of 14 or 12 bits, where there is one.
+// 1 / v, to 2e-7 relative: a step of Newton's after an estimate of 14 or 12 bits, where there is one.
 template <int W>
 CPU_FN Vec<float, W> reciprocal_of(Vec<float, W> v) {
 #if CPU_BYTES == 64

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <new>
 #include <utility>
 
@@ -15,7 +14,7 @@ using namespace ::cpu;
 constexpr int64_t kUnit = 32;  // columns that stay together: whole panels for any instruction set
 // Rows of a tile: what is copied of the kernel is used so often. Where AMX computes, it should be oftener, as
 // long as the rows of x stay in the second cache.
-int64_t most_rows(const Call& call) {
+int64_t most_rows([[maybe_unused]] const Call& call) {
 #if CPU_AMX
   constexpr int64_t kNumbers = int64_t{1} << 19;
   if (call.type == Type::kBFloat16 && has_amx()) return std::clamp<int64_t>(kNumbers / call.inputs, 64, 896);

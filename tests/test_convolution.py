@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from tests.test_dwconv import TOLERANCE, assert_close, mesh
+from tests.test_dwconv import TOLERANCE, assert_close
 from tests.test_linear import for_cuda, kernel, kernel_serves
+from tests.transforms import check_transforms
 from xla_ops import _ffi, convolution
 from xla_ops.convolution import by_patches, by_xla
 
@@ -91,35 +90,19 @@ def test_a_small_one_is_a_product_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
 
 @kernel_serves
 def test_transforms() -> None:
-    arrays = operands()
+    check_transforms(convolution, operands(), "internimage_convolution_forward")
 
-    def value_and_gradients(implementation, *arrays):
-        def loss(*arrays):
-            return jnp.sin(convolution(*arrays, implementation=implementation)).sum()
 
-        y = convolution(*arrays, implementation=implementation)
-        return y, *jax.grad(loss, (0, 1, 2))(*arrays)
-
-    by_kernel, by_jnp = (functools.partial(value_and_gradients, i) for i in ("kernel", "jnp"))
-    wanted = jax.jit(by_jnp)(*arrays)
-    assert_close(jax.jit(by_kernel)(*arrays), wanted)
-    stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
-    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
-        each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
-        got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
-        assert_close(got, by_map)
-    specs = (P("data"), P(), P())
-    mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=(P("data"), *specs))
-    assert_close(jax.jit(mapped)(*arrays), wanted)
-    local = [
-        jax.device_put(a, NamedSharding(mesh(), s)) for a, s in zip(arrays, specs, strict=True)
-    ]
-    compiled = jax.jit(convolution).lower(*local).compile()
-    assert "all-gather" not in compiled.as_text()
-    assert "internimage_convolution" in compiled.as_text()
-    assert_close(compiled(*local), wanted[0])
-    with pytest.raises(ValueError, match=r"no forward mode .* use 'jnp'"):
-        jax.jvp(convolution, arrays, arrays)
+@kernel_serves
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_finite_stays_where_it_is(dtype: str) -> None:
+    x, kernel, bias = operands((2, 9, 11, 5), 37, dtype)
+    x = x.at[0, 3, 4, 2].set(jnp.nan).at[1, 8, 10, 4].set(jnp.inf)
+    got, wanted = (convolution(x, kernel, bias, implementation=i) for i in ("kernel", "jnp"))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(wanted))
+    finite = np.isfinite(wanted)
+    assert_close(got[finite], wanted[finite], 4 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

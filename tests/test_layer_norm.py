@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from tests.test_dwconv import TOLERANCE, assert_close, mesh, needs_kernel
+from tests.test_dwconv import TOLERANCE, assert_close, needs_kernel
+from tests.transforms import check_transforms
 from xla_ops import _ffi, layer_norm
 
 SHAPES = [(2, 3, 5, 37), (1, 2, 2, 64), (3, 1, 1, 1), (1, 7, 1, 112), (1, 1, 2, 2560), (0, 2, 2, 8)]
@@ -75,34 +74,7 @@ def test_what_is_not_finite_stays_in_its_row(implementation) -> None:
 
 @needs_kernel
 def test_transforms() -> None:
-    arrays = operands()
-
-    def value_and_gradients(implementation, *arrays):
-        def loss(*arrays):
-            return jnp.sin(layer_norm(*arrays, implementation=implementation)).sum()
-
-        y = layer_norm(*arrays, implementation=implementation)
-        return y, *jax.grad(loss, (0, 1, 2))(*arrays)
-
-    by_kernel, by_jnp = (functools.partial(value_and_gradients, i) for i in ("kernel", "jnp"))
-    wanted = jax.jit(by_jnp)(*arrays)
-    assert_close(jax.jit(by_kernel)(*arrays), wanted)
-    stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
-    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
-        each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
-        got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
-        assert_close(got, by_map)
-    specs = (P("data"), P(), P())
-    mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=(P("data"), *specs))
-    assert_close(jax.jit(mapped)(*arrays), wanted)
-    local = [
-        jax.device_put(a, NamedSharding(mesh(), s)) for a, s in zip(arrays, specs, strict=True)
-    ]
-    compiled = jax.jit(layer_norm).lower(*local).compile()
-    assert "all-gather" not in compiled.as_text() and "internimage_layer_norm" in compiled.as_text()
-    assert_close(compiled(*local), wanted[0])
-    with pytest.raises(ValueError, match=r"no forward mode .* use 'jnp'"):
-        jax.jvp(layer_norm, arrays, arrays)
+    check_transforms(layer_norm, operands(), "internimage_layer_norm_forward")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import xla_ops
 from tests.test_dwconv import TOLERANCE, assert_close, mesh
+from tests.transforms import check_transforms
 from xla_ops import _ffi, linear
 
 CALL = "@internimage_linear_gelu_forward"
@@ -147,35 +148,8 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
 @kernel_serves
 @pytest.mark.parametrize("gelu", [True, False])
 def test_transforms_of_the_cpu_kernel(gelu: bool) -> None:
-    arrays = operands((4, 5, 3, 16), 24, "float32")
-
-    def value_and_gradients(implementation, *arrays):
-        def loss(*arrays):
-            y = linear(*arrays, gelu=gelu, implementation=implementation)
-            return jnp.sin(y).sum(), y
-
-        (_, y), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays)
-        return linear(*arrays, gelu=gelu, implementation=implementation), y, *gradients
-
-    by_kernel, by_jnp = (functools.partial(value_and_gradients, i) for i in ("kernel", "jnp"))
-    wanted = jax.jit(by_jnp)(*arrays)
-    assert_close(jax.jit(by_kernel)(*arrays), wanted)
-    stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
-    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
-        each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
-        got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
-        assert_close(got, by_map)
-    specs = (P("data"), P(), P())
-    results = (P("data"), P("data"), *specs)
-    mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=results)
-    assert_close(jax.jit(mapped)(*arrays), wanted)
-    local = [
-        jax.device_put(a, NamedSharding(mesh(), s)) for a, s in zip(arrays, specs, strict=True)
-    ]
-    program = functools.partial(linear, gelu=gelu, implementation="kernel")
-    compiled = jax.jit(program).lower(*local).compile()
-    assert "all-gather" not in compiled.as_text() and "internimage_linear" in compiled.as_text()
-    assert_close(compiled(*local), wanted[0])
+    target = _ffi.LINEAR_GELU_FORWARD if gelu else _ffi.LINEAR_FORWARD
+    check_transforms(functools.partial(linear, gelu=gelu), operands(dtype="float32"), target)
 
 
 def test_a_program_for_cuda_has_the_kernel_where_it_serves(cuda_serves: None) -> None:

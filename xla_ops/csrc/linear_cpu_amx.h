@@ -25,14 +25,8 @@ AMX_TARGET void configure(int64_t top, int64_t bottom) {
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {};
   } config;
-  const uint8_t rows[] = {uint8_t(top),
-                          uint8_t(top),
-                          uint8_t(bottom ? bottom : 1),
-                          uint8_t(bottom ? bottom : 1),
-                          uint8_t(top),
-                          uint8_t(bottom ? bottom : 1),
-                          16,
-                          16};
+  const uint8_t a = uint8_t(top), b = uint8_t(std::max<int64_t>(bottom, 1));  // a tile has a row at least
+  const uint8_t rows[] = {a, a, b, b, a, b, 16, 16};
   std::copy(rows, rows + 8, config.rows);
   written(&config);
   _tile_loadconfig(&config);

@@ -55,6 +55,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("operator", "benchmarks.gpu_op:rows", 130),
     Section("models", "benchmarks.gpu_model:models", 120),
+    Section("profile", "benchmarks.gpu_profile:rows", 60),
     Section("layers", "benchmarks.gpu_layers:rows", 50),
     Section("choices", "benchmarks.gpu_model:choices", 120),
     Section("sanitize", "benchmarks.gpu_check:sanitize", 130),
@@ -242,7 +243,7 @@ def test(check: Check) -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     command += ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
     if importlib.util.find_spec("xdist"):  # compiling is most of the time
-        command += ["-n", str(min(8, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+        command += ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
     environment = {"INTERNIMAGE_GPU_TESTS_ON": "host" if cpu else "cuda"}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers share the GPU's memory
     status, lines = check.run("test", command, 300 if cpu else 200, **environment)

@@ -176,6 +176,10 @@ inline void __syncthreads() {
   cuda_on_host::wait_at(cuda_on_host::State::kAtBlock);
 }
 
+inline void __syncwarp() {
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
+}
+
 // A warp's threads exchange values: here all of them take part.
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 4)
   Real g[C], mean = 0;
   load<C>(dy, g);
   for (int p = 0; p < points.count(); ++p) {
-    points.next(p);
+    points.next(p, 0);
     const Axis<Real> h = locate(points.h, points.height), w = locate(points.w, points.width);
     const int pixel = int(h.first) * int(s.width) + int(w.first);
     Real dot[4] = {};

@@ -224,7 +224,7 @@ struct Points {
     step_h = start_h;
     step_w += Real(int(s.dilation_w));
   }
-  __device__ __forceinline__ void next(int p) {
+  __device__ __forceinline__ void next(int p, int) {
     advance();
     if (p == centre) advance();
     Real offset[2];
@@ -244,14 +244,122 @@ struct Points {
   Real h, w;        // location of the point at hand
 };
 
+// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory where it can,
+// to compare.
+inline bool only_global() {
+  const char* form = std::getenv("INTERNIMAGE_CUDA_FORM");
+  return form && !std::strcmp(form, "global");
+}
+
+// The exponential of a number that is not positive: one instruction for 2^x, to 2^-22 relative.
+__device__ __forceinline__ float exp_of(float x) {
+  x *= 1.44269504f;
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// The fused form's nine points of 3 x 3 have 28 numbers, in shared memory as float32. They take an odd
+// number of words, so that what the threads of a warp read at once is in as many banks.
+constexpr int kNumbers = 28, kRecord = kNumbers + 1;
+
+inline bool has_nine(const Call& call) {
+  const Problem& s = call.problem;
+  return call.fused && call.type != Type::kFloat64 && s.kernel_h == 3 && s.kernel_w == 3 && s.points == 9 &&
+         !only_global();
+}
+
+// Copies the records of `count` pairs (position, group) into a warp's part of shared memory. Pairs of an
+// image count positions, of each the groups; from `first` on each `step`th.
+template <class N>
+__device__ __forceinline__ void copy_numbers(const Call& call, int64_t image, uint32_t first, uint32_t step,
+                                             uint32_t count, float* to) {
+  const Problem& s = call.problem;
+  const uint32_t groups = uint32_t(s.group), row = uint32_t(call.offset.row);
+  const uint32_t pairs = uint32_t(s.positions()) * groups;
+  const N* const from = static_cast<const N*>(call.offset.data) + image * s.positions() * call.offset.row;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x % 32; i < count * (kNumbers / 4); i += 32) {
+    const uint32_t record = i / (kNumbers / 4), piece = i % (kNumbers / 4), pair = first + record * step;
+    if (pair >= pairs) continue;
+    uint32_t at = pair * kNumbers;  // where rows have no padding
+    if (row != groups * kNumbers) at = pair / groups * row + pair % groups * kNumbers;
+    float v[4];
+    load<4>(from + at + piece * 4, v);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[record * kRecord + piece * 4 + e] = v[e];
+  }
+  __syncwarp();
+}
+template <class T>
+__device__ __forceinline__ void copy_records(const Call& call, int64_t image, uint32_t first, uint32_t step,
+                                             uint32_t count, float* to) {
+  if (sizeof(T) == 2 && call.points_type == Type::kFloat32) {
+    return copy_numbers<float>(call, image, first, step, count, to);
+  }
+  copy_numbers<T>(call, image, first, step, count, to);
+}
+
+// These nine points, walked as Points walks any.
+template <class T>
+struct NinePoints {
+  using Real = float;
+
+  __device__ __forceinline__ NinePoints(const Call& c, const Place& at, const float* record)
+      : call(c),
+        height(extent<float>(c.problem.height)),
+        width(extent<float>(c.problem.width)),
+        numbers(record),
+        logits(record + 18),
+        scale(float(c.problem.offset_scale)),
+        dilation_h(float(int(c.problem.dilation_h))),
+        dilation_w(float(int(c.problem.dilation_w))) {
+    const Problem& s = c.problem;
+    grid_h = float(int(grid(at.i, s.stride_h, s.pad_h, 3, s.dilation_h)));
+    grid_w = float(int(grid(at.j, s.stride_w, s.pad_w, 3, s.dilation_w)));
+    hold(scale);
+    hold(height.end);
+    hold(width.end);
+    top = logits[0];
+#pragma unroll
+    for (int p = 1; p < 9; ++p) top = larger(top, logits[p]);
+    if (c.centre) {
+      blend = sigmoid(numbers[27]);
+      keep = 1 - blend;
+    }
+  }
+  static __device__ __forceinline__ constexpr int count() { return 9; }
+
+  // That of a softmax before its division by the sum.
+  __device__ __forceinline__ float weight(int p) const { return exp_of(logits[p] - top); }
+
+  // Sets h and w to where point p is, the one at `u` of those that are walked at once: whole columns.
+  __device__ __forceinline__ void next(int p, int u) {
+    if (u % 3 == 0) step_w = dilation_w * float(p / 3 - 1);
+    h = grid_h + (dilation_h * float(u % 3 - 1) + numbers[2 * p + 1]) * scale;
+    w = grid_w + (step_w + numbers[2 * p]) * scale;
+  }
+
+  const Call& call;
+  Extent<float> height, width;
+  const float *numbers, *logits;
+  float scale, dilation_h, dilation_w, grid_h, grid_w, top;
+  float blend = 0, keep = 1;  // share of the pixel at the position, and the rest
+  float step_w, h, w;
+};
+
 // The cell of a point: its first pixel, the weights of its four pixels.
 template <class Real>
 struct Cell {
   int pixel;
   Real weight[4];
 };
-template <class T, class Real>
-__device__ __forceinline__ Cell<Real> cell(const Points<T>& points, Real weight) {
+template <class Points, class Real>
+__device__ __forceinline__ Cell<Real> cell(const Points& points, Real weight) {
   const Axis<Real> h = locate(points.h, points.height), w = locate(points.w, points.width);
   const Real upper = weight * h.weight0, lower = weight * h.weight1;
   return {int(h.first) * int(points.call.problem.width) + int(w.first),
@@ -280,13 +388,6 @@ struct Map {
   const char* base;
   int pixel_bytes;
 };
-
-// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory where it can,
-// to compare.
-inline bool only_global() {
-  const char* form = std::getenv("INTERNIMAGE_CUDA_FORM");
-  return form && !std::strcmp(form, "global");
-}
 
 // Blocks that one image takes, with `channels` a thread.
 inline int64_t blocks_an_image(const Problem& s, int channels, int threads = kThreads) {

@@ -1,9 +1,10 @@
-// DCNv3's forward on CUDA. Two forms, which differ in where the pixels are read:
+// DCNv3's forward on CUDA. Two forms, which differ in where a thread finds its learned numbers:
 //
-//   from global memory   any geometry, any architecture; caches serve what neighbours share
-//   from shared memory   a block stages the plane of one image and 16 channels and computes all of its
-//                        positions: for maps whose plane leaves room for two blocks, at batches that
-//                        have a plane for every multiprocessor
+//   where they are     any geometry, any dtype
+//   in shared memory   the nine points of the fused form; a warp copies its records there, which lie
+//                      together, where each thread on its own would read a piece of many lines of memory
+//
+// Pixels are read where they are: caches serve what neighbours share.
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_device.h"
 
@@ -20,52 +21,64 @@ __device__ __noinline__ Real sample_by_definition(const Call& call, const Place&
   const Real share = points.share() * points.keep;
   Real sum = 0;
   for (int p = 0; p < points.count(); ++p) {
-    points.next(p);
+    points.next(p, 0);
     sum += points.weight(p) * share * sample_exactly(points.h, points.w, s.height, s.width, pixel).value;
   }
   return call.centre ? sum + points.blend * pixel(at.i, at.j) : sum;
 }
 
-// Reads C channels of pixels where they are.
+// Reads C channels of pixels where they are: `fetch` starts it, `values` are there when they are used.
 template <class T, int C>
 struct InGlobal {
-  __device__ __forceinline__ void operator()(int pixel, RealOf<T>* v) const { load<C>(map[pixel], v); }
+  using W = Word<T, C>;
+  static constexpr int kEach = sizeof(W) / sizeof(T);
+  struct Raw {
+    W word[C / kEach];
+  };
+  __device__ __forceinline__ Raw fetch(int pixel) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < C / kEach; ++i) raw.word[i] = reinterpret_cast<const W*>(map[pixel])[i];
+    return raw;
+  }
+  static __device__ __forceinline__ void values(const Raw& raw, RealOf<T>* v) {
+#pragma unroll
+    for (int i = 0; i < C / kEach; ++i) unpack_word<T>(raw.word[i], v + i * kEach);
+  }
   Map<T> map;
 };
 
-// Reads 16 channels from a staged plane, (pieces of 16 bytes, pixels): neighbours in different banks.
-template <class T>
-struct InShared {
-  static constexpr int kPieces = 16 / kPiece<T>;
-
-  __device__ __forceinline__ void operator()(int pixel, RealOf<T>* v) const {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) unpack_word<T>(plane[i * pixels + pixel], v + i * kPiece<T>);
-  }
-  const uint4* plane;
-  int pixels;
-};
-
-// Computes C channels of y at a place, from what `read(pixel, values)` reads.
-template <class T, int C, class Read>
-__device__ __forceinline__ void sample(const Call& call, const Place& at, const Read& read) {
+// Computes C channels of y at a place, U points under way at once.
+template <class T, int C, int U, class Points>
+__device__ __forceinline__ void sample(const Call& call, const Place& at, Points& points) {
   using Real = RealOf<T>;
+  using Raw = typename InGlobal<T, C>::Raw;
   const Problem& s = call.problem;
+  const InGlobal<T, C> read = {{call.x, s, at.input(s)}};
   const Neighbours neighbour(s);
-  Points<T> points(call, at);
   Real sum[C] = {}, total = 0;
 #pragma unroll 1
-  for (int p = 0; p < points.count(); ++p) {
-    points.next(p);
-    const Real weight = points.weight(p);
-    total += weight;
-    const Cell<Real> c = cell(points, weight);
+  for (int first = 0; first < points.count(); first += U) {
+    Raw raw[U][4];
+    Cell<Real> c[U];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      Real v[C];
-      read(c.pixel + neighbour[k], v);
+    for (int u = 0; u < U; ++u) {
+      points.next(first + u, u);
+      const Real weight = points.weight(first + u);
+      total += weight;
+      c[u] = cell(points, weight);
 #pragma unroll
-      for (int i = 0; i < C; ++i) sum[i] += c.weight[k] * v[i];
+      for (int k = 0; k < 4; ++k) raw[u][k] = read.fetch(c[u].pixel + neighbour[k]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Real v[C];
+        read.values(raw[u][k], v);
+#pragma unroll
+        for (int i = 0; i < C; ++i) sum[i] += c[u].weight[k] * v[i];
+      }
     }
   }
   if (call.fused) {
@@ -75,7 +88,7 @@ __device__ __forceinline__ void sample(const Call& call, const Place& at, const 
   }
   if (call.centre) {
     Real own[C];
-    read(at.i * int(s.width) + at.j, own);
+    read.values(read.fetch(at.i * int(s.width) + at.j), own);
 #pragma unroll
     for (int i = 0; i < C; ++i) sum[i] += points.blend * own[i];
   }
@@ -95,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 6)
     forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image) {
   Place at;
   if (!place(call.problem, blocks_an_image, C, &at)) return;
-  sample<T, C>(call, at, InGlobal<T, C>{{call.x, call.problem, at.input(call.problem)}});
+  Points<T> points(call, at);
+  sample<T, C, 1>(call, at, points);
 }
 
 template <class T, int C>
@@ -104,45 +118,25 @@ cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
   return launch(stream, call.problem.batch * each, kThreads, 0, forward_kernel<T, C>, call, uint32_t(each));
 }
 
-constexpr int kStagedThreads = 384;
-
-template <class T>
-__global__ void __launch_bounds__(kStagedThreads, 2)
-    staged_forward_kernel(const __grid_constant__ Call call) {
-  const Problem& s = call.problem;
-  const int pixels = int(s.height) * int(s.width), pieces = int(s.channels()) / 16;
-  const int64_t image = blockIdx.x / pieces;
-  const int first = int(blockIdx.x - image * pieces) * 16, group = first / int(s.depth);
-  uint4* plane = shared_memory<uint4>();
-  const Map<T> x(call.x, s, image * pixels * s.channels() + first);
-  constexpr int kPieces = InShared<T>::kPieces;
-  // Threads next to each other read what lies together: the pieces of a pixel.
-  for (int i = threadIdx.x; i < pixels * kPieces; i += blockDim.x) {
-    const int pixel = i / kPieces, piece = i % kPieces;
-    plane[piece * pixels + pixel] = reinterpret_cast<const uint4*>(x[pixel])[piece];
-  }
-  __syncthreads();
-  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
-    const int i = position / int(s.out_width), j = position - i * int(s.out_width);
-    const Place at = {image, i, j, group, first - group * int(s.depth)};
-    sample<T, 16>(call, at, InShared<T>{plane, pixels});
-  }
+template <class T, int C, int U>
+__global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 5)
+    nine_forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image) {
+  const uint32_t pieces = uint32_t(call.problem.depth) / C, lane = threadIdx.x % 32;
+  const uint32_t image = blockIdx.x / blocks_an_image;
+  const uint32_t first = (blockIdx.x - image * blocks_an_image) * kThreads + threadIdx.x - lane;
+  float* const records = shared_memory<float>() + (threadIdx.x - lane) * kRecord;
+  copy_records<T>(call, image, first / pieces, 1, 32 / pieces, records);
+  Place at;
+  if (!place(call.problem, blocks_an_image, C, &at)) return;
+  NinePoints<T> points(call, at, records + lane / pieces * kRecord);
+  sample<T, C, U>(call, at, points);
 }
 
-template <class T>
-cudaError_t launch_staged(cudaStream_t stream, const Call& call, int bytes) {
-  cudaError_t error =
-      cudaFuncSetAttribute(staged_forward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error) return error;
-  return launch(stream, call.problem.batch * (call.problem.channels() / 16), kStagedThreads, bytes,
-                staged_forward_kernel<T>, call);
-}
-
-// Whether a plane of `bytes` is worth staging.
-bool stages(const Call& call, int64_t bytes, const Device& device) {
-  const Problem& s = call.problem;
-  return bytes <= device.shared / 2 && s.positions() >= 2 * kStagedThreads &&
-         s.batch * s.channels() / 16 >= device.processors && !only_global();
+template <class T, int C, int U>
+cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
+  const int64_t each = blocks_an_image(call.problem, C);
+  return launch(stream, call.problem.batch * each, kThreads, kThreads * kRecord * sizeof(float),
+                nine_forward_kernel<T, C, U>, call, uint32_t(each));
 }
 
 }  // namespace
@@ -170,13 +164,15 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t depth = aligned(call.x) && aligned(call.y) ? call.problem.depth : 1;
     if constexpr (sizeof(T) <= 4) {
-      if (depth % 16 == 0) {
+      if (has_nine(call) && (depth == 8 || depth == 16 || depth == 32 || depth == 64)) {
         Device device;
         if (cudaError_t error = find_device(&device)) return error;
-        const int64_t bytes = call.problem.height * call.problem.width * 16 * sizeof(T);
-        if (stages(call, bytes, device)) return launch_staged<T>(stream, call, int(bytes));
-        return launch_forward<T, 16>(stream, call);
+        // Few threads have to wait for as little as can be, one after the other.
+        const int64_t threads = call.problem.batch * call.problem.positions() * call.problem.channels() / 8;
+        if (threads < 1024 * int64_t(device.processors)) return launch_nine<T, 4, 9>(stream, call);
+        return launch_nine<T, 8, 3>(stream, call);
       }
+      if (depth % 16 == 0) return launch_forward<T, 16>(stream, call);
     }
     if (depth % kPiece<T> == 0) return launch_forward<T, kPiece<T>>(stream, call);
     return launch_forward<T, 1>(stream, call);

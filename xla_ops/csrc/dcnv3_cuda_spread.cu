@@ -65,7 +65,7 @@ __device__ __noinline__ void spread_by_definition(const Call& call, int64_t imag
       const Real share = points.share() * points.keep;
       const Real g = to_real(static_cast<const T*>(call.dy)[at.output(s)]);
       for (int p = 0; p < points.count(); ++p) {
-        points.next(p);
+        points.next(p, 0);
         const Cell<Real> c = cell(points, Real(1));
         const Real weight = points.weight(p) * share;
         for (int k = 0; k < 4; ++k) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void walk(const Call& call, const Place& at, Add add)
   const RealOf<T> share = points.share() * points.keep;
 #pragma unroll 1
   for (int p = 0; p < points.count(); ++p) {
-    points.next(p);
+    points.next(p, 0);
     const Cell<RealOf<T>> c = cell(points, points.weight(p) * share);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {

@@ -91,13 +91,21 @@ struct Axis {
   Real first, weight0, weight1;
 };
 
+// max(0, 1 - |t|); 0 where t is NaN. On a GPU an addition bounds its result to [0, 1] by itself.
+template <class Real>
+DCNV3_HD Real hat(Real t) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == 4) return __saturatef(1.0f - fabsf(t));
+#endif
+  return larger(smaller(Real(1) + t, Real(1) - t), Real(0));
+}
+
 template <class Real>
 DCNV3_HD Axis<Real> locate(Real location, const Extent<Real>& extent) {
   Real first = larger(std::floor(location), Real(0));  // 0 also where it is NaN
   first = smaller(first, extent.last);
   const Real t = location - first;  // in [0, 1) inside, below at the first pixel, above at the last
-  const Real weight0 = smaller(Real(1) + t, Real(1) - t), weight1 = smaller(t, extent.end - t);
-  return {first, larger(weight0, Real(0)), larger(weight1, Real(0))};
+  return {first, hat(t), larger(smaller(t, extent.end - t), Real(0))};
 }
 
 // Derivatives of the two weights by the location: at a pixel the one to the right, outside zero.

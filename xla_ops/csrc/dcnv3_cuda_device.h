@@ -274,34 +274,56 @@ inline bool has_nine(const Call& call) {
 }
 
 // Copies the records of `count` pairs (position, group) into a warp's part of shared memory. Pairs of an
-// image count positions, of each the groups; from `first` on each `step`th.
+// image count positions, of each the groups; from `first` on.
 template <class N>
-__device__ __forceinline__ void copy_numbers(const Call& call, int64_t image, uint32_t first, uint32_t step,
-                                             uint32_t count, float* to) {
+__device__ __forceinline__ void copy_numbers(const Call& call, int64_t image, uint32_t first, uint32_t count,
+                                             float* to) {
   const Problem& s = call.problem;
+  constexpr uint32_t kPieces = kNumbers / 4;
   const uint32_t groups = uint32_t(s.group), row = uint32_t(call.offset.row);
   const uint32_t pairs = uint32_t(s.positions()) * groups;
+  if (first >= pairs) count = 0;
+  if (first + count > pairs) count = pairs - first;
   const N* const from = static_cast<const N*>(call.offset.data) + image * s.positions() * call.offset.row;
-#pragma unroll 4
-  for (uint32_t i = threadIdx.x % 32; i < count * (kNumbers / 4); i += 32) {
-    const uint32_t record = i / (kNumbers / 4), piece = i % (kNumbers / 4), pair = first + record * step;
-    if (pair >= pairs) continue;
-    uint32_t at = pair * kNumbers;  // where rows have no padding
-    if (row != groups * kNumbers) at = pair / groups * row + pair % groups * kNumbers;
-    float v[4];
-    load<4>(from + at + piece * 4, v);
+  const uint32_t end = count * kPieces;
+  const auto copy = [&](auto place_of) {
+    constexpr int kAhead = 4;  // on their way at once
+#pragma unroll 1
+    for (uint32_t start = threadIdx.x % 32; start < end; start += kAhead * 32) {
+      Word<N, 4> word[kAhead];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) to[record * kRecord + piece * 4 + e] = v[e];
+      for (int a = 0; a < kAhead; ++a) {
+        const uint32_t i = start + a * 32 < end ? start + a * 32 : start;
+        word[a] = *reinterpret_cast<const Word<N, 4>*>(from + place_of(i));
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const uint32_t i = start + a * 32;
+        float v[4];
+        unpack_word<N>(word[a], v);
+        if (i >= end) break;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) to[i * 4 + i / kPieces + e] = v[e];  // a word after each record
+      }
+    }
+  };
+  if (row == groups * kNumbers) {  // no padding: all records lie together
+    copy([&](uint32_t i) { return first * kNumbers + i * 4; });
+  } else {
+    copy([&](uint32_t i) {
+      const uint32_t pair = first + i / kPieces;
+      return pair / groups * row + pair % groups * kNumbers + i % kPieces * 4;
+    });
   }
   __syncwarp();
 }
 template <class T>
-__device__ __forceinline__ void copy_records(const Call& call, int64_t image, uint32_t first, uint32_t step,
-                                             uint32_t count, float* to) {
+__device__ __forceinline__ void copy_records(const Call& call, int64_t image, uint32_t first, uint32_t count,
+                                             float* to) {
   if (sizeof(T) == 2 && call.points_type == Type::kFloat32) {
-    return copy_numbers<float>(call, image, first, step, count, to);
+    return copy_numbers<float>(call, image, first, count, to);
   }
-  copy_numbers<T>(call, image, first, step, count, to);
+  copy_numbers<T>(call, image, first, count, to);
 }
 
 // These nine points, walked as Points walks any.
@@ -379,14 +401,14 @@ template <class T>
 struct Map {
   __device__ __forceinline__ Map(const void* x, const Problem& s, int64_t first)
       : base(static_cast<const char*>(x) + first * sizeof(T)),
-        pixel_bytes(int(s.group) * int(s.depth) * int(sizeof(T))) {
+        pixel_bytes(uint32_t(s.group) * uint32_t(s.depth) * uint32_t(sizeof(T))) {
     hold(base);
   }
   __device__ __forceinline__ const T* operator[](int pixel) const {  // one multiplication, to 64 bits
-    return reinterpret_cast<const T*>(base + int64_t(pixel) * pixel_bytes);
+    return reinterpret_cast<const T*>(base + uint64_t(uint32_t(pixel)) * pixel_bytes);
   }
   const char* base;
-  int pixel_bytes;
+  uint32_t pixel_bytes;
 };
 
 // Blocks that one image takes, with `channels` a thread.

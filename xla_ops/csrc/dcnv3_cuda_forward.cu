@@ -120,23 +120,25 @@ cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
 
 template <class T, int C, int U>
 __global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 5)
-    nine_forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image) {
-  const uint32_t pieces = uint32_t(call.problem.depth) / C, lane = threadIdx.x % 32;
+    nine_forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image, int shift) {
+  const uint32_t lane = threadIdx.x % 32;  // 2^shift of them to a pair
   const uint32_t image = blockIdx.x / blocks_an_image;
   const uint32_t first = (blockIdx.x - image * blocks_an_image) * kThreads + threadIdx.x - lane;
-  float* const records = shared_memory<float>() + (threadIdx.x - lane) * kRecord;
-  copy_records<T>(call, image, first / pieces, 1, 32 / pieces, records);
+  float* const records = shared_memory<float>() + ((threadIdx.x - lane) >> shift) * kRecord;
+  copy_records<T>(call, image, first >> shift, 32 >> shift, records);
   Place at;
   if (!place(call.problem, blocks_an_image, C, &at)) return;
-  NinePoints<T> points(call, at, records + lane / pieces * kRecord);
+  NinePoints<T> points(call, at, records + (lane >> shift) * kRecord);
   sample<T, C, U>(call, at, points);
 }
 
 template <class T, int C, int U>
 cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
   const int64_t each = blocks_an_image(call.problem, C);
-  return launch(stream, call.problem.batch * each, kThreads, kThreads * kRecord * sizeof(float),
-                nine_forward_kernel<T, C, U>, call, uint32_t(each));
+  int shift = 0;
+  while (C << shift < call.problem.depth) ++shift;
+  return launch(stream, call.problem.batch * each, kThreads, (kThreads >> shift) * kRecord * sizeof(float),
+                nine_forward_kernel<T, C, U>, call, uint32_t(each), shift);
 }
 
 }  // namespace

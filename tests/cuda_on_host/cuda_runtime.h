@@ -176,6 +176,10 @@ inline void __syncthreads() {
   cuda_on_host::wait_at(cuda_on_host::State::kAtBlock);
 }
 
+inline void __syncwarp() {
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
+}
+
 // A warp's threads exchange values: here all of them take part.
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -273,6 +277,9 @@ inline float __uint_as_float(uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
+}
+inline float rsqrtf(float v) {
+  return 1 / std::sqrt(v);
 }
 inline int __float2int_rn(float v) {
   return int(std::nearbyint(v));

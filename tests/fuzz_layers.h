@@ -118,8 +118,8 @@ template <class Compute>
 bool dwconv_case(bool rows_are_chunks, Compute compute) {
   dwconv::Call s = {};
   s.batch = integer(1, 3), s.height = integer(1, 9), s.width = integer(1, 9), s.size = 2 * integer(0, 3) + 1;
-  const int64_t channels[] = {1, 2, 3, 7, 8, 16, 19, 33, 64, 320, 2560};
-  s.channels = channels[integer(0, 10)];
+  const int64_t channels[] = {1, 2, 3, 7, 8, 16, 19, 33, 64, 112, 320, 1280, 2560};
+  s.channels = channels[integer(0, 12)];
   if (s.channels > 64) s.batch = 1, s.height = integer(1, 3), s.width = integer(1, 6);
   s.chunks = rows_are_chunks ? s.height : integer(1, s.height);
   s.shared = integer(0, 1) ? s.batch : 1, s.epsilon = 1e-3;

@@ -40,6 +40,7 @@ bool dwconv_call(dwconv::Call& s) {
   const size_t count = s.batch * s.height * s.width * s.channels, real = s.type == Type::kFloat64 ? 8 : 4;
   const size_t parts = s.batch * s.chunks * (3 + s.size * s.size) * s.channels;
   std::vector<char> dv(count * real);
+  settings.processors = integer(0, 1) ? 0 : 1 << 20;  // threads of four pixels of the forward, or of one
   return twice({{s.y, count * size_of(s.type)}, {s.dx, count * size_of(s.type)}, {s.partial, parts * real}},
                [&] {
                  const cudaError_t error = dwconv::cuda::forward(nullptr, s);

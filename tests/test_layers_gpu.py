@@ -28,9 +28,17 @@ SHAPES = [
     ((1, 12, 12, 1280), 5),
     ((1, 6, 7, 4096), 5),
     ((3, 5, 1, 33), 3),
+    ((3, 14, 13, 64), 3),  # as many pixels as on the host four to a thread take
+    ((2, 9, 9, 256), 3),
+    ((2, 7, 7, 512), 3),
+    ((1, 9, 10, 320), 5),
+    ((1, 5, 3, 512), 3),  # and fewer
+    ((1, 3, 5, 1280), 5),
+    ((5, 1, 1, 128), 3),
     ((1, 1, 2048, 8), 1),
     ((0, 4, 4, 8), 3),
 ]
+LARGE = [((8, 56, 56, 64), 3), ((16, 14, 14, 512), 3), ((8, 20, 20, 320), 5)]  # so many for a GPU
 
 
 def by_cuda(function: Callable, *arrays: np.ndarray, times: int = 1) -> list[list[np.ndarray]]:
@@ -66,10 +74,13 @@ def assert_as_exact(function: Callable, dtype: str, *arrays: jax.Array) -> None:
 @pytest.mark.parametrize(
     ("shape", "size", "dtype"),
     [
-        (*case, dtype)
-        for case in SHAPES
-        for dtype in TOLERANCE
-        if dtype != "float64" or case[0][-1] <= 2048  # what the backward takes
+        *(
+            (*case, dtype)
+            for case in SHAPES
+            for dtype in TOLERANCE
+            if dtype != "float64" or case[0][-1] <= 2048  # what the backward takes
+        ),
+        *(gpu.large(*case, "bfloat16") for case in LARGE),
     ],
     ids=str,
 )

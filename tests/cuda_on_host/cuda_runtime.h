@@ -278,6 +278,9 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
+inline float rsqrtf(float v) {
+  return 1 / std::sqrt(v);
+}
 inline int __float2int_rn(float v) {
   return int(std::nearbyint(v));
 }

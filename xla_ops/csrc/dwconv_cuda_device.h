@@ -5,7 +5,7 @@
 // threads, a power of two, owns P pixels that lie together in a row, all their channels: the norm's sums
 // go through the team by shuffles, always in the same order. Where a pixel has more pieces than the team
 // has threads, the threads go round several times; what they convolved waits in shared memory, each
-// thread's in a place of its own, so there is no barrier.
+// thread's in a place of its own, so there is no barrier. The forward has a second form, of its own.
 #pragma once
 
 #include "dwconv_cuda.h"

@@ -1,9 +1,12 @@
-// Depthwise convolution, LayerNorm and GELU on CUDA: the forward, and what calls are refused.
+// Depthwise convolution, LayerNorm and GELU on CUDA: the forward, in two forms, and what calls are refused.
+#include <algorithm>
+
 #include "dwconv_cuda_device.h"
 
 namespace dwconv::cuda {
 namespace {
 
+// The form for any kernel.
 template <class T, int C, int P, int K>
 __global__ void __launch_bounds__(kMostThreads)
     forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
@@ -38,6 +41,207 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
+// A number from 1 to 2^31 by which smaller numbers than 2^31 are divided in two instructions.
+struct Divisor {
+  explicit Divisor(int64_t by) {
+    while (int64_t(1) << (shift - 31) < by) ++shift;
+    factor = uint32_t(((uint64_t(1) << shift) + by - 1) / by);
+  }
+  __device__ __forceinline__ uint32_t divide(uint32_t v) const {
+    return uint32_t(uint64_t(v) * factor >> shift);
+  }
+  int shift = 31;
+  uint32_t factor;
+};
+
+// The form for kernels of side 3 and 5. A thread owns one piece of the channels and keeps its P pixels in
+// registers. A team is as wide as the channels: up to 32 threads, a power of two, or the whole warps of a
+// block, whose sums meet in shared memory. No read waits for another or for a branch: those of several rows
+// of the kernel are under way at once, since a small launch takes as long as one thread, and in a large one
+// a multiprocessor has few threads to wait with, by the registers.
+struct Team {
+  int lanes, shift, each;  // threads of a team; shifts a thread's number to its team's; teams of a block
+  uint32_t count;          // of teams
+  float share;             // 1 / channels
+  Divisor height, strips, shared;
+};
+
+template <int P>
+constexpr int kMostLanes = P == 1 ? 512 : 384;  // leaves 128 and 168 registers to a thread
+constexpr int kManyWarps = 8;  // of a multiprocessor: with fewer a thread owns one pixel, to be done sooner
+
+// C neighbouring values as memory has them.
+template <class T, int C>
+struct Raw {
+  using W = Word<T, C>;
+  static constexpr int kEach = sizeof(W) / sizeof(T);
+
+  // Zeros if nothing is `there`.
+  __device__ __forceinline__ void read(const T* p, bool there = true) {
+#pragma unroll
+    for (int i = 0; i < C / kEach; ++i) {
+      words[i] = W();
+      if (there) words[i] = reinterpret_cast<const W*>(p)[i];
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&v)[C]) const {
+#pragma unroll
+    for (int i = 0; i < C / kEach; ++i) unpack_word<T>(words[i], v + i * kEach);
+  }
+  W words[C / kEach];
+};
+
+// The team's sums of P numbers at once, for all its threads. `meeting` has room for P of each warp.
+template <int P>
+__device__ __forceinline__ void team_sums(float (&v)[P], int lanes, float* meeting) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    if (mask >= lanes) continue;
+#pragma unroll
+    for (int p = 0; p < P; ++p) v[p] += __shfl_xor_sync(0xffffffffu, v[p], mask);
+  }
+  if (lanes <= 32) return;
+  if (threadIdx.x % 32 == 0) store<P>(v, meeting + threadIdx.x / 32 * P);
+  __syncthreads();
+#pragma unroll
+  for (int p = 0; p < P; ++p) v[p] = 0;
+#pragma unroll 4
+  for (int warp = 0; warp < lanes / 32; ++warp) {
+    float part[P];
+    load<P>(meeting + warp * P, part);
+#pragma unroll
+    for (int p = 0; p < P; ++p) v[p] += part[p];
+  }
+}
+
+// Neighbouring teams own strips below each other: they share two of three rows, in the first-level cache.
+// `same`: the parameters are of x's dtype, else of float32. kAhead: rows of the kernel that are read at once.
+template <class T, int C, int P, int K, bool same>
+__global__ void __launch_bounds__(kMostLanes<P>)
+    register_forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Team team) {
+  using Parameter = std::conditional_t<same, T, float>;
+  constexpr int kColumns = P + K - 1, kAhead = K == 5 ? 1 : same ? 3 : 2;
+  const int height = int(call.height), width = int(call.width), channels = int(call.channels);
+  const int strips = (width + P - 1) / P, line = width * channels;
+  const int lane = threadIdx.x - (threadIdx.x >> team.shift << team.shift);
+  const auto team_of = [&](uint32_t thread) { return blockIdx.x * team.each + (thread >> team.shift); };
+  const uint32_t index = team_of(threadIdx.x);
+  // A thread that has none computes a piece or strip anew that another has, and writes nothing.
+  const bool piece_there = lane * C < channels, there = index < team.count && piece_there;
+  const uint32_t strip = index < team.count ? index : team.count - 1, place = team.height.divide(strip);
+  const uint32_t image = team.strips.divide(place);
+  const int channel = piece_there ? lane * C : 0, i = strip - place * height,
+            j = (place - image * strips) * P;
+  const int64_t first = ((int64_t(image) * height + i) * width + j) * channels + channel;
+
+  const auto parameters = [&, set = team.shared.divide(image)](const void* data, int each) {
+    return static_cast<const Parameter*>(data) + int64_t(set) * (each * channels) + channel;
+  };
+  const T* const x = static_cast<const T*>(call.x) + (first - int64_t(K / 2) * (line + channels));
+  const Parameter* const kernel = parameters(call.kernel, K * K);
+  Raw<T, C> pixels[kAhead][kColumns];
+  Raw<Parameter, C> weights[kAhead][K], bias, scale, offset;
+  const auto read = [&](int y) {
+    const bool row_there = uint32_t(i + y - K / 2) < uint32_t(height);
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      const bool column_there = uint32_t(j + k - K / 2) < uint32_t(width);
+      pixels[y % kAhead][k].read(x + uint32_t(y * line + k * channels), row_there && column_there);
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) weights[y % kAhead][k].read(kernel + uint32_t((y * K + k) * channels));
+  };
+#pragma unroll
+  for (int y = 0; y < kAhead; ++y) read(y);
+  bias.read(parameters(call.bias, 1));
+  // Compilers would put reads off to save registers, but not beyond these lines. A warp without teams ends.
+  __syncwarp();
+  if (team_of(threadIdx.x & ~31u) >= team.count) return;
+  float v[P][C];
+#pragma unroll
+  for (int p = 0; p < P; ++p) bias.unpack(v[p]);
+#pragma unroll
+  for (int y = 0; y < K; ++y) {
+    float weight[K][C];
+#pragma unroll
+    for (int k = 0; k < K; ++k) weights[y % kAhead][k].unpack(weight[k]);
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      float pixel[C];
+      pixels[y % kAhead][k].unpack(pixel);
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        if (k < p || k - p >= K) continue;
+#pragma unroll
+        for (int c = 0; c < C; ++c) v[p][c] += weight[k - p][c] * pixel[c];
+      }
+    }
+    if (y + kAhead < K) read(y + kAhead);
+  }
+  scale.read(parameters(call.scale, 1));
+  offset.read(parameters(call.offset, 1));
+
+  float* const meeting = shared_memory<float>();
+  float mean[P], factor[P];
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    mean[p] = 0;
+#pragma unroll
+    for (int c = 0; c < C; ++c) mean[p] += v[p][c];
+    if (!piece_there) mean[p] = 0;
+  }
+  team_sums<P>(mean, team.lanes, meeting);
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    factor[p] = 0;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      v[p][c] -= mean[p] * team.share;
+      factor[p] += v[p][c] * v[p][c];
+    }
+    if (!piece_there) factor[p] = 0;
+  }
+  team_sums<P>(factor, team.lanes, meeting + team.lanes / 32 * P);
+  if (!there) return;
+  float by[C], and_then[C];
+  scale.unpack(by);
+  offset.unpack(and_then);
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    if (j + p >= width) break;
+    factor[p] = rsqrtf(factor[p] * team.share + float(call.epsilon));
+#pragma unroll
+    for (int c = 0; c < C; ++c) v[p][c] = gelu_for<T, 1>(v[p][c] * factor[p] * by[c] + and_then[c]);
+    store<C>(v[p], static_cast<T*>(call.y) + (first + p * channels));
+  }
+}
+
+template <class T, int C, int K, bool same, int P>
+cudaError_t launch_register_forward(cudaStream_t stream, const Call& call, int processors) {
+  const int64_t across = (call.width + P - 1) / P, strips = call.batch * across * call.height;
+  const int pieces = int(call.channels / C);
+  int lanes = 1, shift = 0;
+  while (lanes < 32 && lanes < pieces) lanes *= 2, ++shift;
+  if (pieces > 32) lanes = (pieces + 31) / 32 * 32, shift = 31;
+  if constexpr (P > 1) {
+    if (lanes > kMostLanes<P> || strips * lanes < int64_t(32) * kManyWarps * processors) {
+      return launch_register_forward<T, C, K, same, 1>(stream, call, processors);
+    }
+  }
+  const int threads = lanes > 32 ? lanes : kMostThreads, each = threads / lanes;
+  const Team team = {lanes,
+                     shift,
+                     each,
+                     uint32_t(strips),
+                     1.f / float(call.channels),
+                     Divisor(call.height),
+                     Divisor(across),
+                     Divisor(std::min(call.shared, call.batch))};
+  const int64_t shared = lanes > 32 ? 2 * lanes / 32 * P * sizeof(float) : 0;
+  return launch(stream, (strips + each - 1) / each, threads, shared,
+                register_forward_kernel<T, C, P, K, same>, call, team);
+}
+
 template <class T, int C, int K, int P>
 cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
   const Plan plan = make_plan(call, C, P, sizeof(RealOf<T>));
@@ -51,7 +255,20 @@ cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
 struct Forward {
   template <class T, int C, int K>
   cudaError_t run() const {
-    return launch_forward<T, C, K, kPixels<C>>(stream, call);
+    if constexpr (K > 0) {
+      if (call.channels / C <= kMostLanes<1> && call.batch * call.height * call.width <= INT32_MAX &&
+          call.size * call.width * call.channels <= INT32_MAX) {
+        Device device;
+        if (cudaError_t error = find_device(&device)) return error;
+        if constexpr (sizeof(T) == 2) {
+          if (call.parameters_type == Type::kFloat32) {
+            return launch_register_forward<T, C, K, false, kPixels<C>>(stream, call, device.processors);
+          }
+        }
+        return launch_register_forward<T, C, K, true, kPixels<C>>(stream, call, device.processors);
+      }
+    }
+    return launch_forward<T, C, 0, kPixels<C>>(stream, call);
   }
   cudaStream_t stream;
   const Call& call;

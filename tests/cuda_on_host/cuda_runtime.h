@@ -274,6 +274,9 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
+inline float __frsqrt_rn(float v) {
+  return float(1 / std::sqrt(double(v)));
+}
 inline int __float2int_rn(float v) {
   return int(std::nearbyint(v));
 }

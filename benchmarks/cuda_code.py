@@ -42,7 +42,7 @@ def tool(name: str) -> str | None:
 
 
 def short(symbol: str) -> str:
-    """`forward<BFloat16, 16>` from a mangled name; the layers' begin with `dwconv_` and `gelu`."""
+    """`forward<BFloat16, 16>` from a mangled name; the layers' begin with their own."""
     found = re.search(r"\d([a-z_]+)_kernelI(.+?)EEv", symbol)
     if not found:
         return symbol
@@ -51,6 +51,7 @@ def short(symbol: str) -> str:
     letter = re.match(r"[fd]", parameters)
     half = re.search(r"(BFloat16|Float16)", parameters)
     kind += f"<{half[1] if half else types[letter[0]]}"  # type: ignore[index]
+    kind += ", float" * bool(re.search(r"Float16Ef", parameters))  # parameters of a norm
     numbers = re.findall(r"L[ib](\d+)E", parameters + "E")
     kind = "dwconv_" * ("6dwconv" in symbol) + kind
     return ", ".join([kind, *numbers]) + ">"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PRODUCTS = [(64, 56, 64), (64, 28, 128), (64, 14, 256), (64, 7, 512), (64, 7, 896), (64, 12, 1280)]
 PRODUCTS += [(1, 56, 64), (1, 28, 128), (1, 14, 256), (1, 7, 512)]
 MAPS = [(64, 56, 64), (64, 14, 256), (1, 14, 256)]
+NORMS = [(64, 112, 32), (64, 56, 64), (64, 14, 256), (1, 56, 64), (1, 14, 256)]
 TINY = [(2, 8, 32)]
 
 
@@ -35,6 +36,11 @@ def rows(options: argparse.Namespace) -> Rows:
     for shape in TINY if cpu else MAPS:
         for layer in ("dwconv_norm_gelu", "bias_gelu"):
             yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
+    for shape in TINY if cpu else NORMS:
+        yield (
+            {"layer": "layer_norm", "shape": shape},
+            functools.partial(in_a_row, shape, "layer_norm"),
+        )
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -84,6 +90,8 @@ def in_a_row(shape: tuple[int, int, int], layer: str) -> Row:
                     x = xla_ops.dwconv_norm_gelu(
                         x, kernel, vector, vector, vector, implementation=form
                     )
+                elif layer == "layer_norm":
+                    x = xla_ops.layer_norm(x, vector, vector, implementation=form)
                 else:
                     x = xla_ops.bias_gelu(x, vector, implementation=form)
                 x = lax.optimization_barrier(x)  # XLA would make one pass of several

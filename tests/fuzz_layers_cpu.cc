@@ -22,10 +22,10 @@ bool gelu_call(const gelu::Call& s) {
   return true;
 }
 
-bool norm_call(const norm::Call& s) {
+bool norm_call(const layer_norm::Call& s) {
   const int64_t cut = integer(0, s.rows);
-  norm::cpu::forward(s, cut, s.rows);
-  norm::cpu::forward(s, 0, cut);
+  layer_norm::cpu::forward(s, cut, s.rows);
+  layer_norm::cpu::forward(s, 0, cut);
   return true;
 }
 

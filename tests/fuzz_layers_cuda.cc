@@ -5,6 +5,7 @@
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
 #include "linear_gelu_cuda.cu"
+#include "norm_cuda.cu"
 
 #include "fuzz_layers.h"
 
@@ -52,6 +53,18 @@ bool gelu_call(const gelu::Call& s) {
   if (const char* why = gelu::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
   return twice({{s.result, s.rows * s.channels * size_of(s.type)}},
                [&] { return gelu::cuda::compute(nullptr, s); });
+}
+
+bool norm_call(layer_norm::Call s) {
+  if (const char* why = layer_norm::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
+  const size_t each = size_of(s.type), bytes = s.rows * s.channels * each;
+  std::vector<char> x(each + bytes);
+  std::memcpy(x.data() + each, s.x, bytes);
+  if (integer(0, 3) == 0) s.x = x.data() + each;        // at no multiple of 16 bytes
+  settings.processors = integer(0, 1) ? 0 : INT32_MAX;  // for which all rows are many, or few
+  const bool good = twice({{s.y, bytes}}, [&] { return layer_norm::cuda::forward(nullptr, s); });
+  settings.processors = 4;
+  return good;
 }
 
 // Each form of tile, and the one that the number of tiles decides on.
@@ -111,6 +124,7 @@ int main(int argc, char** argv) {
   cuda_on_host::shared = xla_ops::cuda::dynamic_shared_memory;
   if (!limits() || !gelu_for_half()) return 1;
   return fuzz(count, seed, [] {
-    return dwconv_case(true, dwconv_call) && gelu_case(gelu_call) && linear_case(true, linear_gelu_call);
+    return dwconv_case(true, dwconv_call) && gelu_case(gelu_call) && norm_case(norm_call) &&
+           linear_case(true, linear_gelu_call);
   });
 }

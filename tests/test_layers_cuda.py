@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture
 def cuda_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_cpu = (_ffi.LINEAR_FORWARD, _ffi.CONVOLUTION_FORWARD, _ffi.NORM_FORWARD)
+    of_cpu = (_ffi.LINEAR_FORWARD, _ffi.CONVOLUTION_FORWARD)
     serving = lambda target: ("cpu",) if target in of_cpu else ("cpu", "cuda")  # noqa: E731
     monkeypatch.setattr(_ffi, "serving", serving)
 
@@ -79,6 +81,27 @@ def test_a_sharded_batch_divides_each_result(cuda_serves: None) -> None:
     assert results == ["i"] * 3  # the batch's axis comes first in all three
 
 
+@pytest.mark.parametrize("vectors", ["bfloat16", "float32"])
+def test_layer_norm_is_a_custom_call_outside_differentiation(
+    vectors: str, cuda_serves: None
+) -> None:
+    x, *_, scale, bias = operands()
+    arrays = x, scale.astype(vectors), bias.astype(vectors)
+
+    def program(function: Callable[..., Any]) -> str:
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = program(xla_ops.layer_norm)
+    (line,) = (line for line in text.splitlines() if "@internimage_layer_norm_forward" in line)
+    short = {"bfloat16": "bf16", "float32": "f32"}[vectors]
+    vector, row = f"tensor<16x{short}>", "tensor<4x5x6x16xbf16>"
+    assert f"({row}, {vector}, {vector}) -> {row}" in line
+    assert "epsilon = " in line and "version = 3" in line
+    assert "stablehlo.convert" not in text
+    loss = lambda *a: xla_ops.layer_norm(*a).astype("float32").sum()  # noqa: E731
+    assert "@internimage" not in program(jax.grad(loss, (0, 1, 2)))
+
+
 def model_for_cuda(batch: int) -> str:
     """The program of a small bfloat16 model, before XLA compiles it."""
     config = InternImageConfig(channels=16, depths=(1,) * 4, groups=(1, 2, 4, 8), num_classes=3)
@@ -97,7 +120,7 @@ def test_small_convolutions_are_products(batch: int, convolutions: int, cuda_ser
 
 def test_operators_take_half_precision_parameters_as_they_are(cuda_serves: None) -> None:
     calls = [line for line in model_for_cuda(1).splitlines() if "@internimage_" in line]
-    assert len(calls) == 4 * 3
+    assert len(calls) == 4 * 3 + 5  # norms of one shape are one function
     assert not [call for call in calls if "xf32>" in call]  # each conversion would be a launch
 
 
@@ -105,7 +128,7 @@ def test_extension_has_every_target() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
     targets = {*cpu.targets(), _ffi.LINEAR_GELU_FORWARD}
-    targets -= {_ffi.LINEAR_FORWARD, _ffi.CONVOLUTION_FORWARD, _ffi.NORM_FORWARD}
+    targets -= {_ffi.LINEAR_FORWARD, _ffi.CONVOLUTION_FORWARD}
     assert set(extension.targets()) == targets
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import xla_ops
 from tests import gpu
+from tests import test_layer_norm as layer_norm
 from tests.test_dwconv import TOLERANCE, assert_close, operands
 
 pytestmark = gpu.needs_it()
@@ -121,15 +122,19 @@ def test_linear_with_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             wanted = xla_ops.linear(*map(jnp.asarray, exact), gelu=True, implementation="jnp")
-        first, second = products(2, x, kernel, bias)
+        first, second = by_kernel(LINEAR, x, kernel, bias, times=2)
         assert_close(first, wanted, TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
 
 
-def products(times: int, *arrays: jax.Array) -> list[np.ndarray]:
+LINEAR = functools.partial(xla_ops.linear, gelu=True)
+
+
+def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[np.ndarray]:
+    """The value of `function`, which has a kernel for the forward alone."""
     local = [jax.device_put(a, gpu.device()) for a in arrays]
     with gpu.kernels():
-        run = jax.jit(functools.partial(xla_ops.linear, gelu=True, implementation="kernel"))
+        run = jax.jit(functools.partial(function, implementation="kernel"))
         return [np.asarray(run(*local)) for _ in range(times)]
 
 
@@ -138,11 +143,70 @@ def test_linear_with_gelu_of_what_is_not_finite() -> None:
     x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
     bias[5], bias[11] = np.nan, -np.inf
-    (got,) = products(1, *(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
+    (got,) = by_kernel(LINEAR, *(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
     with np.errstate(invalid="ignore"):
         z = x @ kernel + bias
     wanted = np.where(z == -np.inf, 0, z)
     np.testing.assert_array_equal(got.astype(np.float64), wanted)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (2, 3, 5, 7),
+        (3, 1, 7, 8),
+        (2, 3, 5, 33),
+        (1, 5, 7, 112),  # a thread has one piece; three; and four
+        (1, 5, 3, 320),
+        (1, 3, 1, 1024),
+        (1, 2, 3, 1280),  # a row is a block's
+        (1, 1, 2, 4096),
+        (1, 1, 1, 4099),
+        (1, 46, 46, 32),  # many rows, for the host
+        (1, 33, 33, 64),
+        (1, 17, 17, 512),
+        (0, 4, 4, 8),
+        gpu.large((64, 56, 56, 64)),  # and for a GPU
+        gpu.large((16, 112, 112, 32)),
+        gpu.large((64, 14, 14, 256)),
+        gpu.large((64, 14, 14, 512)),
+    ],
+    ids=str,
+)
+def test_layer_norm(shape: tuple[int, ...], dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        x, scale, bias = layer_norm.operands(shape, dtype)
+        first, second = by_kernel(xla_ops.layer_norm, x, scale, bias, times=2)
+        assert_close(first, layer_norm.in_float64(x, scale, bias, 1e-6), 2 * TOLERANCE[dtype])
+        assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("channels", [64, 33, 2560])
+def test_layer_norm_with_parameters_of_each_batch(channels: int) -> None:
+    normal = np.random.RandomState(0).standard_normal
+    shapes = (3, 2, 5, 7, channels), (3, channels), (3, channels)
+    x, scale, bias = (jnp.asarray(normal(shape), "float32") for shape in shapes)
+    x = x.astype("bfloat16")  # with float32 parameters
+    mapped = lambda *a, implementation: jax.vmap(  # noqa: E731
+        functools.partial(xla_ops.layer_norm, implementation=implementation)
+    )(*a)
+    (got,) = by_kernel(mapped, x, scale, bias)
+    for i in range(3):
+        wanted = layer_norm.in_float64(x[i], scale[i], bias[i], 1e-6)
+        assert_close(got[i], wanted, 2 * TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 7, 20), (1, 33, 65, 32), (1, 3, 3, 2560)], ids=str)
+def test_layer_norm_of_what_is_not_finite(shape: tuple[int, ...]) -> None:
+    x, scale, bias = layer_norm.operands(shape)
+    spoilt = x.at[0, 0, 2, 3].set(jnp.nan).at[0, 1, 1, 19].set(jnp.inf)
+    got, wanted = (by_kernel(xla_ops.layer_norm, a, scale, bias)[0] for a in (spoilt, x))
+    rows = np.zeros(shape[:3], bool)
+    rows[0, 0, 2] = rows[0, 1, 1] = True
+    assert np.isnan(got[rows]).all()
+    np.testing.assert_array_equal(got[~rows], wanted[~rows])
 
 
 def test_half_precision_with_float32_parameters() -> None:

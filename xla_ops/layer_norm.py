@@ -1,4 +1,4 @@
-"""LayerNorm: a kernel on a CPU, where XLA makes four passes of it; elsewhere XLA's."""
+"""LayerNorm as one kernel that reads a row once."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def layer_norm(
         scale: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
         bias: (C,), likewise and of the dtype of `scale`.
         epsilon: Added to the variance.
-        implementation: "jnp" runs anywhere; "kernel" is the kernel, on CPU alone, but for
-            gradients; None takes it where it is known to serve. For `jax.export` the target to
-            name is "internimage_layer_norm_forward".
+        implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None
+            takes it where it is known to serve. For `jax.export` the target to name is
+            "internimage_layer_norm_forward".
 
     Returns:
         (N, H, W, C) of x's dtype, computed in float32 for bfloat16 and float16.

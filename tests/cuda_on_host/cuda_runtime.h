@@ -281,6 +281,9 @@ inline float __uint_as_float(uint32_t bits) {
 inline float rsqrtf(float v) {
   return 1 / std::sqrt(v);
 }
+inline float __frsqrt_rn(float v) {
+  return float(1 / std::sqrt(double(v)));
+}
 inline int __float2int_rn(float v) {
   return int(std::nearbyint(v));
 }

@@ -25,6 +25,7 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
 #include "linear_gelu_cuda.cu"
+#include "norm_cuda.cu"
 #include "cuda_module.cc"
 // clang-format on
 

@@ -19,6 +19,6 @@ XLA_FFI_Handler* gelu_forward_handler();
 XLA_FFI_Handler* convolution_handler();
 }  // namespace linear::cpu
 
-namespace norm::cpu {
+namespace layer_norm::cpu {
 XLA_FFI_Handler* forward_handler();
-}  // namespace norm::cpu
+}  // namespace layer_norm::cpu

@@ -15,6 +15,8 @@
 #include "gelu_ffi.h"
 #include "linear_gelu_cuda.h"
 #include "linear_ffi.h"
+#include "norm_cuda.h"
+#include "norm_ffi.h"
 
 namespace {
 
@@ -253,6 +255,31 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
 }  // namespace
 }  // namespace linear::cuda
 
+namespace layer_norm::cuda {
+namespace {
+
+ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand scale, Operand bias, Result y,
+                           double epsilon, int64_t version) {
+  Call call = {};
+  ffi::Error error = describe(x, scale, bias, y, epsilon, version, &call);
+  if (error.failure()) return error;
+  if (const char* why = refusal(call)) return invalid(why);
+  return check("internimage_layer_norm", forward(stream, call));
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
+                       bind()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // scale
+                           .Arg<Operand>()  // bias
+                           .Ret<Operand>()  // y
+                           .Attr<double>("epsilon")
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+
+}  // namespace
+}  // namespace layer_norm::cuda
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Handlers of the CUDA custom calls, by target name.";
   m.def("targets", [] {
@@ -268,6 +295,7 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_dwconv_norm_gelu_backward", dwconv::cuda::kBackward);
     add("internimage_bias_gelu_forward", gelu::cuda::kForward);
     add("internimage_bias_gelu_backward", gelu::cuda::kBackward);
+    add("internimage_layer_norm_forward", layer_norm::cuda::kForward);
     add("internimage_linear_gelu_forward", linear::cuda::kForward);
     return targets;
   });

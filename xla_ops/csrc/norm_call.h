@@ -6,7 +6,7 @@
 
 #include "types.h"
 
-namespace norm {
+namespace layer_norm {
 
 using xla_ops::Type;
 
@@ -22,4 +22,4 @@ struct Call {
   void* y;            // (rows, channels)
 };
 
-}  // namespace norm
+}  // namespace layer_norm

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <memory>
 
-namespace norm::cpu {
+namespace layer_norm::cpu {
 namespace {
 
 using namespace ::cpu;
@@ -19,4 +19,4 @@ void forward(const Call& call, int64_t begin, int64_t end) {
   CPU_CALL(forward, call, begin, end);
 }
 
-}  // namespace norm::cpu
+}  // namespace layer_norm::cpu

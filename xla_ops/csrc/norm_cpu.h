@@ -4,9 +4,9 @@
 #include "cpu_types.h"
 #include "norm_call.h"
 
-namespace norm::cpu {
+namespace layer_norm::cpu {
 
 // Computes the rows [begin, end) of the result.
 void forward(const Call& call, int64_t begin, int64_t end);
 
-}  // namespace norm::cpu
+}  // namespace layer_norm::cpu

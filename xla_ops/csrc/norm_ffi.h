@@ -1,0 +1,61 @@
+// What the handlers of all platforms share for layer_norm: from a custom call's buffers and attributes to a
+// checked layer_norm::Call.
+//
+// Operands: x (..., C), scale (..., C) and bias (..., C). What precedes the parameters' own axis also
+// precedes x's, and says which rows use which parameters: `vmap` over them adds an axis to all.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "ffi_types.h"
+#include "norm_call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace layer_norm {
+
+namespace ffi = xla::ffi;
+
+using xla_ops::kVersion;
+using xla_ops::same;
+using xla_ops::type_of;
+
+using Operand = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_layer_norm: " + message);
+}
+
+inline ffi::Error describe(Operand x, Operand scale, Operand bias, Result y, double epsilon, int64_t version,
+                           Call* call) {
+  if (version != kVersion) {
+    return invalid("expected attributes of version " + std::to_string(kVersion));
+  }
+  const auto xs = x.dimensions(), ps = scale.dimensions();
+  if (ps.size() < 1 || ps.size() >= xs.size() || ps.back() != xs.back() || xs.back() < 1 ||
+      !same(scale, bias)) {
+    return invalid("expected x (..., C), scale (C,) and bias (C,)");
+  }
+  Call& s = *call;
+  s.channels = xs.back(), s.epsilon = epsilon;
+  s.rows = static_cast<int64_t>(x.element_count()) / s.channels;
+  int64_t sets = 1;
+  for (size_t i = 0; i + 1 < ps.size(); ++i) {
+    if (ps[i] != xs[i]) return invalid("the leading axes of x and the parameters differ");
+    sets *= ps[i];
+  }
+  s.shared = sets > 0 ? s.rows / sets : 1;
+  if (!type_of(x.element_type(), &s.type) || !type_of(scale.element_type(), &s.parameters_type)) {
+    return invalid("expected float32, float64, bfloat16 or float16");
+  }
+  if (s.type != s.parameters_type && (s.type == Type::kFloat64 || s.parameters_type != Type::kFloat32)) {
+    return invalid("expected parameters of the dtype of x, or float32");
+  }
+  if (!same(*y, x)) return invalid("the result does not fit");
+  s.x = x.untyped_data(), s.scale = scale.untyped_data(), s.bias = bias.untyped_data();
+  s.y = y->untyped_data();
+  return ffi::Error::Success();
+}
+
+}  // namespace layer_norm

@@ -103,11 +103,15 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "outputs"),
     [
-        gpu.large((8, 56, 56, 64), 256),  # each size of tile
+        gpu.large((16, 56, 56, 64), 256),  # blocks that stay, with four stages and with two
+        gpu.large((16, 28, 28, 112), 448),
+        gpu.large((64, 7, 7, 512), 2048),
+        gpu.large((8, 7, 7, 904), 12288),  # and those that do not, of each size
         gpu.large((1, 28, 28, 128), 512),
+        gpu.large((1, 14, 14, 256), 1024),
         gpu.large((1, 7, 7, 512), 2048),
-        gpu.large((1, 56, 56, 112), 448),
-        ((1, 12, 33, 24), 136),  # and again, on the host
+        ((1, 33, 32, 24), 136),  # and again, on the host
+        ((1, 4, 27, 208), 136),
         ((1, 1, 1, 8), 8),  # nothing is full
         ((3, 5, 7, 40), 136),
         ((0, 4, 4, 16), 16),

@@ -82,13 +82,14 @@ struct Settings {
 };
 inline Settings settings;
 
-enum class State { kReady, kAtWarp, kAtBlock, kDone };  // kAt: at a barrier
+enum class State { kReady, kAtWarp, kAtTeam, kAtBlock, kDone };  // kAt: at a barrier
 
 struct Fiber {
   std::vector<char> stack = std::vector<char>(kStack);
   ucontext_t context;
   void* saved;  // of the sanitizer
   State state;
+  int team, members;  // where it waits, and for how many with itself
 };
 inline std::vector<Fiber> fibers;
 inline Fiber* current;
@@ -107,6 +108,10 @@ inline void wait_at(State barrier) {
   leave(barrier, &current->saved);
   __sanitizer_finish_switch_fiber(current->saved, &scheduler_stack, &scheduler_size);
 }
+inline void wait_for_team(int team, int members) {
+  current->team = team, current->members = members;
+  wait_at(State::kAtTeam);
+}
 inline void entry() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
   body();
@@ -121,7 +126,7 @@ inline void resume(Fiber& fiber, unsigned thread) {
   __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
 }
 
-// Runs the threads from `first` to `end` until each is at a barrier of the block or done.
+// Runs the threads from `first` to `end` until each is at a barrier of the block or a team, or done.
 inline void run_warp(unsigned first, unsigned end) {
   std::vector<unsigned> order;
   for (unsigned i = first; i < end; ++i) order.push_back(i);
@@ -142,6 +147,24 @@ inline void run_warp(unsigned first, unsigned end) {
   }
 }
 
+// Lets teams go on of which all have come: some of them, so that one may be ahead of another.
+inline bool release_teams(unsigned threads) {
+  std::map<int, std::vector<unsigned>> teams;
+  for (unsigned i = 0; i < threads; ++i) {
+    if (fibers[i].state == State::kAtTeam) teams[fibers[i].team].push_back(i);
+  }
+  std::vector<int> ready;
+  for (const auto& [team, members] : teams) {
+    if (int(members.size()) == fibers[members.front()].members) ready.push_back(team);
+  }
+  std::shuffle(ready.begin(), ready.end(), chance);
+  for (size_t i = 0; i < ready.size(); ++i) {
+    if (i && chance() % 2) continue;
+    for (unsigned member : teams[ready[i]]) fibers[member].state = State::kReady;
+  }
+  return !ready.empty();
+}
+
 inline void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers.resize(threads);
   std::vector<unsigned> warps;
@@ -159,8 +182,16 @@ inline void run_block(unsigned threads) {
     running = false;
     std::shuffle(warps.begin(), warps.end(), chance);
     for (unsigned first : warps) run_warp(first, std::min(first + 32, threads));
+    if (release_teams(threads)) {
+      running = true;
+      continue;
+    }
     for (unsigned i = 0; i < threads; ++i) {
       if (fibers[i].state == State::kDone) continue;
+      if (fibers[i].state == State::kAtTeam) {
+        std::fputs("not all threads of a team have come to its barrier\n", stderr);
+        std::abort();
+      }
       fibers[i].state = State::kReady;
       running = true;
     }
@@ -174,6 +205,9 @@ inline std::map<void*, size_t> allowed;  // dynamic shared memory beyond what an
 
 inline void __syncthreads() {
   cuda_on_host::wait_at(cuda_on_host::State::kAtBlock);
+}
+inline void __syncwarp() {
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
 }
 
 inline void __syncwarp() {

@@ -41,6 +41,10 @@ void wait_for_groups() {
   }
 }
 
+inline void wait_for_team(int team, int threads) {
+  cuda_on_host::wait_for_team(team, threads);
+}
+
 template <bool transposed>
 void load_matrices(const void* row, uint32_t (&m)[4]) {
   static const void* rows[1024];

@@ -36,6 +36,11 @@ __device__ __forceinline__ void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
+// A barrier of `threads` of the block's threads, whole warps; each team has a number of its own, 1 to 15.
+__device__ __forceinline__ void wait_for_team(int team, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(team), "r"(threads) : "memory");
+}
+
 // Loads four matrices of 8 x 8 from shared memory. Thread l of the warp names row l % 8 of matrix l / 8,
 // and gets of each matrix the values (l / 4, l % 4 * 2) and the next in the row; of the transposed ones,
 // if so asked.

@@ -45,6 +45,24 @@ __device__ __forceinline__ float reciprocal_of(float x) {
 #endif
 }
 
+// Of less instructions than the templates of these names.
+__device__ __forceinline__ float absolute(float z) {
+  return std::fabs(z);
+}
+// From 13.3 on ex2 is 0.
+__device__ __forceinline__ float magnitude_for_half(float z) {
+  return std::fmin(std::fabs(z), 15.f);
+}
+__device__ __forceinline__ float positive_part(float z) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(z));
+  return y;
+#else
+  return z < 0 ? 0 : z;
+#endif
+}
+
 #define GELU_FN __device__ __forceinline__
 #include "gelu.h"
 #undef GELU_FN

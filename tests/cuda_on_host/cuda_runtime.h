@@ -210,10 +210,6 @@ inline void __syncwarp() {
   cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
 }
 
-inline void __syncwarp() {
-  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
-}
-
 // A warp's threads exchange values: here all of them take part.
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

@@ -282,10 +282,9 @@ __device__ __forceinline__ void copy_numbers(const Call& call, int64_t image, ui
   constexpr uint32_t kPieces = kNumbers / 4;
   const uint32_t groups = uint32_t(s.group), row = uint32_t(call.offset.row);
   const uint32_t pairs = uint32_t(s.positions()) * groups;
-  if (first >= pairs) count = 0;
-  if (first + count > pairs) count = pairs - first;
+  const uint32_t left = first < pairs ? pairs - first : 0;
   const N* const from = static_cast<const N*>(call.offset.data) + image * s.positions() * call.offset.row;
-  const uint32_t end = count * kPieces;
+  const uint32_t end = (count < left ? count : left) * kPieces;
   const auto copy = [&](auto place_of) {
     constexpr int kAhead = 4;  // on their way at once
 #pragma unroll 1

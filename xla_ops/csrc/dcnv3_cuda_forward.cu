@@ -119,7 +119,7 @@ cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
 }
 
 template <class T, int C, int U>
-__global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 5)
+__global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 6)
     nine_forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image, int shift) {
   const uint32_t lane = threadIdx.x % 32;  // 2^shift of them to a pair
   const uint32_t image = blockIdx.x / blocks_an_image;

@@ -66,8 +66,9 @@ struct Team {
   Divisor height, strips, shared;
 };
 
-template <int P>
-constexpr int kMostLanes = P == 1 ? 512 : 384;  // leaves 128 and 168 registers to a thread
+template <class T, int P, int K>
+constexpr int kMostLanes =
+    P == 1 || (K == 3 && sizeof(T) == 2) ? 512 : 384;  // leaves 128 and 168 registers to a thread
 constexpr int kManyWarps = 8;  // of a multiprocessor: with fewer a thread owns one pixel, to be done sooner
 
 // C neighbouring values as memory has them.
@@ -117,10 +118,10 @@ __device__ __forceinline__ void team_sums(float (&v)[P], int lanes, float* meeti
 // Neighbouring teams own strips below each other: they share two of three rows, in the first-level cache.
 // `same`: the parameters are of x's dtype, else of float32. kAhead: rows of the kernel that are read at once.
 template <class T, int C, int P, int K, bool same>
-__global__ void __launch_bounds__(kMostLanes<P>)
+__global__ void __launch_bounds__((kMostLanes<T, P, K>))
     register_forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Team team) {
   using Parameter = std::conditional_t<same, T, float>;
-  constexpr int kColumns = P + K - 1, kAhead = K == 5 ? 1 : same ? 3 : 2;
+  constexpr int kColumns = P + K - 1, kAhead = K == 5 ? 1 : same && (P == 1 || sizeof(T) == 4) ? 3 : 2;
   const int height = int(call.height), width = int(call.width), channels = int(call.channels);
   const int strips = (width + P - 1) / P, line = width * channels;
   const int lane = threadIdx.x - (threadIdx.x >> team.shift << team.shift);
@@ -224,7 +225,7 @@ cudaError_t launch_register_forward(cudaStream_t stream, const Call& call, int p
   while (lanes < 32 && lanes < pieces) lanes *= 2, ++shift;
   if (pieces > 32) lanes = (pieces + 31) / 32 * 32, shift = 31;
   if constexpr (P > 1) {
-    if (lanes > kMostLanes<P> || strips * lanes < int64_t(32) * kManyWarps * processors) {
+    if (lanes > kMostLanes<T, P, K> || strips * lanes < int64_t(32) * kManyWarps * processors) {
       return launch_register_forward<T, C, K, same, 1>(stream, call, processors);
     }
   }
@@ -256,7 +257,7 @@ struct Forward {
   template <class T, int C, int K>
   cudaError_t run() const {
     if constexpr (K > 0) {
-      if (call.channels / C <= kMostLanes<1> && call.batch * call.height * call.width <= INT32_MAX &&
+      if (call.channels / C <= kMostLanes<T, 1, K> && call.batch * call.height * call.width <= INT32_MAX &&
           call.size * call.width * call.channels <= INT32_MAX) {
         Device device;
         if (cudaError_t error = find_device(&device)) return error;

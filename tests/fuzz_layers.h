@@ -247,8 +247,8 @@ bool linear_case(bool cuda, Compute compute) {
   s.gelu = cuda || integer(0, 1);
   s.type = integer(0, 1) ? Type::kBFloat16 : Type::kFloat16;
   s.rows = integer(1, 150), s.inputs = 8 * integer(1, 13), s.outputs = 8 * integer(1, 20);
-  if (!integer(0, 3)) s.rows = integer(1, 40), s.inputs = 8 * integer(14, 80);
-  if (!integer(0, 3)) s.rows = integer(150, 900), s.inputs = 8 * integer(1, 4);
+  if (!integer(0, 2)) s.rows = integer(1, 300), s.inputs = 8 * integer(14, 60), s.outputs = 8 * integer(1, 8);
+  if (!integer(0, 3)) s.rows = integer(300, 1500), s.inputs = 8 * integer(1, 4);
   if (!cuda) {
     if (integer(0, 1)) s.type = Type::kFloat32;
     const int64_t inputs[] = {1, 3, 17, 100, 256, 300, 1024};

@@ -72,23 +72,21 @@ template <class T>
 cudaError_t launch_any(int form, const linear::Call& s) {
   using namespace linear::cuda;
   const xla_ops::cuda::Device device = {int(settings.shared_limit), settings.processors};
+  const bool two = staying_bytes<T, 2>(s) <= settings.shared_limit;
+  const bool four = staying_bytes<T, 4>(s) <= settings.shared_limit;
   if (form == 0) return launch_tiles<T, 128, 128, 4, 2, 2>(nullptr, device, s);
   if (form == 1) return launch_tiles<T, 64, 64, 2, 2, 4>(nullptr, device, s);
   if (form == 2) return launch_tiles<T, 32, 64, 2, 2, 5>(nullptr, device, s);
   if (form == 3) return launch_tiles<T, 32, 32, 2, 2, 9>(nullptr, device, s);
-  if (form == 4 && staying_bytes<T, 2>(s) <= settings.shared_limit) {
-    return launch_staying<T, 2>(nullptr, device, s);
-  }
-  if (form == 5 && staying_bytes<T, 4>(s) <= settings.shared_limit) {
-    return launch_staying<T, 4>(nullptr, device, s);
-  }
+  if (form <= 5 && two) return launch_staying<T, 2>(nullptr, device, s);
+  if (form <= 7 && four) return launch_staying<T, 4>(nullptr, device, s);
   return forward(nullptr, s);
 }
 
 bool linear_gelu_call(const linear::Call& s) {
   if (const char* why = linear::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
-  const int form = int(integer(0, 6));
-  settings.processors = int(integer(1, 4));
+  const int form = int(integer(0, 9));
+  settings.processors = int(integer(1, 2));
   return twice({{s.y, s.rows * s.outputs * 2}}, [&] {
     return s.type == Type::kBFloat16 ? launch_any<xla_ops::cuda::BFloat16>(form, s)
                                      : launch_any<xla_ops::cuda::Float16>(form, s);

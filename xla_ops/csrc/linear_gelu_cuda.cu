@@ -44,6 +44,9 @@ struct Tile {
   const Call& call;
   const int thread, lane, warp_row, warp_column, first_column;
   const bool works;  // whether the warp has columns at all
+  // Where the thread reads the first matrices of a step. Those further right are an exclusive or away:
+  // neither the orders of the pieces nor what a warp begins with carry into that.
+  const int from_x, from_kernel;
 
   __device__ Tile(const Call& call, int thread, int first_column)
       : call(call),
@@ -52,7 +55,9 @@ struct Tile {
         warp_row(thread / 32 / WN * TM),
         warp_column(thread / 32 % WN * TN),
         first_column(first_column),
-        works(first_column + warp_column < call.outputs) {}
+        works(first_column + warp_column < call.outputs),
+        from_x(place<kDepth / 8>(warp_row + lane % 16, lane / 16)),
+        from_kernel(place<BN / 8>(lane % 16, warp_column / 8 + lane / 16)) {}
 
   // How many inputs there are from k on, in sixteens as they are multiplied: zeros fill the last.
   __device__ int inputs_from(int k) const { return (int(call.inputs) - k + 15) / 16 * 16; }
@@ -65,17 +70,17 @@ struct Tile {
 
   // Starts to copy the tile of x of the step that begins with input `first`.
   __device__ void fetch_x(int64_t first_row, int first, T* to) const {
-    constexpr int kPieces = kDepth / 8;
-    const int piece = thread % kPieces, k = first + piece * 8;
+    constexpr int kPieces = kDepth / 8, kDown = kThreads / kPieces;
+    static_assert(kDown % 8 == 0);  // so the order of the pieces is the same
+    const int row = thread / kPieces, piece = thread % kPieces, k = first + piece * 8;
     if (piece * 8 >= inputs_from(first)) return;
-    const T* const x = static_cast<const T*>(call.x);
-    const T* from = x + (first_row + thread / kPieces) * call.inputs + k;
     const int rows = k < call.inputs ? rows_from(first_row) : 0;
+    const T* from = static_cast<const T*>(call.x) + (first_row + row) * call.inputs + k;
+    to += place<kPieces>(row, piece);
 #pragma unroll
-    for (int row = thread / kPieces; row < BM; row += kThreads / kPieces) {
-      const bool there = row < rows;
-      copy_ahead(to + place<kPieces>(row, piece), there ? from : x, there);
-      from += kThreads / kPieces * call.inputs;
+    for (int down = 0; down < BM; down += kDown) {
+      copy_ahead(to + down * kDepth, from, row + down < rows);
+      from += kDown * call.inputs;
     }
   }
 
@@ -83,12 +88,14 @@ struct Tile {
   static __device__ void fetch_kernel(const Call& call, int first_column, int first, int count, T* to,
                                       int thread, int threads) {
     constexpr int kPieces = BN / 8;
-    const T* const kernel = static_cast<const T*>(call.kernel);
-    const int piece = thread % kPieces, column = first_column + piece * 8;
-    for (int row = thread / kPieces; row < count; row += threads / kPieces) {
-      const bool there = first + row < call.inputs && column < call.outputs;
-      copy_ahead(to + place<kPieces>(row, piece),
-                 there ? kernel + (first + row) * call.outputs + column : kernel, there);
+    const int top = thread / kPieces, piece = thread % kPieces, column = first_column + piece * 8;
+    const int rows = column < call.outputs ? int(call.inputs) - first : 0;
+    const T* from = static_cast<const T*>(call.kernel) + int64_t(first + top) * call.outputs + column;
+    const int64_t next = threads / kPieces * call.outputs;
+#pragma unroll 2
+    for (int row = top; row < count; row += threads / kPieces) {
+      copy_ahead(to + place<kPieces>(row, piece), from, row < rows);
+      from += next;
     }
   }
 
@@ -119,25 +126,29 @@ struct Tile {
   // Adds the products of a step, of the first `depth` inputs in it.
   __device__ void multiply(const T* x, const T* kernel, int depth, Sums& sum) const {
     if (!works) return;
+    if (depth >= kDepth) {
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-      if (k >= depth) break;
-      uint32_t a[TM / 16][4], b[TN / 16][4];
+      for (int k = 0; k < kDepth; k += 16) multiply_at(x, kernel, k, sum);
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < depth; k += 16) multiply_at(x, kernel, k, sum);
+    }
+  }
+  __device__ __forceinline__ void multiply_at(const T* x, const T* kernel, int k, Sums& sum) const {
+    uint32_t a[TM / 16][4], b[TN / 16][4];
 #pragma unroll
-      for (int i = 0; i < TM / 16; ++i) {
-        load_matrices<false>(x + place<kDepth / 8>(warp_row + i * 16 + lane % 16, k / 8 + lane / 16), a[i]);
-      }
+    for (int i = 0; i < TM / 16; ++i) {
+      load_matrices<false>(x + i * 16 * kDepth + (from_x ^ k), a[i]);
+    }
 #pragma unroll
-      for (int j = 0; j < TN / 16; ++j) {
-        const int piece = (warp_column + j * 16) / 8 + lane / 16;
-        load_matrices<true>(kernel + place<BN / 8>(k + lane % 16, piece), b[j]);
-      }
+    for (int j = 0; j < TN / 16; ++j) {
+      load_matrices<true>(kernel + k * BN + (from_kernel ^ j * 16), b[j]);
+    }
 #pragma unroll
-      for (int i = 0; i < TM / 16; ++i) {
+    for (int i = 0; i < TM / 16; ++i) {
 #pragma unroll
-        for (int j = 0; j < TN / 8; ++j) {
-          multiply_add<T>(a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], sum[i][j]);
-        }
+      for (int j = 0; j < TN / 8; ++j) {
+        multiply_add<T>(a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], sum[i][j]);
       }
     }
   }
@@ -148,6 +159,7 @@ struct Tile {
     if (!works) return;
     constexpr int kPieces = TN / 8;
     T* const mine = results + thread / 32 * (16 * TN);
+    const int to_mine = place<kPieces>(lane / 4, 0) + lane % 4 * 2;
     const int piece = lane % kPieces, column = first_column + warp_column + piece * 8;
     const int rows = column < call.outputs ? rows_from(first_row) : 0;
 #pragma unroll
@@ -158,7 +170,7 @@ struct Tile {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float z[2] = {gelu_for<T, 1>(sum[i][j][2 * half]), gelu_for<T, 1>(sum[i][j][2 * half + 1])};
-          store<2>(z, mine + place<kPieces>(half * 8 + lane / 4, j) + lane % 4 * 2);
+          store<2>(z, mine + half * 8 * TN + (to_mine ^ j * 8));
         }
       }
       __syncwarp();

@@ -246,7 +246,10 @@ def test(check: Check) -> bool:
     """Runs the operators' tests there; whether none failed, and what is skipped may be."""
     cpu = check.options.platform == "cpu"
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    command += ["-p", "no:benchmark"]  # pytest-benchmark warns beside xdist, and warnings are errors here
+    command += [
+        "-p",
+        "no:benchmark",
+    ]  # pytest-benchmark warns beside xdist, and warnings are errors here
     command += ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
     if importlib.util.find_spec("xdist"):  # compiling is most of the time
         command += ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]

@@ -120,6 +120,22 @@ def test_fused_form(dtypes: tuple[str, str], center: bool) -> None:
         assert_as_exact([x, rows, dy], dtypes[0], **options)
 
 
+@pytest.mark.parametrize("column", [0, 18, 27], ids=["offset", "mask", "centre"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_records_that_are_not_finite(value: float, column: int) -> None:
+    geometry = {"group": 2, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
+    geometry |= {"offset_scale": 1.0, "remove_center": False}
+    x, _, _, dy = problem(9, "float32", geometry, (2, 6, 7), 16)
+    rows = np.random.RandomState(4).standard_normal((2, 6, 7, xla_ops.Record(2, 9).width))
+    rows[0, 2, 3, column] = value  # of one group of one image
+    arrays = [x, jnp.asarray(rows, "float32"), dy]
+    options = {"group": 2, "center_feature_scale": True}
+    got, expected = by_cuda(*arrays, **options), by_cpu(*arrays, **options)
+    for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert np.isfinite(got[1][1]).all() and np.isfinite(got[1][..., 16:]).all()
+
+
 @pytest.mark.parametrize("operand", [0, 1, 2, 3], ids=["x", "offset", "mask", "dy"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_operands_that_are_not_finite(value: float, operand: int) -> None:

@@ -151,7 +151,8 @@ def test_linear_with_gelu_of_what_is_not_finite() -> None:
     with np.errstate(invalid="ignore"):
         z = x @ kernel + bias
     wanted = np.where(z == -np.inf, 0, z)
-    np.testing.assert_array_equal(got.astype(np.float64), wanted)
+    # Far out GELU stays what it is at -13, which bfloat16 tells from zero.
+    np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=0, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

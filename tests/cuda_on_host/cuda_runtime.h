@@ -315,7 +315,7 @@ inline float __frsqrt_rn(float v) {
   return float(1 / std::sqrt(double(v)));
 }
 inline int __float2int_rn(float v) {
-  return int(std::nearbyint(v));
+  return v != v ? 0 : int(std::nearbyint(v));
 }
 inline long long __float2ll_rn(float v) {
   return (long long)std::nearbyint(v);

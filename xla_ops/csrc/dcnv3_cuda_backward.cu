@@ -116,6 +116,114 @@ cudaError_t launch_points(cudaStream_t stream, const Call& call) {
                 uint32_t(blocks));
 }
 
+// The sum over the neighbouring threads of a pair, a power of two; all have it.
+template <int N>
+__device__ __forceinline__ void sum_over_pair(float (&v)[N], int shift) {
+  for (int mask = 1; mask < 1 << shift; mask *= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], mask);
+  }
+}
+
+// The nine points of the fused form: 2^shift threads own a pair, C channels each, and a warp copies its
+// records into shared memory and its gradients out of it.
+template <class T, int C>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 4)
+    nine_points_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image, int shift) {
+  const Problem& s = call.problem;
+  const uint32_t lane = threadIdx.x % 32, slots = blockDim.x >> shift;
+  const uint32_t image = blockIdx.x / blocks_an_image;
+  const uint32_t first = (blockIdx.x - image * blocks_an_image) * kThreads + threadIdx.x - lane;
+  float* const numbers = shared_memory<float>() + ((threadIdx.x - lane) >> shift) * kRecord;
+  float* const gradients = numbers + slots * kRecord;
+  const Records<false> records(call, image, first >> shift, 32 >> shift);
+  read_records<T>(call, records, numbers);
+
+  // All threads take part in the exchange: one without a place computes what nobody reads.
+  Place at;
+  const bool there = place(s, blocks_an_image, C, &at);
+  if (!there) at = {int64_t(image), 0, 0, 0, 0};
+  Place whole = at;
+  whole.channel = 0;
+  const InGlobal<T, C> read = {{call.x, s, at.input(s)}};
+  const Neighbours neighbour(s);
+  float g[C];
+  load<C>(static_cast<const T*>(call.dy) + at.output(s), g);
+  NinePoints<T> points(call, at, numbers + (lane >> shift) * kRecord);
+  float* const results = gradients + (lane >> shift) * kRecord;
+  const bool leads = (lane & ((1u << shift) - 1)) == 0;
+  const float share = points.share();
+  float mean = 0;
+  constexpr int kAtOnce = 3;
+#pragma unroll 1
+  for (int column = 0; column < 9; column += kAtOnce) {
+    typename InGlobal<T, C>::Raw raw[kAtOnce][4];
+    float at_h[kAtOnce], at_w[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      points.next(column + u, u);
+      at_h[u] = points.h, at_w[u] = points.w;
+      const int pixel = cell(points, 1.0f).pixel;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) raw[u][k] = read.fetch(pixel + neighbour[k]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int p = column + u;
+      float dot[4] = {};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float v[C];
+        read.values(raw[u][k], v);
+#pragma unroll
+        for (int i = 0; i < C; ++i) dot[k] += g[i] * v[i];
+      }
+      sum_over_pair(dot, shift);
+      Sample<float> sample = chain(at_h[u], at_w[u], points.height, points.width, dot);
+      if (!is_finite(sample.value + sample.slope_h + sample.slope_w)) {
+        sample = chain_by_definition<T>(call, whole.input(s), whole.output(s), at_h[u], at_w[u]);
+      }
+      const float weight = points.weight(p) * share, factor = weight * points.keep * points.scale;
+      mean += weight * sample.value;
+      if (!leads) continue;
+      // Zero outside, even where the weight is NaN.
+      results[2 * p] = sample.slope_w != 0 ? factor * sample.slope_w : 0.0f;
+      results[2 * p + 1] = sample.slope_h != 0 ? factor * sample.slope_h : 0.0f;
+      results[18 + p] = sample.value;
+    }
+  }
+  float centre[1] = {};
+  if (call.centre) {
+    float own[C];
+    read.values(read.fetch(at.i * int(s.width) + at.j), own);
+#pragma unroll
+    for (int i = 0; i < C; ++i) centre[0] += g[i] * own[i];
+    sum_over_pair(centre, shift);
+    centre[0] = points.blend * points.keep * (centre[0] - mean);
+  }
+  if (leads) {
+#pragma unroll
+    for (int p = 0; p < 9; ++p) {
+      results[18 + p] = points.weight(p) * share * points.keep * (results[18 + p] - mean);
+    }
+    results[27] = centre[0];
+  }
+  write_gradients<T>(call, records, gradients);
+  if (!there || !leads || at.group + 1 < s.group) return;
+  const Numbers<T, char> row(static_cast<char*>(call.doffset), call.points_type,
+                             at.position(s) * call.offset.row);
+  for (int i = int(s.group) * kNumbers; i < int(call.offset.row); ++i) row.set(i, 0.0f);
+}
+
+template <class T>
+cudaError_t launch_nine_points(cudaStream_t stream, const Call& call) {
+  const int64_t each = blocks_an_image(call.problem, 8);
+  const int shift = shift_of(call, 8);
+  return launch(stream, call.problem.batch * each, kThreads,
+                2 * (kThreads >> shift) * kRecord * sizeof(float), nine_points_kernel<T, 8>, call,
+                uint32_t(each), shift);
+}
+
 }  // namespace
 
 cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch) {
@@ -126,6 +234,7 @@ cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch) {
     auto points = depth % kPiece<T> == 0 ? launch_points<T, kPiece<T>> : launch_points<T, 1>;
     if constexpr (sizeof(T) <= 4) {
       if (depth % 16 == 0) points = launch_points<T, 16>;
+      if (has_nine(call) && depth > 1) points = launch_nine_points<T>;
     }
     if (cudaError_t error = points(stream, call)) return error;
     return spread(stream, call, scratch);

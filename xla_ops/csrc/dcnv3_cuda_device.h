@@ -153,6 +153,7 @@ __device__ __forceinline__ bool place(const Problem& s, uint32_t blocks_an_image
 template <class T>
 struct Points {
   using Real = RealOf<T>;
+  static constexpr int kAtOnce = 1;  // points that are walked at once
 
   __device__ __forceinline__ Points(const Call& c, const Place& at)
       : call(c),
@@ -267,68 +268,122 @@ __device__ __forceinline__ float exp_of(float x) {
 // number of words, so that what the threads of a warp read at once is in as many banks.
 constexpr int kNumbers = 28, kRecord = kNumbers + 1;
 
+// Whether they are this call's, with channels for a power of two of threads, eight each.
 inline bool has_nine(const Call& call) {
   const Problem& s = call.problem;
+  if (s.depth != 8 && s.depth != 16 && s.depth != 32 && s.depth != 64) return false;
   return call.fused && call.type != Type::kFloat64 && s.kernel_h == 3 && s.kernel_w == 3 && s.points == 9 &&
          !only_global();
 }
 
-// Copies the records of `count` pairs (position, group) into a warp's part of shared memory. Pairs of an
-// image count positions, of each the groups; from `first` on.
-template <class N>
-__device__ __forceinline__ void copy_numbers(const Call& call, int64_t image, uint32_t first, uint32_t count,
-                                             float* to) {
-  const Problem& s = call.problem;
-  constexpr uint32_t kPieces = kNumbers / 4;
-  const uint32_t groups = uint32_t(s.group), row = uint32_t(call.offset.row);
-  const uint32_t pairs = uint32_t(s.positions()) * groups;
-  const uint32_t left = first < pairs ? pairs - first : 0;
-  const N* const from = static_cast<const N*>(call.offset.data) + image * s.positions() * call.offset.row;
-  const uint32_t end = (count < left ? count : left) * kPieces;
-  const auto copy = [&](auto place_of) {
+// Of a pair's threads, C channels each, the logarithm.
+inline int shift_of(const Call& call, int C) {
+  int shift = 0;
+  while (C << shift < call.problem.depth) ++shift;
+  return shift;
+}
+
+// The records of some pairs (position, group) of an image, from the pair `first` on, which count positions
+// and of each the groups; or of one group alone. Their pieces of four numbers count on from record to record.
+template <bool one_group>
+struct Records {
+  static constexpr uint32_t kPieces = kNumbers / 4;
+
+  __device__ __forceinline__ Records(const Call& call, int64_t image, uint32_t first, uint32_t count)
+      : start(image * call.problem.positions() * call.offset.row),
+        first(first),
+        groups(uint32_t(call.problem.group)),
+        row(uint32_t(call.offset.row)) {
+    const uint32_t pairs = uint32_t(call.problem.positions()) * groups, step = one_group ? groups : 1;
+    const uint32_t left = first < pairs ? (pairs - first + step - 1) / step : 0;
+    pieces = (count < left ? count : left) * kPieces;
+  }
+
+  // Calls go(place) with a function from a piece to its first number in the image's rows.
+  template <class Go>
+  __device__ __forceinline__ void with_place(Go go) const {
+    if (one_group) {
+      const uint32_t position = first / groups, column = first % groups * kNumbers;
+      go([=](uint32_t i) { return (position + i / kPieces) * row + column + i % kPieces * 4; });
+    } else if (row == groups * kNumbers) {  // no padding: all records lie together
+      go([=](uint32_t i) { return first * kNumbers + i * 4; });
+    } else {
+      go([=](uint32_t i) {
+        const uint32_t pair = first + i / kPieces;
+        return pair / groups * row + pair % groups * kNumbers + i % kPieces * 4;
+      });
+    }
+  }
+
+  int64_t start;  // of the image
+  uint32_t first, groups, row, pieces;
+};
+
+// Copies them from rows of N into a warp's part of shared memory, and back.
+template <class N, bool one_group>
+__device__ __forceinline__ void copy_in(const Records<one_group>& records, const void* rows, float* to) {
+  const N* const from = static_cast<const N*>(rows) + records.start;
+  records.with_place([&](auto place) {
     constexpr int kAhead = 4;  // on their way at once
 #pragma unroll 1
-    for (uint32_t start = threadIdx.x % 32; start < end; start += kAhead * 32) {
+    for (uint32_t start = threadIdx.x % 32; start < records.pieces; start += kAhead * 32) {
       Word<N, 4> word[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        const uint32_t i = start + a * 32 < end ? start + a * 32 : start;
-        word[a] = *reinterpret_cast<const Word<N, 4>*>(from + place_of(i));
+        const uint32_t i = start + a * 32 < records.pieces ? start + a * 32 : start;
+        word[a] = *reinterpret_cast<const Word<N, 4>*>(from + place(i));
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const uint32_t i = start + a * 32;
         float v[4];
         unpack_word<N>(word[a], v);
-        if (i >= end) break;
+        if (i >= records.pieces) break;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) to[i * 4 + i / kPieces + e] = v[e];  // a word after each record
+        for (int e = 0; e < 4; ++e)
+          to[i * 4 + i / Records<one_group>::kPieces + e] = v[e];  // a word after each record
       }
     }
-  };
-  if (row == groups * kNumbers) {  // no padding: all records lie together
-    copy([&](uint32_t i) { return first * kNumbers + i * 4; });
+  });
+}
+template <class N, bool one_group>
+__device__ __forceinline__ void copy_out(const Records<one_group>& records, const float* from, void* rows) {
+  N* const to = static_cast<N*>(rows) + records.start;
+  records.with_place([&](auto place) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % 32; i < records.pieces; i += 32) {
+      float v[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) v[e] = from[i * 4 + i / Records<one_group>::kPieces + e];
+      store<4>(v, to + place(i));
+    }
+  });
+}
+template <class T, bool one_group>
+__device__ __forceinline__ void read_records(const Call& call, const Records<one_group>& records, float* to) {
+  if (sizeof(T) == 2 && call.points_type == Type::kFloat32) {
+    copy_in<float>(records, call.offset.data, to);
   } else {
-    copy([&](uint32_t i) {
-      const uint32_t pair = first + i / kPieces;
-      return pair / groups * row + pair % groups * kNumbers + i % kPieces * 4;
-    });
+    copy_in<T>(records, call.offset.data, to);
   }
   __syncwarp();
 }
-template <class T>
-__device__ __forceinline__ void copy_records(const Call& call, int64_t image, uint32_t first, uint32_t count,
-                                             float* to) {
+template <class T, bool one_group>
+__device__ __forceinline__ void write_gradients(const Call& call, const Records<one_group>& records,
+                                                const float* from) {
+  __syncwarp();
   if (sizeof(T) == 2 && call.points_type == Type::kFloat32) {
-    return copy_numbers<float>(call, image, first, count, to);
+    copy_out<float>(records, from, call.doffset);
+  } else {
+    copy_out<T>(records, from, call.doffset);
   }
-  copy_numbers<T>(call, image, first, count, to);
 }
 
 // These nine points, walked as Points walks any.
 template <class T>
 struct NinePoints {
   using Real = float;
+  static constexpr int kAtOnce = 3;
 
   __device__ __forceinline__ NinePoints(const Call& c, const Place& at, const float* record)
       : call(c),
@@ -355,8 +410,14 @@ struct NinePoints {
   }
   static __device__ __forceinline__ constexpr int count() { return 9; }
 
-  // That of a softmax before its division by the sum.
+  // That of a softmax before its division by the sum, and what times these weights is the softmax.
   __device__ __forceinline__ float weight(int p) const { return exp_of(logits[p] - top); }
+  __device__ __forceinline__ float share() const {
+    float total = 0;
+#pragma unroll
+    for (int p = 0; p < 9; ++p) total += weight(p);
+    return 1 / total;
+  }
 
   // Sets h and w to where point p is, the one at `u` of those that are walked at once: whole columns.
   __device__ __forceinline__ void next(int p, int u) {
@@ -408,6 +469,27 @@ struct Map {
   }
   const char* base;
   uint32_t pixel_bytes;
+};
+
+// Reads C channels of pixels where they are: `fetch` starts it, `values` are there when they are used.
+template <class T, int C>
+struct InGlobal {
+  using W = Word<T, C>;
+  static constexpr int kEach = sizeof(W) / sizeof(T);
+  struct Raw {
+    W word[C / kEach];
+  };
+  __device__ __forceinline__ Raw fetch(int pixel) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < C / kEach; ++i) raw.word[i] = reinterpret_cast<const W*>(map[pixel])[i];
+    return raw;
+  }
+  static __device__ __forceinline__ void values(const Raw& raw, RealOf<T>* v) {
+#pragma unroll
+    for (int i = 0; i < C / kEach; ++i) unpack_word<T>(raw.word[i], v + i * kEach);
+  }
+  Map<T> map;
 };
 
 // Blocks that one image takes, with `channels` a thread.

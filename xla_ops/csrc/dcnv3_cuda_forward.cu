@@ -27,27 +27,6 @@ __device__ __noinline__ Real sample_by_definition(const Call& call, const Place&
   return call.centre ? sum + points.blend * pixel(at.i, at.j) : sum;
 }
 
-// Reads C channels of pixels where they are: `fetch` starts it, `values` are there when they are used.
-template <class T, int C>
-struct InGlobal {
-  using W = Word<T, C>;
-  static constexpr int kEach = sizeof(W) / sizeof(T);
-  struct Raw {
-    W word[C / kEach];
-  };
-  __device__ __forceinline__ Raw fetch(int pixel) const {
-    Raw raw;
-#pragma unroll
-    for (int i = 0; i < C / kEach; ++i) raw.word[i] = reinterpret_cast<const W*>(map[pixel])[i];
-    return raw;
-  }
-  static __device__ __forceinline__ void values(const Raw& raw, RealOf<T>* v) {
-#pragma unroll
-    for (int i = 0; i < C / kEach; ++i) unpack_word<T>(raw.word[i], v + i * kEach);
-  }
-  Map<T> map;
-};
-
 // Computes C channels of y at a place, U points under way at once.
 template <class T, int C, int U, class Points>
 __device__ __forceinline__ void sample(const Call& call, const Place& at, Points& points) {
@@ -125,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 6)
   const uint32_t image = blockIdx.x / blocks_an_image;
   const uint32_t first = (blockIdx.x - image * blocks_an_image) * kThreads + threadIdx.x - lane;
   float* const records = shared_memory<float>() + ((threadIdx.x - lane) >> shift) * kRecord;
-  copy_records<T>(call, image, first >> shift, 32 >> shift, records);
+  read_records<T>(call, Records<false>(call, image, first >> shift, 32 >> shift), records);
   Place at;
   if (!place(call.problem, blocks_an_image, C, &at)) return;
   NinePoints<T> points(call, at, records + (lane >> shift) * kRecord);
@@ -135,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 6)
 template <class T, int C, int U>
 cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
   const int64_t each = blocks_an_image(call.problem, C);
-  int shift = 0;
-  while (C << shift < call.problem.depth) ++shift;
+  const int shift = shift_of(call, C);
   return launch(stream, call.problem.batch * each, kThreads, (kThreads >> shift) * kRecord * sizeof(float),
                 nine_forward_kernel<T, C, U>, call, uint32_t(each), shift);
 }
@@ -166,7 +144,7 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t depth = aligned(call.x) && aligned(call.y) ? call.problem.depth : 1;
     if constexpr (sizeof(T) <= 4) {
-      if (has_nine(call) && (depth == 8 || depth == 16 || depth == 32 || depth == 64)) {
+      if (has_nine(call) && depth > 1) {
         Device device;
         if (cudaError_t error = find_device(&device)) return error;
         // Few threads have to wait for as little as can be, one after the other.

@@ -31,9 +31,10 @@ __device__ __noinline__ RealOf<T> magnitude_of_weights(const Call& call, const P
 }
 
 // What the sum of each of C channels, from `first` of an image on, cannot exceed; for all threads of the
-// block, and always to the same bit.
+// block, and always to the same bit. With `softmax` a place's weights are known to add up to one, but for
+// rounding, if they are finite: whoever uses these bounds finds out.
 template <class T, int C>
-__device__ void find_bounds(const Call& call, int64_t image, int first, RealOf<T>* sum) {
+__device__ void find_bounds(const Call& call, int64_t image, int first, bool softmax, RealOf<T>* sum) {
   const Problem& s = call.problem;
   const int group = first / int(s.depth);
 #pragma unroll
@@ -41,7 +42,7 @@ __device__ void find_bounds(const Call& call, int64_t image, int first, RealOf<T
   for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
     const int i = position / int(s.out_width), j = position - i * int(s.out_width);
     const Place at = {image, i, j, group, first - group * int(s.depth)};
-    const RealOf<T> weight = magnitude_of_weights<T>(call, at);
+    const RealOf<T> weight = softmax ? RealOf<T>(1) : magnitude_of_weights<T>(call, at);
     RealOf<T> g[C];
     load<C>(static_cast<const T*>(call.dy) + at.output(s), g);
 #pragma unroll
@@ -96,23 +97,28 @@ struct Scaled {
   bool any = false;
 };
 
-// Walks the points of a place: add(pixel, weight) for each pixel that weighs something.
-template <class T, class Add>
-__device__ __forceinline__ void walk(const Call& call, const Place& at, Add add) {
+// Walks the points of a place: add(pixel, weight) for each pixel that weighs something. Whether a softmax
+// is finite.
+template <class Points, class Add>
+__device__ __forceinline__ bool walk(const Call& call, const Place& at, Points& points, Add add) {
+  using Real = typename Points::Real;
   const Problem& s = call.problem;
   const Neighbours neighbour(s);
-  Points<T> points(call, at);
-  const RealOf<T> share = points.share() * points.keep;
+  const Real share = points.share() * points.keep;
 #pragma unroll 1
-  for (int p = 0; p < points.count(); ++p) {
-    points.next(p, 0);
-    const Cell<RealOf<T>> c = cell(points, points.weight(p) * share);
+  for (int first = 0; first < points.count(); first += Points::kAtOnce) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (c.weight[k] != 0) add(c.pixel + neighbour[k], c.weight[k]);
+    for (int u = 0; u < Points::kAtOnce; ++u) {
+      points.next(first + u, u);
+      const Cell<Real> c = cell(points, points.weight(first + u) * share);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (c.weight[k] != 0) add(c.pixel + neighbour[k], c.weight[k]);
+      }
     }
   }
   if (call.centre) add(at.i * int(s.width) + at.j, points.blend);
+  return is_finite(share + points.blend);
 }
 
 // ---- in global memory ----
@@ -139,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t image = blockIdx.x / pieces;
   const int first = int(blockIdx.x - image * pieces) * C;
   RealOf<T> sum[C];
-  find_bounds<T, C>(call, image, first, sum);
+  find_bounds<T, C>(call, image, first, false, sum);
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int c = 0; c < C; ++c) scratch.bounds<RealOf<T>>(image)[first + c] = sum[c];
@@ -158,7 +164,8 @@ __global__ void __launch_bounds__(kThreads)
                         kBits);
   unsigned long long* dx = scratch.sums(at.image) + first;
   if (!dy.any) return;
-  walk<T>(call, at, [&](int pixel, Real weight) {
+  Points<T> points(call, at);
+  walk(call, at, points, [&](int pixel, Real weight) {
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const long long v = to_integer(weight * dy.g[c]);
@@ -226,7 +233,8 @@ template <class T>
 constexpr int kWords = sizeof(T) == 2 ? 1 : 2;
 constexpr int kLow = 16;  // bits of the low word
 
-template <class T, int C>
+// `nine`: a warp copies its records into shared memory.
+template <class T, int C, bool nine>
 __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
     plane_kernel(const __grid_constant__ Call call) {
   const Problem& s = call.problem;
@@ -235,17 +243,28 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
   const int first = int(blockIdx.x - image * pieces) * C, group = first / int(s.depth);
   constexpr int kBits = kWords<T> == 1 ? 30 : 30 + kLow;
   float bounds[C];
-  find_bounds<T, C>(call, image, first, bounds);
+  find_bounds<T, C>(call, image, first, call.fused, bounds);
+  bool any = false;  // is to be added at all
+#pragma unroll
+  for (int c = 0; c < C; ++c) any |= is_finite(bounds[c]);
 
-  int* plane = shared_memory<int>();  // (words, C, pixels)
-  for (int i = threadIdx.x; i < kWords<T> * C * pixels; i += blockDim.x) plane[i] = 0;
+  int* const plane = shared_memory<int>();  // (words, C, pixels)
+  int* const spoilt = plane + kWords<T> * C * pixels;
+  float* const numbers = reinterpret_cast<float*>(spoilt + 4) + threadIdx.x / 32 * 32 * kRecord;
+  for (int i = threadIdx.x; i < kWords<T> * C * pixels + 1; i += blockDim.x) plane[i] = 0;
   __syncthreads();
-  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
+  for (int start = threadIdx.x / 32 * 32; any && start < int(s.positions()); start += blockDim.x) {
+    if constexpr (nine) {
+      __syncwarp();  // with what it read before
+      const Records<true> records(call, image, uint32_t(start) * uint32_t(s.group) + group, 32);
+      read_records<T>(call, records, numbers);
+    }
+    const int position = start + threadIdx.x % 32;
+    if (position >= int(s.positions())) continue;
     const int i = position / int(s.out_width), j = position - i * int(s.out_width);
     const Place at = {image, i, j, group, first - group * int(s.depth)};
     const Scaled<T, C> dy(static_cast<const T*>(call.dy) + at.output(s), bounds, kBits);
-    if (!dy.any) break;
-    walk<T>(call, at, [&](int pixel, float weight) {
+    const auto add = [&](int pixel, float weight) {
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const float v = weight * dy.g[c];
@@ -258,9 +277,22 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
           atomicAdd(&plane[(C + c) * pixels + pixel], __float2int_rn(rest));
         }
       }
-    });
+    };
+    bool finite;
+    if constexpr (nine) {
+      NinePoints<T> points(call, at, numbers + threadIdx.x % 32 * kRecord);
+      finite = walk(call, at, points, add);
+    } else {
+      Points<T> points(call, at);
+      finite = walk(call, at, points, add);
+    }
+    if (call.fused && !finite) *spoilt = 1;
   }
   __syncthreads();
+  if (*spoilt) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) bounds[c] = INFINITY;
+  }
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (is_finite(bounds[c]) || threadIdx.x != c) continue;
@@ -295,17 +327,28 @@ int64_t plane_bytes(const Call& call, int channels) {
   return call.problem.height * call.problem.width * channels * (call.type == Type::kFloat32 ? 8 : 4);
 }
 
+template <class T, int C, bool nine>
+cudaError_t launch_plane(cudaStream_t stream, const Call& call, int threads, int64_t bytes) {
+  const auto kernel = plane_kernel<T, C, nine>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error) return error;
+  return launch(stream, call.problem.batch * (call.problem.channels() / C), threads, bytes, kernel, call);
+}
 template <class T, int C>
 cudaError_t launch_plane(cudaStream_t stream, const Call& call) {
   // Fewer threads would do for fewer positions, but the sum of bounds wants a power of two.
   int threads = kPlaneThreads;
   while (threads > 32 && threads / 2 >= call.problem.positions()) threads /= 2;
-  const int64_t bytes = std::max(plane_bytes(call, C), threads * C * int64_t{sizeof(float)});
-  cudaError_t error =
-      cudaFuncSetAttribute(plane_kernel<T, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error) return error;
-  return launch(stream, call.problem.batch * (call.problem.channels() / C), threads, bytes,
-                plane_kernel<T, C>, call);
+  const int64_t plain = std::max(plane_bytes(call, C) + 16, threads * C * int64_t{sizeof(float)});
+  const int64_t bytes = plain + threads * kRecord * int64_t{sizeof(float)};
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
+  if constexpr (C > 1) {
+    if (has_nine(call) && bytes <= (C == 8 ? device.shared : device.shared / 2)) {
+      return launch_plane<T, C, true>(stream, call, threads, bytes);
+    }
+  }
+  return launch_plane<T, C, false>(stream, call, threads, plain);
 }
 
 // As many channels a block as leave room for two blocks in shared memory and work for all processors;
@@ -314,7 +357,7 @@ cudaError_t plane_channels(const Call& call, int* channels) {
   Device device;
   if (cudaError_t error = find_device(&device)) return error;
   *channels = 0;
-  if (!plane_is_exact(call) || plane_bytes(call, 1) > device.shared) return cudaSuccess;
+  if (!plane_is_exact(call) || plane_bytes(call, 1) + 16 > device.shared) return cudaSuccess;
   if (only_global() && !is_small(call)) return cudaSuccess;
   *channels = 1;
   const Problem& s = call.problem;

@@ -290,8 +290,10 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
   }
   __syncthreads();
   if (*spoilt) {
+    for (int i = threadIdx.x; i < C * pixels; i += blockDim.x) plane[i] = 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) bounds[c] = INFINITY;
+    __syncthreads();
   }
 #pragma unroll
   for (int c = 0; c < C; ++c) {

@@ -112,7 +112,8 @@ def test_what_is_not_finite(dtype: str, gelu: bool) -> None:
     with np.errstate(invalid="ignore"):
         z = x @ kernel + bias
     wanted = np.where(z == -np.inf, 0, z) if gelu else z
-    np.testing.assert_array_equal(np.asarray(got, np.float64), wanted)
+    # Far out GELU stays what it is at -13, which bfloat16 tells from zero.
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=1e-30)
 
 
 @kernel_serves

@@ -58,7 +58,7 @@ def short(symbol: str) -> str:
 
 
 def instructions(listing: str) -> int | None:
-    """Of the loop over points in a kernel's disassembly: the one that rounds locations down."""
+    """For a point, in a kernel's disassembly, of the loop that rounds both of its coordinates down."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -75,7 +75,12 @@ def instructions(listing: str) -> int | None:
         if first < i and any("FLOOR" in inside for inside in code[first:i]):
             loops.append((first, i))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max((last - first + 1 for first, last in inner), default=None)
+    return max((each(code[first : last + 1]) for first, last in inner), default=None)
+
+
+def each(loop: list[str]) -> int:
+    """Instructions of a loop for each of the points that it walks at once."""
+    return round(2 * len(loop) / sum("FLOOR" in operation for operation in loop))
 
 
 def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:

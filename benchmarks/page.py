@@ -104,6 +104,63 @@ PROGRAMS: Columns = {
     "convolutions": _cell("convolutions"),
     "copies, transposes": lambda row: str(row["copies"] + row["transposes"]),
 }
+GPU_MODELS: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch"),
+    "ms": lambda row: (
+        f"{_number(row['milliseconds_in_a_row'])}"
+        f" ({_number(row['range_in_a_row'][0])} to {_number(row['range_in_a_row'][1])})"
+    ),
+    "images/s": lambda row: f"{row['images_per_second']:.0f}",
+    "steps": _cell("steps"),
+    "command buffers": _cell("command_buffers"),
+    "steps outside": _cell("outside"),
+    "copies, transposes": lambda row: str(row["copies"] + row["transposes"]),
+}
+
+
+def _ratio(peer: str, direction: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        theirs = row.get(peer, {}).get(f"{direction}_us")
+        if theirs is None:
+            return ""
+        graph = row[peer][f"{direction}_as_graph"]  # else Python's time is in it
+        return _number(theirs / row["fused"][f"{direction}_us"]) + ("" if graph else "*")
+
+    return cell
+
+
+GPU_OPERATOR: Columns = {
+    "shape": lambda row: (
+        f"{row['name']}: {row['batch']}x{row['side']}x{row['side']}x{row['channels']}, "
+        f"{row['group']} groups"
+    ),
+    "dtype": _cell("dtype"),
+    "offsets, pixels": _cell("spread"),
+    "forward, us": lambda row: _number(row["fused"]["forward_us"]),
+    "floor, us": lambda row: _number(max(row["taps_us"], row.get("dram_us", 0))),
+    "official": _ratio("official", "forward"),
+    "DCNv4": _ratio("dcnv4", "forward"),
+    "deformops": _ratio("deformops", "forward"),
+    "backward, us": lambda row: _number(row["fused"]["backward_us"]),
+    "official ": _ratio("official", "backward"),
+    "DCNv4 ": _ratio("dcnv4", "backward"),
+    "deformops ": _ratio("deformops", "backward"),
+}
+GPU_PROFILE: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch"),
+    "kernels": _cell("kind"),
+    "launches": _cell("launches"),
+    "us": lambda row: f"{row['us']:.0f}",
+}
+GPU_PEERS: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch"),
+    "official, setting": _cell("setting"),
+    "ms": _cell("milliseconds"),
+    "images/s": lambda row: f"{row['images_per_second']:.0f}",
+}
 
 # Of each table: its columns, and which results are its rows.
 TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
@@ -112,6 +169,10 @@ TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
     "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),
     "sizes": (SIZES, lambda row: row.get("series") == "model"),
     "programs": (PROGRAMS, lambda row: row.get("benchmark") == "programs"),
+    "gpu models": (GPU_MODELS, lambda row: row.get("section") == "models"),
+    "gpu operator": (GPU_OPERATOR, lambda row: row.get("section") == "operator"),
+    "gpu profile": (GPU_PROFILE, lambda row: row.get("section") == "profile"),
+    "gpu peers": (GPU_PEERS, lambda row: row.get("section") == "official model"),
     "devices": (DEVICES, lambda row: row.get("series") == "devices"),
 }
 

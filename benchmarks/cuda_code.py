@@ -58,7 +58,7 @@ def short(symbol: str) -> str:
 
 
 def instructions(listing: str) -> int | None:
-    """For a point, in a kernel's disassembly, of the loop that rounds both of its coordinates down."""
+    """For a point, of the loop in a kernel's disassembly that rounds both coordinates down."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():

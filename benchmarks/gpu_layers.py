@@ -37,10 +37,8 @@ def rows(options: argparse.Namespace) -> Rows:
         for layer in ("dwconv_norm_gelu", "bias_gelu"):
             yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
     for shape in TINY if cpu else NORMS:
-        yield (
-            {"layer": "layer_norm", "shape": shape},
-            functools.partial(in_a_row, shape, "layer_norm"),
-        )
+        for layer in ("layer_norm", "add_norm"):
+            yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -85,6 +83,7 @@ def in_a_row(shape: tuple[int, int, int], layer: str) -> Row:
     def program(form: str, count: int) -> Callable[[], Any]:
         @jax.jit
         def run(x: jax.Array) -> jax.Array:
+            total = x
             for _ in range(count):
                 if layer == "dwconv_norm_gelu":
                     x = xla_ops.dwconv_norm_gelu(
@@ -92,9 +91,12 @@ def in_a_row(shape: tuple[int, int, int], layer: str) -> Row:
                     )
                 elif layer == "layer_norm":
                     x = xla_ops.layer_norm(x, vector, vector, implementation=form)
+                elif layer == "add_norm":
+                    total, x = xla_ops.add_norm(total, x, vector, vector, implementation=form)
                 else:
                     x = xla_ops.bias_gelu(x, vector, implementation=form)
-                x = lax.optimization_barrier(x)  # XLA would make one pass of several
+                # XLA would make one pass of several.
+                total, x = lax.optimization_barrier((total, x))
             return x
 
         return lambda: run(x).block_until_ready()

@@ -1,6 +1,6 @@
-// Random calls of dwconv_norm_gelu, bias_gelu, layer_norm and linear, held against the definition, written
-// out plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access beyond it.
-// How a call is computed is the includer's.
+// Random calls of dwconv_norm_gelu, bias_gelu, layer_norm, add_norm and linear, held against the definition,
+// written out plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access
+// beyond it. How a call is computed is the includer's.
 #pragma once
 
 #include <algorithm>
@@ -219,13 +219,22 @@ bool norm_case(Compute compute) {
   s.type = any_type();
   s.parameters_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
   const int64_t n = s.channels, count = s.rows * n;
-  const Values x = normal(count, 1), scale = normal(s.rows / s.shared * n, 1),
-               bias = normal(s.rows / s.shared * n);
+  Values x = normal(count, 1);
+  const Values scale = normal(s.rows / s.shared * n, 1), bias = normal(s.rows / s.shared * n);
   const auto bx = stored(s.type, x), bs = stored(s.parameters_type, scale),
              bb = stored(s.parameters_type, bias);
-  std::vector<char> y(bx.size());
+  const bool adds = integer(0, 1);
+  const Values residual = adds ? normal(count) : Values();
+  const auto br = stored(s.type, residual);
+  std::vector<char> y(bx.size()), total(br.size());
   s.x = bx.data(), s.scale = bs.data(), s.bias = bb.data(), s.y = y.data();
+  if (adds) s.residual = br.data(), s.total = total.data();
   if (!compute(s)) return false;
+  if (adds) {
+    for (int64_t i = 0; i < count; ++i) x[i] += residual[i];
+    if (!close("a sum", s.type, total, x)) return false;
+    for (int64_t i = 0; i < count; ++i) x[i] = value_of(s.type, total.data() + i * size_of(s.type));
+  }
   Values wanted(count);
   for (int64_t row = 0; row < s.rows; ++row) {
     double mean = 0, variance = 0;

@@ -58,11 +58,14 @@ bool gelu_call(const gelu::Call& s) {
 bool norm_call(layer_norm::Call s) {
   if (const char* why = layer_norm::cuda::refusal(s)) return std::printf("refused: %s\n", why), false;
   const size_t each = size_of(s.type), bytes = s.rows * s.channels * each;
-  std::vector<char> x(each + bytes);
-  std::memcpy(x.data() + each, s.x, bytes);
-  if (integer(0, 3) == 0) s.x = x.data() + each;        // at no multiple of 16 bytes
-  settings.processors = integer(0, 1) ? 0 : INT32_MAX;  // for which all rows are many, or few
-  const bool good = twice({{s.y, bytes}}, [&] { return layer_norm::cuda::forward(nullptr, s); });
+  std::vector<char> moved(each + bytes);
+  const void*& operand = s.residual && integer(0, 1) ? s.residual : s.x;
+  std::memcpy(moved.data() + each, operand, bytes);
+  if (integer(0, 3) == 0) operand = moved.data() + each;  // at no multiple of 16 bytes
+  settings.processors = integer(0, 1) ? 0 : INT32_MAX;    // for which all rows are many, or few
+  std::vector<std::pair<void*, size_t>> results = {{s.y, bytes}};
+  if (s.total) results.push_back({s.total, bytes});
+  const bool good = twice(results, [&] { return layer_norm::cuda::forward(nullptr, s); });
   settings.processors = 4;
   return good;
 }

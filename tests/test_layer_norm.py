@@ -1,4 +1,4 @@
-"""LayerNorm: kernel, definition, and flax's."""
+"""LayerNorm, alone and after an addition: kernel, definition, and flax's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 
 from tests.test_dwconv import TOLERANCE, assert_close, needs_kernel
 from tests.transforms import check_transforms
-from xla_ops import _ffi, layer_norm
+from xla_ops import _ffi, add_norm, layer_norm
 
 SHAPES = [(2, 3, 5, 37), (1, 2, 2, 64), (3, 1, 1, 1), (1, 7, 1, 112), (1, 1, 2, 2560), (0, 2, 2, 8)]
 KERNEL = pytest.param("kernel", marks=needs_kernel)
@@ -23,6 +23,14 @@ def operands(shape: tuple[int, ...] = (4, 5, 3, 24), dtype: str = "float32") -> 
     normal = np.random.RandomState(0).standard_normal
     arrays = 2 * normal(shape) + 3, 1 + 0.2 * normal(shape[-1]), normal(shape[-1])
     return [jnp.asarray(a, dtype) for a in arrays]
+
+
+def operands_of_add(
+    shape: tuple[int, ...] = (4, 5, 3, 24), dtype: str = "float32"
+) -> list[jax.Array]:
+    """x, residual, scale and bias."""
+    x, *vectors = operands(shape, dtype)
+    return [x, jnp.asarray(np.random.RandomState(1).standard_normal(shape), dtype), *vectors]
 
 
 def in_float64(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> np.ndarray:
@@ -44,6 +52,24 @@ def test_agrees_with_float64(dtype: str, implementation) -> None:
             if dtype in ("bfloat16", "float16"):
                 vectors = (a.astype("float32") + 2.0**-20 for a in (scale, bias))
                 assert_close(run(x, *vectors), got, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", ["jnp", KERNEL, None])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_add_norm_agrees_with_float64(dtype: str, implementation) -> None:
+    run = jax.jit(functools.partial(add_norm, epsilon=1e-3, implementation=implementation))
+    for shape in SHAPES:
+        with jax.enable_x64(True):
+            x, residual, scale, bias = operands_of_add(shape, dtype)
+            total, got = run(x, residual, scale, bias)
+            assert total.dtype == got.dtype == dtype
+            np.testing.assert_array_equal(total, x + residual)
+            # Compiled by XLA, the jnp form may normalise the sum before it is rounded.
+            exact = in_float64(total, scale, bias, 1e-3)
+            assert_close(got, exact, (4 if implementation == "jnp" else 2) * TOLERANCE[dtype])
+            if dtype in ("bfloat16", "float16"):
+                vectors = (a.astype("float32") + 2.0**-20 for a in (scale, bias))
+                assert_close(run(x, residual, *vectors)[1], got, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("implementation", ["jnp", KERNEL])
@@ -75,6 +101,7 @@ def test_what_is_not_finite_stays_in_its_row(implementation) -> None:
 @needs_kernel
 def test_transforms() -> None:
     check_transforms(layer_norm, operands(), "internimage_layer_norm_forward")
+    check_transforms(add_norm, operands_of_add(), "internimage_add_norm_forward")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +120,21 @@ def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str)
         layer_norm(*arrays)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: jnp.zeros((2, 24))}, r"x: expected shape \(N, H, W, C\)"),
+        ({1: jnp.zeros(24)}, r"residual: expected shape \(4, 5, 3, 24\) .*, got \(24,\)"),
+        ({1: jnp.zeros((4, 5, 3, 24), "bfloat16")}, "residual: .* dtype float32, got .* bfloat16"),
+        ({3: jnp.zeros(8)}, r"bias: expected shape \(24,\)"),
+    ],
+)
+def test_what_does_not_fit_add_norm_is_named(changes: dict[int, jax.Array], message: str) -> None:
+    arrays = [changes.get(i, a) for i, a in enumerate(operands_of_add())]
+    with pytest.raises(ValueError, match=message):
+        add_norm(*arrays)
+
+
 def test_settings_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"epsilon: expected a number of at least 0, got -1"):
         layer_norm(*operands(), epsilon=-1)
@@ -101,3 +143,5 @@ def test_settings_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(_ffi, "serving", lambda target: ())
     with pytest.raises(ValueError, match="no 'kernel' to serve here"):
         layer_norm(*operands(), implementation="kernel")
+    with pytest.raises(ValueError, match="no 'kernel' to serve here"):
+        add_norm(*operands_of_add(), implementation="kernel")

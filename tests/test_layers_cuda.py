@@ -100,6 +100,14 @@ def test_layer_norm_is_a_custom_call_outside_differentiation(
     assert "stablehlo.convert" not in text
     loss = lambda *a: xla_ops.layer_norm(*a).astype("float32").sum()  # noqa: E731
     assert "@internimage" not in program(jax.grad(loss, (0, 1, 2)))
+    text = program(lambda x, *vectors: xla_ops.add_norm(x, x, *vectors))
+    (line,) = (line for line in text.splitlines() if "@internimage_add_norm_forward" in line)
+    assert f"({row}, {row}, {vector}, {vector}) -> ({row}, {row})" in line
+    assert "stablehlo.add" not in text and "stablehlo.convert" not in text
+    loss = lambda x, *vectors: sum(  # noqa: E731
+        y.astype("float32").sum() for y in xla_ops.add_norm(x, x, *vectors)
+    )
+    assert "@internimage" not in program(jax.grad(loss, (0, 1, 2)))
 
 
 def model_for_cuda(batch: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,12 +135,12 @@ def test_linear_with_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
 LINEAR = functools.partial(xla_ops.linear, gelu=True)
 
 
-def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[np.ndarray]:
-    """The value of `function`, which has a kernel for the forward alone."""
+def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[Any]:
+    """The value of `function`, or its values, which has a kernel for the forward alone."""
     local = [jax.device_put(a, gpu.device()) for a in arrays]
     with gpu.kernels():
         run = jax.jit(functools.partial(function, implementation="kernel"))
-        return [np.asarray(run(*local)) for _ in range(times)]
+        return [jax.tree.map(np.asarray, run(*local)) for _ in range(times)]
 
 
 @gpu.needs_tensor_cores()
@@ -155,37 +156,48 @@ def test_linear_with_gelu_of_what_is_not_finite() -> None:
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=0, atol=1e-30)
 
 
+NORMS = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (3, 1, 7, 8),
+    (2, 3, 5, 33),
+    (1, 5, 7, 112),  # a thread has one piece; three; and four
+    (1, 5, 3, 320),
+    (1, 3, 1, 1024),
+    (1, 2, 3, 1280),  # a row is a block's
+    (1, 1, 2, 4096),
+    (1, 1, 1, 4099),
+    (1, 46, 46, 32),  # many rows, for the host
+    (1, 33, 33, 64),
+    (1, 17, 17, 512),
+    (0, 4, 4, 8),
+    gpu.large((64, 56, 56, 64)),  # and for a GPU
+    gpu.large((16, 112, 112, 32)),
+    gpu.large((64, 14, 14, 256)),
+    gpu.large((64, 14, 14, 512)),
+]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1, 1, 1),
-        (2, 3, 5, 7),
-        (3, 1, 7, 8),
-        (2, 3, 5, 33),
-        (1, 5, 7, 112),  # a thread has one piece; three; and four
-        (1, 5, 3, 320),
-        (1, 3, 1, 1024),
-        (1, 2, 3, 1280),  # a row is a block's
-        (1, 1, 2, 4096),
-        (1, 1, 1, 4099),
-        (1, 46, 46, 32),  # many rows, for the host
-        (1, 33, 33, 64),
-        (1, 17, 17, 512),
-        (0, 4, 4, 8),
-        gpu.large((64, 56, 56, 64)),  # and for a GPU
-        gpu.large((16, 112, 112, 32)),
-        gpu.large((64, 14, 14, 256)),
-        gpu.large((64, 14, 14, 512)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", NORMS, ids=str)
 def test_layer_norm(shape: tuple[int, ...], dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, scale, bias = layer_norm.operands(shape, dtype)
         first, second = by_kernel(xla_ops.layer_norm, x, scale, bias, times=2)
         assert_close(first, layer_norm.in_float64(x, scale, bias, 1e-6), 2 * TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_add_norm(shape: tuple[int, ...], dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        x, residual, scale, bias = layer_norm.operands_of_add(shape, dtype)
+        first, second = by_kernel(xla_ops.add_norm, x, residual, scale, bias, times=2)
+        np.testing.assert_array_equal(first[0], x + residual)
+        exact = layer_norm.in_float64(first[0], scale, bias, 1e-6)
+        assert_close(first[1], exact, 2 * TOLERANCE[dtype])
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("channels", [64, 33, 2560])
@@ -198,9 +210,14 @@ def test_layer_norm_with_parameters_of_each_batch(channels: int) -> None:
         functools.partial(xla_ops.layer_norm, implementation=implementation)
     )(*a)
     (got,) = by_kernel(mapped, x, scale, bias)
+    added = lambda *a, implementation: jax.vmap(  # noqa: E731
+        functools.partial(xla_ops.add_norm, implementation=implementation)
+    )(*a)
+    ((_, of_sum),) = by_kernel(added, x / 2, x - x / 2, scale, bias)
     for i in range(3):
         wanted = layer_norm.in_float64(x[i], scale[i], bias[i], 1e-6)
         assert_close(got[i], wanted, 2 * TOLERANCE["bfloat16"])
+        assert_close(of_sum[i], wanted, 2 * TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 7, 20), (1, 33, 65, 32), (1, 3, 3, 2560)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +16,36 @@ from tests.test_dwconv import assert_close, mesh
 
 
 def check_transforms(
-    operator: Callable[..., jax.Array], arrays: Sequence[jax.Array], target: str
+    operator: Callable[..., Any], arrays: Sequence[jax.Array], target: str
 ) -> None:
     """Holds the kernel's values and gradients to the jnp form's under jit, vmap and sharding.
 
-    Of the three operands the first has a batch of 4 or another multiple of the mesh.
+    Of the operands the last two have no batch, the others one of 4 or another multiple of the mesh.
     """
+    count = len(arrays)
 
     def value_and_gradients(implementation: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        def loss(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = operator(*arrays, implementation=implementation)
-            return jnp.sin(y).sum(), y
+        def results(*arrays: jax.Array) -> list[jax.Array]:
+            return jax.tree.leaves(operator(*arrays, implementation=implementation))
 
-        (_, y), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays)
-        return operator(*arrays, implementation=implementation), y, *gradients
+        def loss(*arrays: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+            ys = results(*arrays)
+            return sum((jnp.sin(y).sum() for y in ys), jnp.zeros(())), ys
+
+        (_, ys), gradients = jax.value_and_grad(loss, tuple(range(count)), has_aux=True)(*arrays)
+        return *results(*arrays), *ys, *gradients
 
     by_kernel, by_jnp = (functools.partial(value_and_gradients, i) for i in ("kernel", "jnp"))
     wanted = jax.jit(by_jnp)(*arrays)
     assert_close(jax.jit(by_kernel)(*arrays), wanted)
     stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
-    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
+    for mapped in ((0,), (count - 2,), range(count)):
+        axes = tuple(0 if i in mapped else None for i in range(count))
         each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
         got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
         assert_close(got, by_map)
-    specs = (P("data"), P(), P())
-    results = (P("data"), P("data"), *specs)
+    specs = (*[P("data")] * (count - 2), P(), P())
+    results = (*[P("data")] * (len(wanted) - count), *specs)
     mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=results)
     assert_close(jax.jit(mapped)(*arrays), wanted)
     local = [
@@ -47,6 +53,7 @@ def check_transforms(
     ]
     compiled = jax.jit(operator).lower(*local).compile()
     assert "all-gather" not in compiled.as_text() and target in compiled.as_text()
-    assert_close(compiled(*local), wanted[0])
+    values = jax.tree.leaves(compiled(*local))
+    assert_close(values, wanted[: len(values)])
     with pytest.raises(ValueError, match=r"no forward mode .* use 'jnp'"):
         jax.jvp(operator, tuple(arrays), tuple(arrays))

@@ -30,6 +30,7 @@ DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 GELU_FORWARD = "internimage_bias_gelu_forward"
 GELU_BACKWARD = "internimage_bias_gelu_backward"
 NORM_FORWARD = "internimage_layer_norm_forward"
+ADD_NORM_FORWARD = "internimage_add_norm_forward"
 LINEAR_FORWARD = "internimage_linear_forward"
 LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
 CONVOLUTION_FORWARD = "internimage_convolution_forward"
@@ -187,7 +188,13 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
             (np.array([[[[0, 6]]]], np.float32), pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
             dwconv | {"epsilon": np.float64(7)},
             (pair,),
-            [44.0, 56.0],
+            [[44.0, 56.0]],
+        ),
+        ADD_NORM_FORWARD: (
+            (pair + 1, np.array([[[[-1, 5]]]], np.float32), pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
+            dwconv | {"epsilon": np.float64(7)},
+            (pair, pair),
+            [[0.0, 6.0], [44.0, 56.0]],
         ),
         CONVOLUTION_FORWARD: (
             (np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]),

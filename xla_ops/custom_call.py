@@ -52,11 +52,11 @@ class Forward(Protocol):
 
     @property
     def forward(self) -> Target:
-        """From the operands to the result, which has the batch and the dtype of the first."""
+        """From the operands to the results, which have the batch and the dtype of the first."""
         ...
 
-    def definition(self, *operands: jax.Array) -> jax.Array:
-        """The operator in jnp."""
+    def definition(self, *operands: jax.Array) -> Any:
+        """The operator in jnp: the result, or a tuple where the forward has several."""
         ...
 
 
@@ -110,7 +110,7 @@ def forward(
     platforms: tuple[str, ...],
     refusal: str,
     *operands: jax.Array,
-) -> jax.Array:
+) -> Any:
     """Computes `operator`, which has a kernel for the forward alone, as `call` does.
 
     `platforms` are those whose kernel serves and takes the operands; `refusal` says why others do
@@ -179,7 +179,7 @@ _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable_by_definition(form: _Form, *operands: jax.Array) -> jax.Array:
+def _differentiable_by_definition(form: _Form, *operands: jax.Array) -> Any:
     return _forward(form, *_varying_alike(*operands))
 
 
@@ -191,12 +191,14 @@ _differentiable_by_definition.defvjp(
 
 # jit keeps what it traced: the branches are not traced anew for each layer of a model.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(form: _Form, *operands: jax.Array) -> jax.Array:
-    kernel = _custom_call(form.operator.forward)
-    branches = dict.fromkeys(form.platforms, lambda *a: kernel(*a)[0])
+def _forward(form: _Form, *operands: jax.Array) -> Any:
+    target = form.operator.forward
+    kernel, several = _custom_call(target), len(target.results) > 1
+    branches = dict.fromkeys(form.platforms, lambda *a: kernel(*a) if several else kernel(*a)[0])
     x = jax.typeof(operands[0]).sharding
     y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
-    return _dispatch(branches, form.operator.definition if form.fallback else None, operands, y)
+    of = (y,) * len(target.results) if several else y
+    return _dispatch(branches, form.operator.definition if form.fallback else None, operands, of)
 
 
 @functools.partial(jax.jit, static_argnums=0)

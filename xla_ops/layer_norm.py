@@ -1,8 +1,8 @@
-"""LayerNorm as one kernel that reads a row once."""
+"""LayerNorm, alone or after an addition, as one kernel that reads a row once."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,48 @@ def layer_norm(
 
     Reference: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
     """
+    _check(x, scale, bias, epsilon)
+    operator, serving = LayerNorm(float(epsilon)), _ffi.serving(_ffi.NORM_FORWARD)
+    return forward(operator, implementation, serving, "", x, scale, bias)
+
+
+def add_norm(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float = 1e-6,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns x + residual, and `layer_norm` of that sum.
+
+    Args:
+        x: (N, H, W, C), float32, bfloat16, float16 or float64.
+        residual: Of x's shape and dtype.
+        scale: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
+        bias: (C,), likewise and of the dtype of `scale`.
+        epsilon: Added to the variance.
+        implementation: As for `layer_norm`; the target to name for `jax.export` is
+            "internimage_add_norm_forward".
+
+    Returns:
+        Two of x's shape and dtype. The sum is rounded to it before it is normalised.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+    """
+    _check(x, scale, bias, epsilon)
+    if (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"residual: expected shape {x.shape} and dtype {x.dtype}, "
+            f"got {residual.shape} and {residual.dtype}"
+        )
+    operator, serving = AddNorm(float(epsilon)), _ffi.serving(_ffi.ADD_NORM_FORWARD)
+    return forward(operator, implementation, serving, "", x, residual, scale, bias)
+
+
+def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> None:
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     if x.dtype not in DTYPES:
@@ -56,8 +98,6 @@ def layer_norm(
                 f"{name}: expected shape {x.shape[-1:]} and dtype {wanted}, "
                 f"got {vector.shape} and {vector.dtype}"
             )
-    operator, serving = LayerNorm(float(epsilon)), _ffi.serving(_ffi.NORM_FORWARD)
-    return forward(operator, implementation, serving, "", x, scale, bias)
 
 
 class LayerNorm(NamedTuple):
@@ -67,7 +107,7 @@ class LayerNorm(NamedTuple):
 
     @property
     def forward(self) -> Target:
-        attributes = ("epsilon", np.float64(self.epsilon)), ("version", np.int64(_ffi.VERSION))
+        attributes = _attributes(self.epsilon)
         return Target(_ffi.NORM_FORWARD, (3, 1, 1), (3,), _like_x, attributes, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
@@ -81,5 +121,31 @@ class LayerNorm(NamedTuple):
         return (y + bias).astype(x.dtype)
 
 
+class AddNorm(NamedTuple):
+    """`add_norm` as `xla_ops.custom_call` takes it."""
+
+    epsilon: float
+
+    @property
+    def forward(self) -> Target:
+        operands, results, attributes = (3, 3, 1, 1), (3, 3), _attributes(self.epsilon)
+        return Target(
+            *(_ffi.ADD_NORM_FORWARD, operands, results, _twice_like_x, attributes), shared=(2, 3)
+        )
+
+    def definition(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, residual, *vectors = operands
+        total = x + residual
+        return total, LayerNorm(self.epsilon).definition(total, *vectors)
+
+
+def _attributes(epsilon: float) -> tuple[tuple[str, Any], ...]:
+    return ("epsilon", np.float64(epsilon)), ("version", np.int64(_ffi.VERSION))
+
+
 def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:
     return [(x.shape, x.dtype)]
+
+
+def _twice_like_x(x: jax.Array, *_: jax.Array) -> Shapes:
+    return [(x.shape, x.dtype)] * 2

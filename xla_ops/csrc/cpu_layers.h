@@ -21,4 +21,5 @@ XLA_FFI_Handler* convolution_handler();
 
 namespace layer_norm::cpu {
 XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* add_handler();
 }  // namespace layer_norm::cpu

@@ -1,4 +1,4 @@
-// The CPU handler of XLA's foreign function interface for layer_norm.
+// The CPU handler of XLA's foreign function interface for layer_norm and add_norm.
 #include "cpu_handlers.h"
 #include "cpu_layers.h"
 #include "norm_cpu.h"
@@ -9,14 +9,24 @@ namespace {
 
 using namespace ::cpu;
 
+ffi::Future start(ffi::ThreadPool& pool, const Call& s) {
+  const int64_t pieces = pieces_of(pool, s.rows, 2.0 * double(s.rows) * double(s.channels));
+  return run(pool, pieces,
+             [s, pieces](int64_t i) { forward(s, i * s.rows / pieces, (i + 1) * s.rows / pieces); });
+}
+
 ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand scale, Operand bias, Result y,
                          double epsilon, int64_t version) {
   Call s = {};
   ffi::Error error = describe(x, scale, bias, y, epsilon, version, &s);
-  if (error.failure()) return failed(error);
-  const int64_t pieces = pieces_of(pool, s.rows, 2.0 * double(s.rows) * double(s.channels));
-  return run(pool, pieces,
-             [s, pieces](int64_t i) { forward(s, i * s.rows / pieces, (i + 1) * s.rows / pieces); });
+  return error.failure() ? failed(error) : start(pool, s);
+}
+
+ffi::Future add_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
+                     Result total, Result y, double epsilon, int64_t version) {
+  Call s = {};
+  ffi::Error error = describe(x, residual, scale, bias, total, y, epsilon, version, &s);
+  return error.failure() ? failed(error) : start(pool, s);
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, forward_call,
@@ -28,11 +38,25 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward_call,
                            .Ret<Operand>()  // y
                            .Attr<double>("epsilon")
                            .Attr<int64_t>("version"));
+XLA_FFI_DEFINE_HANDLER(kAdd, add_call,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // residual
+                           .Arg<Operand>()  // scale
+                           .Arg<Operand>()  // bias
+                           .Ret<Operand>()  // total
+                           .Ret<Operand>()  // y
+                           .Attr<double>("epsilon")
+                           .Attr<int64_t>("version"));
 
 }  // namespace
 
 XLA_FFI_Handler* forward_handler() {
   return kForward;
+}
+XLA_FFI_Handler* add_handler() {
+  return kAdd;
 }
 
 }  // namespace layer_norm::cpu

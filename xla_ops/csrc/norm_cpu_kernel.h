@@ -12,10 +12,11 @@ CPU_FN void over(int64_t channels, F f) {
   for (; c < channels; ++c) f(c, std::integral_constant<int, 1>{});
 }
 
-// `count` rows, at most kTogether, by the parameters `scale` and `bias`; `work` holds kTogether rows.
-template <class T, class Real>
-CPU_FN void normalize(const T* x, int64_t count, int64_t n, Real epsilon, const Real* scale, const Real* bias,
-                      Real* work, T* y) {
+// `count` rows, at most kTogether, by the parameters `scale` and `bias`; `work` holds kTogether rows. With
+// kAdd the rows are x and residual, added up into `total`.
+template <bool kAdd, class T, class Real>
+CPU_FN void normalize(const T* x, const T* residual, T* total, int64_t count, int64_t n, Real epsilon,
+                      const Real* scale, const Real* bias, Real* work, T* y) {
   constexpr int kLanes = kBytes / int(sizeof(Real));
   using V = Vec<Real, kLanes>;
   // Of each row the sum of f(its number), in lanes and, for the channels left over, alone.
@@ -36,8 +37,14 @@ CPU_FN void normalize(const T* x, int64_t count, int64_t n, Real epsilon, const 
     return sums<Real, kLanes>(lanes[0], lanes[1], lanes[2], lanes[3]) + load_raw<Vec<Real, 4>>(alone);
   };
   const Vec<Real, 4> mean = sums_of([&](int64_t r, int64_t c, auto lanes) CPU_TARGET {
-                              const auto v = Memory<T, Real, lanes()>::load(x + r * n + c);
-                              store_raw(work + r * n + c, v);
+                              using M = Memory<T, Real, lanes()>;
+                              const int64_t at = r * n + c;
+                              auto v = M::load(x + at);
+                              if constexpr (kAdd) {
+                                M::store(total + at, v + M::load(residual + at));
+                                v = M::load(total + at);
+                              }
+                              store_raw(work + at, v);
                               return v;
                             }) /
                             Real(n);
@@ -58,8 +65,8 @@ CPU_FN void normalize(const T* x, int64_t count, int64_t n, Real epsilon, const 
   }
 }
 
-template <class T, class P>
-CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
+template <bool kAdd, class T, class P>
+CPU_TARGET void forward_rows(const Call& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
   const int64_t n = call.channels;
   const std::unique_ptr<Real[]> memory(new Real[(2 + kTogether) * n]);
@@ -74,10 +81,18 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
       }
     }
     const int64_t count = std::min<int64_t>({kTogether, end - row, (set + 1) * call.shared - row});
-    normalize<T, Real>(static_cast<const T*>(call.x) + row * n, count, n, Real(call.epsilon), scale, bias,
-                       work, static_cast<T*>(call.y) + row * n);
+    const T* residual = kAdd ? static_cast<const T*>(call.residual) + row * n : nullptr;
+    T* total = kAdd ? static_cast<T*>(call.total) + row * n : nullptr;
+    normalize<kAdd, T, Real>(static_cast<const T*>(call.x) + row * n, residual, total, count, n,
+                             Real(call.epsilon), scale, bias, work, static_cast<T*>(call.y) + row * n);
     row += count;
   }
+}
+
+template <class T, class P>
+CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
+  if (call.residual) return forward_rows<true, T, P>(call, begin, end);
+  forward_rows<false, T, P>(call, begin, end);
 }
 
 CPU_TARGET void forward(const Call& call, int64_t begin, int64_t end) {

@@ -1,4 +1,5 @@
-// LayerNorm on CUDA: a row is read once, and waits in registers for its mean and its variance.
+// LayerNorm on CUDA: a row is read once, and waits in registers for its mean and its variance. So are the two
+// rows of add_norm, whose sum is written and waits.
 //
 // A thread owns pieces of C channels, as many as 16 bytes hold, or one. A team of up to 32 neighbouring
 // threads, a power of two, owns a row, R pieces for each thread; the sums go through the team by shuffles,
@@ -29,6 +30,20 @@ __device__ __forceinline__ void team_sums(Real (&v)[K], int lanes) {
   }
 }
 
+// The sums of the values of T in two words, rounded to T.
+template <class T, class W>
+__device__ __forceinline__ W add_words(W a, W b) {
+  constexpr int kEach = sizeof(W) / sizeof(T);
+  RealOf<T> u[kEach], v[kEach];
+  unpack_word<T>(a, u), unpack_word<T>(b, v);
+  T sums[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) to_storage(u[j] + v[j], &sums[j]);
+  W word;
+  memcpy(&word, sums, sizeof word);
+  return word;
+}
+
 // 1 / sqrt(v), rounded once.
 __device__ __forceinline__ float rsqrt_of(float v) {
   return __frsqrt_rn(v);
@@ -44,8 +59,8 @@ struct Numbers {
   Real part, epsilon;  // of a channel in a mean
 };
 
-// P is the parameters' type; a team has 1 << shift threads.
-template <class T, class P, int C, int R, int K>
+// P is the parameters' type; a team has 1 << shift threads. With A there is a residual to add.
+template <bool A, class T, class P, int C, int R, int K>
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const __grid_constant__ Call call, const __grid_constant__ Numbers<RealOf<T>> numbers,
                 const __grid_constant__ int shift) {
@@ -61,14 +76,17 @@ __global__ void __launch_bounds__(kThreads)
   const bool whole = ((R - 1) * lanes + lane) * C < channels;
   const auto there = [&](int k, int r) { return k * teams < left && (r + 1 < R || whole); };
 
-  W words[K][R];
+  W words[K][R], residual[A ? K : 1][R];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const T* const p = static_cast<const T*>(call.x) + from + k * next + r * lanes * C;
-      words[k][r] = W();
-      if (there(k, r)) words[k][r] = *reinterpret_cast<const W*>(p);
+      const int64_t at = from + k * next + r * lanes * C;
+      const auto read = [&](const void* p) {
+        return there(k, r) ? *reinterpret_cast<const W*>(static_cast<const T*>(p) + at) : W();
+      };
+      words[k][r] = read(call.x);
+      if constexpr (A) residual[k][r] = read(call.residual);
     }
   }
   // K is 1 where not all rows use the same parameters.
@@ -88,6 +106,11 @@ __global__ void __launch_bounds__(kThreads)
     sums[k] = 0;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+      if constexpr (A) {
+        T* const p = static_cast<T*>(call.total) + from + k * next + r * lanes * C;
+        words[k][r] = add_words<T>(words[k][r], residual[k][r]);
+        if (there(k, r)) *reinterpret_cast<W*>(p) = words[k][r];
+      }
       unpack_word<T>(words[k][r], v[k][r]);
       Real sum = 0;
 #pragma unroll
@@ -139,20 +162,29 @@ __device__ __forceinline__ Real block_sum(Real v, int use) {
   return v;
 }
 
-template <class T, class P, int C>
+template <bool A, class T, class P, int C>
 __global__ void __launch_bounds__(kWideThreads)
     norm_wide_kernel(const __grid_constant__ Call call, const __grid_constant__ Numbers<RealOf<T>> numbers) {
   using Real = RealOf<T>;
   const int64_t row = blockIdx.x, channels = call.channels;
   const int64_t set = call.shared >= call.rows ? 0 : quotient(row, call.shared);
   const T* const x = static_cast<const T*>(call.x) + row * channels;
+  T* const total = A ? static_cast<T*>(call.total) + row * channels : nullptr;
   const auto over = [&](auto f) {  // f(first channel, values) for each of the thread's pieces
     for (int64_t i = threadIdx.x * C; i < channels; i += kWideThreads * C) {
       Real v[C];
-      load<C>(x + i, v);
+      load<C>(A ? total + i : x + i, v);
       f(i, v);
     }
   };
+  if constexpr (A) {  // a thread reads again what it wrote itself
+    using W = Word<T, C>;
+    const T* const residual = static_cast<const T*>(call.residual) + row * channels;
+    for (int64_t i = threadIdx.x * C; i < channels; i += kWideThreads * C) {
+      *reinterpret_cast<W*>(total + i) =
+          add_words<T>(*reinterpret_cast<const W*>(x + i), *reinterpret_cast<const W*>(residual + i));
+    }
+  }
   Real sum = 0, squares = 0;
   over([&](int64_t, const Real* v) {
 #pragma unroll
@@ -192,9 +224,10 @@ inline Plan make_plan(int64_t pieces) {
   return plan;
 }
 
-template <class T, class P, int C, int R>
+template <bool A, class T, class P, int C, int R>
 cudaError_t launch_teams(cudaStream_t stream, const Call& call, int shift) {
-  constexpr int kRows = C > 1 ? kMostPieces / R : 1;  // a form less to compile for what is rare
+  constexpr int kMost = kMostPieces / (A ? 2 : 1);           // two operands are as many pieces in flight
+  constexpr int kRows = C > 1 && kMost > R ? kMost / R : 1;  // a form less to compile for what is rare
   const Numbers<RealOf<T>> numbers(call);
   const auto blocks = [&](int rows) {
     const int64_t each = (kThreads >> shift) * rows;
@@ -205,38 +238,44 @@ cudaError_t launch_teams(cudaStream_t stream, const Call& call, int shift) {
     if (cudaError_t error = find_device(&device)) return error;
     const bool many = call.rows << shift > int64_t(device.processors) * kResident;
     if (many && call.shared >= call.rows) {
-      return launch(stream, blocks(kRows), kThreads, 0, norm_kernel<T, P, C, R, kRows>, call, numbers, shift);
+      return launch(stream, blocks(kRows), kThreads, 0, norm_kernel<A, T, P, C, R, kRows>, call, numbers,
+                    shift);
     }
   }
-  return launch(stream, blocks(1), kThreads, 0, norm_kernel<T, P, C, R, 1>, call, numbers, shift);
+  return launch(stream, blocks(1), kThreads, 0, norm_kernel<A, T, P, C, R, 1>, call, numbers, shift);
 }
 
-template <class T, class P, int C>
+template <bool A, class T, class P, int C>
 cudaError_t launch_pieces(cudaStream_t stream, const Call& call) {
   const int64_t pieces = call.channels / C;
   if (pieces > 32 * kMostPieces) {
     const size_t shared = 2 * kWideThreads / 32 * sizeof(RealOf<T>);
-    return launch(stream, call.rows, kWideThreads, shared, norm_wide_kernel<T, P, C>, call,
+    return launch(stream, call.rows, kWideThreads, shared, norm_wide_kernel<A, T, P, C>, call,
                   Numbers<RealOf<T>>(call));
   }
   const Plan plan = make_plan(pieces);
   switch (plan.pieces) {
     case 1:
-      return launch_teams<T, P, C, 1>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 1>(stream, call, plan.shift);
     case 2:
-      return launch_teams<T, P, C, 2>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 2>(stream, call, plan.shift);
     case 3:
-      return launch_teams<T, P, C, 3>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 3>(stream, call, plan.shift);
     default:
-      return launch_teams<T, P, C, 4>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 4>(stream, call, plan.shift);
   }
+}
+
+template <bool A, class T, class P>
+cudaError_t launch_rows(cudaStream_t stream, const Call& call) {
+  const bool whole = call.channels % kPiece<T> == 0 && aligned(call.x) && aligned(call.scale) &&
+                     aligned(call.bias) && aligned(call.y) && aligned(call.residual) && aligned(call.total);
+  return whole ? launch_pieces<A, T, P, kPiece<T>>(stream, call) : launch_pieces<A, T, P, 1>(stream, call);
 }
 
 template <class T, class P>
 cudaError_t launch_norm(cudaStream_t stream, const Call& call) {
-  const bool whole = call.channels % kPiece<T> == 0 && aligned(call.x) && aligned(call.scale) &&
-                     aligned(call.bias) && aligned(call.y);
-  return whole ? launch_pieces<T, P, kPiece<T>>(stream, call) : launch_pieces<T, P, 1>(stream, call);
+  return call.residual ? launch_rows<true, T, P>(stream, call) : launch_rows<false, T, P>(stream, call);
 }
 
 }  // namespace

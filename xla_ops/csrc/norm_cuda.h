@@ -7,7 +7,7 @@
 
 namespace layer_norm::cuda {
 
-// Computes the result. Nothing is allocated and nothing waits.
+// Computes the results. Nothing is allocated and nothing waits.
 cudaError_t forward(cudaStream_t stream, const Call& call);
 
 // What a call has that the kernels do not take, or null.

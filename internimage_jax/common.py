@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,10 @@ class Context(NamedTuple):
             **self._arguments,
         )
 
+    @overload
+    def norm(self, channels: int) -> nnx.LayerNorm: ...
+    @overload
+    def norm(self, channels: int, kind: str) -> nnx.LayerNorm | nnx.BatchNorm: ...
     def norm(self, channels: int, kind: str = "LN") -> nnx.LayerNorm | nnx.BatchNorm:
         # The fast variance, E[x^2] - E[x]^2, cancels where a channel's mean is large.
         settings = {"use_fast_variance": False, "scale_init": _shape_only, **self._arguments}
@@ -139,6 +143,22 @@ def normalize(
     x = x.astype(norm.dtype)
     scale, bias = operand(x, norm.scale), operand(x, norm.bias)
     return xla_ops.layer_norm(x, scale, bias, epsilon=norm.epsilon, implementation=implementation)
+
+
+def add_normalize(
+    norm: nnx.LayerNorm | None,
+    x: jax.Array,
+    residual: jax.Array,
+    implementation: Literal["jnp"] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns x + residual (N, H, W, C), and `norm` of it, if any, by `xla_ops.add_norm`."""
+    if norm is None:
+        return x + residual, None
+    x, residual = x.astype(norm.dtype), residual.astype(norm.dtype)
+    scale, bias = operand(x, norm.scale), operand(x, norm.bias)
+    return xla_ops.add_norm(
+        *(x, residual, scale, bias), epsilon=norm.epsilon, implementation=implementation
+    )
 
 
 def activation(config: InternImageConfig) -> Callable[[jax.Array], jax.Array]:

@@ -21,6 +21,7 @@ from internimage_jax.clip_head import ClipHead
 from internimage_jax.common import (
     Context,
     activation,
+    add_normalize,
     along_channels,
     apply,
     at_least_float32,
@@ -201,31 +202,42 @@ class InternImageLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        normalized: jax.Array | None = None,
+        following: nnx.LayerNorm | None = None,
         *,
         train: bool = False,
         key: jax.Array | None = None,
         drop_path_rate: jax.Array | float | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the layer's map, and what the norm `following` makes of it, if there is one.
+
+        `normalized` is what `norm1` makes of `x`, where the layer before has made it: a sum and
+        the norm after it are one pass.
+        """
         key1, key2, key3 = split(key, 3)
         norm = functools.partial(normalize, implementation=self.implementation)
+        add = functools.partial(add_normalize, implementation=self.implementation)
 
-        y = self.dcn(x if self.post_norm else norm(self.norm1, x), train=train)
+        if normalized is None:
+            normalized = x if self.post_norm else norm(self.norm1, x)
+        y = self.dcn(normalized, train=train)
         if self.post_norm:
             y = norm(self.norm1, y)
         if self.res_post_norm:
             y = norm(self.res_post_norm1, y)
         if self.layer_scale:
             y *= along_channels(self.gamma1, y)
-        x += drop_path(y, drop_path_rate, key1)
+        y = drop_path(y, drop_path_rate, key1)
+        x, normalized = add(None if self.post_norm else self.norm2, x, y)
 
-        y = self.mlp(x if self.post_norm else norm(self.norm2, x), key=key2)
+        y = self.mlp(x if normalized is None else normalized, key=key2)
         if self.post_norm:
             y = norm(self.norm2, y)
         if self.res_post_norm:
             y = norm(self.res_post_norm2, y)
         if self.layer_scale:
             y *= along_channels(self.gamma2, y)
-        return x + drop_path(y, drop_path_rate, key3)
+        return add(following, x, drop_path(y, drop_path_rate, key3))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "with_cp", "train"))
@@ -233,24 +245,27 @@ def _traced_once(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     x: jax.Array,
+    normalized: jax.Array | None,
     key: jax.Array | None,
     drop_path_rate: np.ndarray | None,
     *,
     with_cp: bool,
     train: bool,
-) -> tuple[jax.Array, nnx.State]:
-    """Calls a layer; returns its result and the batch statistics.
+) -> tuple[tuple[jax.Array, jax.Array | None], nnx.State]:
+    """Calls a layer, split with the norm that follows; returns its results and batch statistics.
 
     `jit` keeps what it traced, so the layers of a level, which are alike, are traced once.
     """
 
-    def call(state, x, key, drop_path_rate):
-        layer = nnx.merge(graphdef, state)
-        x = layer(x, train=train, key=key, drop_path_rate=drop_path_rate)
-        return x, nnx.state(layer, nnx.BatchStat)
+    def call(state, x, normalized, key, drop_path_rate):
+        layer, following = nnx.merge(graphdef, state)
+        results = layer(
+            *(x, normalized, following), train=train, key=key, drop_path_rate=drop_path_rate
+        )
+        return results, nnx.state(layer, nnx.BatchStat)
 
     # With `with_cp` nothing is kept for the backward pass but the layer's input.
-    return (jax.checkpoint(call) if with_cp else call)(state, x, key, drop_path_rate)
+    return (jax.checkpoint(call) if with_cp else call)(state, x, normalized, key, drop_path_rate)
 
 
 class InternImageBlock(nnx.Module):
@@ -266,6 +281,7 @@ class InternImageBlock(nnx.Module):
         self.post_norm_block_ids = config.post_norm_block_ids if level == 2 else ()
         if self.post_norm_block_ids:
             self.post_norms = nnx.List([ctx.norm(channels) for _ in self.post_norm_block_ids])
+        self.post_norm = config.post_norm
         self.has_norm = not config.post_norm or config.center_feature_scale
         if self.has_norm:
             self.norm = ctx.norm(channels)
@@ -279,20 +295,32 @@ class InternImageBlock(nnx.Module):
     ) -> jax.Array:
         """Returns the level's map, which `downsample` takes to the next level."""
         keys = split(key, len(self.blocks))
+        normalized = None
         for i, block in enumerate(self.blocks):
-            graphdef, state = nnx.split(block)
+            graphdef, state = nnx.split((block, self._following(i)))
             rate = self.drop_path_rates[i] if train else 0
-            x, statistics = _traced_once(
-                *(graphdef, state, x, keys[i], np.float32(rate) if rate else None),
+            (x, normalized), statistics = _traced_once(
+                *(graphdef, state, x, normalized, keys[i], np.float32(rate) if rate else None),
                 with_cp=self.with_cp,
                 train=train,
             )
             if train:
                 nnx.update(block, statistics)
             if i in self.post_norm_block_ids:
-                norm = self.post_norms[self.post_norm_block_ids.index(i)]
-                x = normalize(norm, x, train, self.implementation)
-        return normalize(self.norm, x, train, self.implementation) if self.has_norm else x
+                assert normalized is not None
+                x, normalized = normalized, None
+        if normalized is None and self.has_norm:
+            return normalize(self.norm, x, train, self.implementation)
+        return x if normalized is None else normalized
+
+    def _following(self, i: int) -> nnx.LayerNorm | None:
+        """The norm that layer `i` is to apply to its map, for what follows."""
+        if i in self.post_norm_block_ids:
+            return self.post_norms[self.post_norm_block_ids.index(i)]
+        if i + 1 == len(self.blocks):
+            return self.norm if self.has_norm else None
+        # With `with_cp` it would be one map more to keep for each layer.
+        return None if self.post_norm or self.with_cp else self.blocks[i + 1].norm1
 
 
 class ConvHead(nnx.Module):

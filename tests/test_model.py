@@ -188,6 +188,43 @@ def test_the_gather_form_has_no_custom_call(act_layer):
     assert "@internimage_" not in lowered.as_text()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"with_cp": True},
+        {"layer_scale": 0.5},
+        {"post_norm": True, "center_feature_scale": True},
+        # After a layer that is not the last of its level, and after one that is.
+        {"level2_post_norm": True, "level2_post_norm_block_ids": (0, 2), "res_post_norm": True},
+    ],
+    ids=str,
+)
+def test_sums_and_norms_in_one_pass_are_those_apart(changes):
+    config = SMALLEST.replace(depths=(2, 1, 3, 1), **changes)
+    model = InternImage(config, rngs=nnx.Rngs(0), implementation="gather")
+
+    def apart(level, x):
+        for i, block in enumerate(level.blocks):
+            x, normalized = block(x)
+            assert normalized is None
+            if i in level.post_norm_block_ids:
+                x = level.post_norms[level.post_norm_block_ids.index(i)](x)
+        return level.norm(x) if level.has_norm else x
+
+    @nnx.jit
+    def both(model, x):
+        x = model.patch_embed(x)
+        pairs = []
+        for i, level in enumerate(model.levels):
+            pairs.append((level(x), apart(level, x)))
+            x = level.downsample(pairs[-1][0]) if i < 3 else x
+        return pairs
+
+    for got, wanted in both(model, images()):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_layer_norm_is_exact_where_the_mean_is_large():
     norm = InternImage(SMALLEST, rngs=nnx.Rngs(0)).levels[0].blocks[0].norm1
     x = np.random.RandomState(0).standard_normal((1, 1, 1, 16)) * 1e-2 + 300
@@ -390,7 +427,8 @@ def test_a_fused_model_shares_all_parameters_but_those_it_joins():
 
 
 def test_what_is_not_used_is_not_computed():
-    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    # XLA does not see into the kernels.
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0), implementation="gather")
     graphdef, state = nnx.split(model)
 
     def flops(pick):

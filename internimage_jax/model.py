@@ -50,11 +50,17 @@ class StemLayer(nnx.Module):
         self.conv2 = ctx.conv(channels // 2, channels, 3, strides=2)
         self.norm2 = ctx.norm(channels, kind)
         self.activation = activation(ctx.config)
+        self.fused = ctx.config.act_layer == "GELU"
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = convolve(self.conv1, x, self.implementation)  # (N, H/2, W/2, C/2)
-        x = self.activation(normalize(self.norm1, x, train, self.implementation))
+        x = normalize(self.norm1, x, train, self.implementation)
+        if self.fused:  # the norm has added its bias, but the kernel's GELU is the shorter one
+            none = jnp.zeros(x.shape[-1], x.dtype)
+            x = xla_ops.bias_gelu(x, none, implementation=self.implementation)
+        else:
+            x = self.activation(x)
         x = convolve(self.conv2, x, self.implementation)  # (N, H/4, W/4, C)
         return normalize(self.norm2, x, train, self.implementation)
 

@@ -216,7 +216,8 @@ def time_peer(
     logits = arrays[2].reshape(*arrays[2].shape[:3], stage.group, POINTS)
     arrays[2] = np.asarray(torch.from_numpy(logits).softmax(-1).reshape(arrays[2].shape))
     x, offset, mask, dy = [torch.from_numpy(a).to(getattr(torch, dtype)).to(device) for a in arrays]
-    x.requires_grad_()
+    for tensor in (x, offset, mask):
+        tensor.requires_grad_()
     # Autograd goes back on the stream of the forward, which has to be the one that is captured.
     stream = torch.cuda.Stream() if device == "cuda" else None
     with torch.cuda.stream(stream):
@@ -235,7 +236,7 @@ def time_peer(
             peer(x, offset, mask, stage.group)
 
     def backward() -> None:
-        torch.autograd.grad(y, x, dy, retain_graph=True)
+        torch.autograd.grad(y, (x, offset, mask), dy, retain_graph=True)
 
     for name, run in (("forward", forward), ("backward", backward)):
         us, replayed = microseconds(run, stream)

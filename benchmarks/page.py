@@ -154,6 +154,14 @@ GPU_PROFILE: Columns = {
     "launches": _cell("launches"),
     "us": lambda row: f"{row['us']:.0f}",
 }
+KERNELS = ("dcnv3", "dcnv3 backward", "dwconv_norm_gelu", "linear with GELU", "bias_gelu")
+KERNELS += ("layer_norm", "add_norm")
+GPU_KERNELS: Columns = {
+    "shape": lambda row: (
+        f"{row['shape']}: {row['batch']}x{row['side']}x{row['side']}x{row['channels']}"
+    ),
+    **{name: lambda row, name=name: _number(row[name]) if name in row else "" for name in KERNELS},
+}
 GPU_PEERS: Columns = {
     "model": _cell("model"),
     "batch": _cell("batch"),
@@ -172,6 +180,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
     "gpu models": (GPU_MODELS, lambda row: row.get("section") == "models"),
     "gpu operator": (GPU_OPERATOR, lambda row: row.get("section") == "operator"),
     "gpu profile": (GPU_PROFILE, lambda row: row.get("section") == "profile"),
+    "gpu kernels": (GPU_KERNELS, lambda row: row.get("benchmark") == "kernels"),
     "gpu peers": (GPU_PEERS, lambda row: row.get("section") == "official model"),
     "devices": (DEVICES, lambda row: row.get("series") == "devices"),
 }
@@ -185,6 +194,15 @@ def table(columns: Columns, rows: Sequence[Row]) -> str:
         except KeyError:
             continue
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def by_shape(rows: Sequence[Row]) -> list[Row]:
+    """Rows of a kernel each as rows of a shape each."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        shape = {key: row[key] for key in ("shape", "batch", "side", "channels")}
+        found.setdefault(tuple(shape.values()), shape)[row["kernel"]] = row["us"]
+    return list(found.values())
 
 
 def plot(rows: Sequence[Row]) -> None:
@@ -219,7 +237,7 @@ def with_tables(page: str, rows: Sequence[Row]) -> str:
         chosen = [row for row in rows if wanted(row)]
         if not chosen:
             continue
-        made = table(columns, chosen)
+        made = table(columns, by_shape(chosen) if columns is GPU_KERNELS else chosen)
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         page, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], page, flags=re.S)
         if count != 1:

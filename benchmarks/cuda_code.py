@@ -47,6 +47,9 @@ def short(symbol: str) -> str:
     if not found:
         return symbol
     kind, parameters = found.groups()
+    if adds := re.match(r"Lb([01])E", parameters):  # a norm that may add first
+        kind = "add_" * int(adds[1]) + kind
+        parameters = parameters[adds.end() :]
     types = {"f": "float", "d": "double"}
     letter = re.match(r"[fd]", parameters)
     half = re.search(r"(BFloat16|Float16)", parameters)
@@ -106,7 +109,8 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
     for symbol, spilled, registers in report:
         name = short(symbol)
         point = instructions(listings.get(symbol, ""))
-        threads = CHANNELS / int(re.search(r", (\d+)", name)[1]) if ", " in name else 1  # type: ignore[index]
+        channels = re.search(r", (\d+)", name)
+        threads = CHANNELS / int(channels[1]) if point and channels else 1
         group = round(point * POINTS * threads) if point else None
         found.append(Kernel(name, arch, int(registers), int(spilled), point, group))
     return found

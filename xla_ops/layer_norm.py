@@ -13,6 +13,10 @@ from xla_ops import _ffi
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
 
+# A map of fewer numbers takes a GPU no longer than a launch does, and XLA's pass takes along what is
+# around it, such as a bias or gamma, each else a launch of its own.
+FEWEST_ON_CUDA = 1 << 20
+
 
 def layer_norm(
     x: jax.Array,
@@ -30,8 +34,8 @@ def layer_norm(
         bias: (C,), likewise and of the dtype of `scale`.
         epsilon: Added to the variance.
         implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None
-            takes it where it is known to serve. For `jax.export` the target to name is
-            "internimage_layer_norm_forward".
+            takes it where it is known to serve, on CUDA for a million numbers or more. For
+            `jax.export` the target to name is "internimage_layer_norm_forward".
 
     Returns:
         (N, H, W, C) of x's dtype, computed in float32 for bfloat16 and float16.
@@ -42,7 +46,7 @@ def layer_norm(
     Reference: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
     """
     _check(x, scale, bias, epsilon)
-    operator, serving = LayerNorm(float(epsilon)), _ffi.serving(_ffi.NORM_FORWARD)
+    operator, serving = LayerNorm(float(epsilon)), _serving(_ffi.NORM_FORWARD, x, implementation)
     return forward(operator, implementation, serving, "", x, scale, bias)
 
 
@@ -78,8 +82,16 @@ def add_norm(
             f"residual: expected shape {x.shape} and dtype {x.dtype}, "
             f"got {residual.shape} and {residual.dtype}"
         )
-    operator, serving = AddNorm(float(epsilon)), _ffi.serving(_ffi.ADD_NORM_FORWARD)
+    operator, serving = AddNorm(float(epsilon)), _serving(_ffi.ADD_NORM_FORWARD, x, implementation)
     return forward(operator, implementation, serving, "", x, residual, scale, bias)
+
+
+def _serving(name: str, x: jax.Array, implementation: str | None) -> tuple[str, ...]:
+    """Platforms whose kernel is to be taken."""
+    serving = _ffi.serving(name)
+    if implementation is None and x.size < FEWEST_ON_CUDA:
+        return tuple(platform for platform in serving if platform != "cuda")
+    return serving
 
 
 def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> None:

@@ -13,8 +13,8 @@ from xla_ops import _ffi
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
 
-# A map of fewer numbers takes a GPU no longer than a launch does, and XLA's pass takes along what is
-# around it, such as a bias or gamma, each else a launch of its own.
+# A map of fewer numbers takes a GPU no longer than a launch does, and XLA's pass takes along what
+# is around it, such as a bias or gamma, each else a launch of its own.
 FEWEST_ON_CUDA = 1 << 20
 
 

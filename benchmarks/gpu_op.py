@@ -287,8 +287,9 @@ def rows(options: argparse.Namespace) -> Rows:
     cpu = options.platform == "cpu"
     yield {"what": "copy"}, copy_rate
     peers = peers_of(options)
-    for stages, spread in itertools.product((STAGES[:5], STAGES[5:]), (1.0, 20.0)):
-        for stage in TINY if cpu else stages:
+    parts = (TINY,) if cpu else (STAGES[:5], STAGES[5:])
+    for stages, spread in itertools.product(parts, (1.0, 20.0)):
+        for stage in stages:
             dtypes = ("bfloat16", "float32") if stage.name in ("published", "T1") else ("bfloat16",)
             for dtype in dtypes:
                 row = {**stage._asdict(), "dtype": dtype, "spread": spread}

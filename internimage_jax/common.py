@@ -151,7 +151,10 @@ def add_normalize(
     residual: jax.Array,
     implementation: Literal["jnp"] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns x + residual (N, H, W, C), and `norm` of it, if any, by `xla_ops.add_norm`."""
+    """Returns x + residual (N, H, W, C), and `norm` of it by `xla_ops.add_norm`.
+
+    With a norm the sum is in its dtype, as the model's maps are; without one it is as it is.
+    """
     if norm is None:
         return x + residual, None
     x, residual = x.astype(norm.dtype), residual.astype(norm.dtype)

@@ -260,7 +260,8 @@ def _traced_once(
 ) -> tuple[tuple[jax.Array, jax.Array | None], nnx.State]:
     """Calls a layer, split with the norm that follows; returns its results and batch statistics.
 
-    `jit` keeps what it traced, so the layers of a level, which are alike, are traced once.
+    `jit` keeps what it traced, so the layers of a level that are alike are traced once: all but the
+    first, which has no norm's result to begin with, and the last, which another norm follows.
     """
 
     def call(state, x, normalized, key, drop_path_rate):

@@ -161,17 +161,6 @@ def test_gradients_of_any_magnitude_keep_their_precision(
         assert difference(got[..., channel], expected[..., channel]) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planes_staged_in_shared_memory_change_no_bit(program: Path, dtype: str) -> None:
-    # From 768 positions on, where there is a plane for each of the host's four processors.
-    geometry = PLAIN | {"kernel_size": (1, 1), "pad": 0, "group": 4}
-    arrays = problem(11, dtype, geometry, (1, 24, 33), 16, spread=3)
-    arrays[0] = arrays[0].at[0, 3, 3, 5].set(np.nan).at[0, -1, -1, 20].set(np.inf)
-    staged, plain = (on_host(program, *arrays, shared=s, **geometry)[0] for s in (LARGE, NONE))
-    assert staged.tobytes() == plain.tobytes()
-    assert np.isnan(np.asarray(staged, np.float32)).any()
-
-
 def test_mask_that_is_not_finite_in_one_image_leaves_the_others(program: Path) -> None:
     arrays = problem(10, "float32", PLAIN, (2, 5, 5), 4)
     clean = on_host(program, *arrays, **PLAIN)

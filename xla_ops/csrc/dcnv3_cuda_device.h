@@ -245,14 +245,14 @@ struct Points {
   Real h, w;        // location of the point at hand
 };
 
-// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the forms in global memory where it can,
-// to compare.
+// Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the plain forms, which need no shared
+// memory for records or sums, where it can: to compare.
 inline bool only_global() {
   const char* form = std::getenv("INTERNIMAGE_CUDA_FORM");
   return form && !std::strcmp(form, "global");
 }
 
-// The exponential of a number that is not positive: one instruction for 2^x, to 2^-22 relative.
+// The exponential of a number that is not positive, for a softmax: to 1e-7 of its largest term.
 __device__ __forceinline__ float exp_of(float x) {
   x *= 1.44269504f;
 #ifdef __CUDA_ARCH__
@@ -272,6 +272,8 @@ constexpr int kNumbers = 28, kRecord = kNumbers + 1;
 inline bool has_nine(const Call& call) {
   const Problem& s = call.problem;
   if (s.depth != 8 && s.depth != 16 && s.depth != 32 && s.depth != 64) return false;
+  // What counts within an image's records is 32-bit here.
+  if (s.positions() * call.offset.row > UINT32_MAX || !aligned(call.doffset)) return false;
   return call.fused && call.type != Type::kFloat64 && s.kernel_h == 3 && s.kernel_w == 3 && s.points == 9 &&
          !only_global();
 }

@@ -330,9 +330,12 @@ int64_t plane_bytes(const Call& call, int channels) {
 }
 
 template <class T, int C, bool nine>
-cudaError_t launch_plane(cudaStream_t stream, const Call& call, int threads, int64_t bytes) {
+cudaError_t launch_plane(cudaStream_t stream, const Call& call, const Device& device, int threads,
+                         int64_t bytes) {
   const auto kernel = plane_kernel<T, C, nine>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  // The same for all calls: others may be launching this kernel.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
   if (error) return error;
   return launch(stream, call.problem.batch * (call.problem.channels() / C), threads, bytes, kernel, call);
 }
@@ -347,14 +350,14 @@ cudaError_t launch_plane(cudaStream_t stream, const Call& call) {
   if (cudaError_t error = find_device(&device)) return error;
   if constexpr (C > 1) {
     if (has_nine(call) && bytes <= (C == 8 ? device.shared : device.shared / 2)) {
-      return launch_plane<T, C, true>(stream, call, threads, bytes);
+      return launch_plane<T, C, true>(stream, call, device, threads, bytes);
     }
   }
-  return launch_plane<T, C, false>(stream, call, threads, plain);
+  return launch_plane<T, C, false>(stream, call, device, threads, plain);
 }
 
-// As many channels a block as leave room for two blocks in shared memory and work for all processors;
-// 0 where not even one channel fits.
+// As many channels a block as leave room for two planes in shared memory and work for all processors; 0
+// where not even one channel fits. Records come on top of it, where there is room for them.
 cudaError_t plane_channels(const Call& call, int* channels) {
   Device device;
   if (cudaError_t error = find_device(&device)) return error;

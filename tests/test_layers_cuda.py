@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -81,9 +82,24 @@ def test_a_sharded_batch_divides_each_result(cuda_serves: None) -> None:
     assert results == ["i"] * 3  # the batch's axis comes first in all three
 
 
+@pytest.fixture
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of small maps are kernels on CUDA too."""
+    monkeypatch.setattr(importlib.import_module("xla_ops.layer_norm"), "FEWEST_ON_CUDA", 0)
+
+
+def test_norms_of_small_maps_are_those_of_xla_on_cuda(cuda_serves: None) -> None:
+    for side, taken in ((64, True), (32, False)):
+        x = jax.ShapeDtypeStruct((1, side, side, 256), "bfloat16")
+        vector = jax.ShapeDtypeStruct((256,), "bfloat16")
+        traced = jax.jit(xla_ops.layer_norm).trace(x, vector, vector)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert ("@internimage_layer_norm_forward" in text) == taken
+
+
 @pytest.mark.parametrize("vectors", ["bfloat16", "float32"])
 def test_layer_norm_is_a_custom_call_outside_differentiation(
-    vectors: str, cuda_serves: None
+    vectors: str, cuda_serves: None, of_any_size: None
 ) -> None:
     x, *_, scale, bias = operands()
     arrays = x, scale.astype(vectors), bias.astype(vectors)
@@ -126,7 +142,9 @@ def test_small_convolutions_are_products(batch: int, convolutions: int, cuda_ser
     assert model_for_cuda(batch).count("stablehlo.convolution(") == convolutions
 
 
-def test_operators_take_half_precision_parameters_as_they_are(cuda_serves: None) -> None:
+def test_operators_take_half_precision_parameters_as_they_are(
+    cuda_serves: None, of_any_size: None
+) -> None:
     calls = [line for line in model_for_cuda(1).splitlines() if "@internimage_" in line]
     # Norms of one shape are one function; additions are two, since nobody reads a level's last sum.
     assert len(calls) == 4 * (3 + 2) + 5 + 1

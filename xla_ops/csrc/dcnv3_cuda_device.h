@@ -254,14 +254,7 @@ inline bool only_global() {
 
 // The exponential of a number that is not positive, for a softmax: to 1e-7 of its largest term.
 __device__ __forceinline__ float exp_of(float x) {
-  x *= 1.44269504f;
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
+  return power_of_two(1.44269504f * x);
 }
 
 // The fused form's nine points of 3 x 3 have 28 numbers, in shared memory as float32. They take an odd

@@ -26,13 +26,7 @@ __device__ __forceinline__ To bits(From from) {
 // One instruction each; of normal numbers, to 2^-22 relative.
 template <int W>
 __device__ __forceinline__ float exp2_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
+  return power_of_two(x);
 }
 template <int W>
 __device__ __forceinline__ float reciprocal_of(float x) {

@@ -103,8 +103,9 @@ def test_a_bias_in_float32(dtype: str) -> None:
 @kernel_serves
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gelu", [True, False])
-def test_what_is_not_finite(dtype: str, gelu: bool) -> None:
-    x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
+@pytest.mark.parametrize("inputs", [40, 160])
+def test_what_is_not_finite(inputs: int, dtype: str, gelu: bool) -> None:
+    x, kernel, bias = np.ones((1, 9, 9, inputs)), np.ones((inputs, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
     bias[5], bias[11] = np.nan, -np.inf
     arrays = (jnp.asarray(a, dtype) for a in (x, kernel, bias))
@@ -114,6 +115,24 @@ def test_what_is_not_finite(dtype: str, gelu: bool) -> None:
     wanted = np.where(z == -np.inf, 0, z) if gelu else z
     # Far out GELU stays what it is at -13, which bfloat16 tells from zero.
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=1e-30)
+
+
+@kernel_serves
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("inputs", [1, 128, 1100])
+def test_each_product_is_as_exact_as_float32(inputs: int, largest: bool) -> None:
+    """Sums hide what a product loses, so each here has one: the last bits of both factors count."""
+    stream = np.random.RandomState(0)
+    x = np.zeros((2, 7, 7, inputs), np.float32)
+    place, value = stream.randint(inputs, size=x.shape[:-1]), stream.standard_normal(x.shape[:-1])
+    np.put_along_axis(x, place[..., None], value[..., None].astype("float32"), -1)
+    x[0, 0, 0] *= np.float32(2.0**-80)
+    if largest:
+        x[0, 0, 1, place[0, 0, 1]] = np.finfo("float32").max
+    kernel = stream.uniform(0.25, 0.75, (inputs, 150)).astype("float32")
+    got = linear(jnp.asarray(x), jnp.asarray(kernel), jnp.zeros(150), implementation="kernel")
+    wanted = x.astype("float64") @ kernel.astype("float64")
+    np.testing.assert_allclose(np.asarray(got, "float64"), wanted, rtol=2.0**-23, atol=0)
 
 
 @kernel_serves
@@ -137,10 +156,11 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
             ("test_linear.py", "agrees_with_float64"),
             ("test_linear.py", "what_is_not_finite"),
             ("test_linear.py", "a_bias_in_float32"),
+            ("test_linear.py", "each_product_is_as_exact_as_float32"),
             ("test_convolution.py", "agrees_with_float64"),
         )
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel or finite or bias", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel or finite or bias or exact", *tests]
     environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

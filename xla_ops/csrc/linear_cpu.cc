@@ -46,12 +46,16 @@ struct Tile {
 #include "cpu_targets.h"
 #if CPU_AMX
 #include "linear_cpu_amx.h"
+#include "linear_cpu_amx_float32.h"
 #endif
 
 }  // namespace
 
 Tiles tiles_of(const Call& call, int64_t wanted) {
   const int64_t units = rounded_up(call.outputs, kUnit);
+#if CPU_AMX
+  if (amx::takes_float32(call)) return amx::tiles_of_float32(call, wanted);
+#endif
   Tiles tiles = {rounded_up(call.rows, most_rows(call)), rounded_up(units, kMostUnits)};
   if (tiles.down * tiles.across >= wanted || tiles.down == 0) return tiles;
   tiles.across = std::min(rounded_up(wanted, tiles.down), units);
@@ -67,6 +71,7 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   const Tile tile = {row, (i + 1) * call.rows / tiles.down - row, column, end - column};
 #if CPU_AMX
   if (call.type == Type::kBFloat16 && has_amx()) return amx::forward(call, tile);
+  if (amx::takes_float32(call)) return amx::forward_float32(call, tile);
 #endif
   CPU_CALL(forward, call, tile);
 }

@@ -156,9 +156,9 @@ bool takes_float32(const Call& call) {
   return call.type == Type::kFloat32 && call.inputs >= 128 && has_amx();
 }
 
-// At least half of the tiles wanted, as many times as there are columns of tiles are rows of x split, and the
-// kernel as many times as there are rows of tiles. What a tile has of x and of the kernel at once fits the
-// second cache.
+// At least half of the tiles wanted, such that the least is split: rows of x once for each column of tiles,
+// the kernel once for each row of them. What of x and of the kernel is split at once fits the second cache,
+// of 2 MB.
 Tiles tiles_of_float32(const Call& call, int64_t wanted) {
   const int64_t units = rounded_up(call.outputs, kUnit);
   const int64_t most = 250000 / std::min(call.inputs, kDepth) - kGroup * kPanel;  // rows: 1.5 MB of pieces

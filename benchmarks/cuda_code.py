@@ -47,8 +47,8 @@ def short(symbol: str) -> str:
     if not found:
         return symbol
     kind, parameters = found.groups()
-    if adds := re.match(r"Lb([01])E", parameters):  # a norm that may add first
-        kind = "add_" * int(adds[1]) + kind
+    if adds := re.match(r"LNS\w*3AddE([012])E", parameters):  # a norm that may add before or after
+        kind = ("{}", "add_{}", "{}_add")[int(adds[1])].format(kind)
         parameters = parameters[adds.end() :]
     types = {"f": "float", "d": "double"}
     letter = re.match(r"[fd]", parameters)

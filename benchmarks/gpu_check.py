@@ -90,11 +90,12 @@ for dtype, depth, size in (("bfloat16", 16, 9), ("float32", 5, 9), ("float32", 4
         return xla_ops.bias_gelu(y, v, implementation="kernel").astype("float32").sum()
     jax.block_until_ready(jax.jit(jax.value_and_grad(layers, (0, 1, 2)))(x, kernel, vector))
 norm = jax.jit(lambda *a: xla_ops.layer_norm(*a, implementation="kernel"))
-add = jax.jit(lambda *a: xla_ops.add_norm(*a, implementation="kernel"))
+before = jax.jit(lambda *a: xla_ops.add_norm(*a, implementation="kernel"))
+after = jax.jit(lambda *a: xla_ops.norm_add(*a, implementation="kernel"))
 # Few rows and many, of one piece a thread to four, and those that are a block's.
 for rows, channels in ((5, 64), (99999, 64), (3, 33), (5, 320), (9999, 512), (5, 1024), (5, 2560)):
     x, v = jnp.ones((1, 1, rows, channels), "bfloat16"), jnp.ones(channels, "bfloat16")
-    jax.block_until_ready((norm(x, v, v), add(x, x, v, v)))
+    jax.block_until_ready((norm(x, v, v), before(x, x, v, v), after(x, x, v, v)))
 # The planes in shared memory, and each size of tile with its buffers in use more than once.
 x = jnp.ones((64, 28, 28, 128), "bfloat16")
 rows = jnp.ones((64, 28, 28, xla_ops.Record(8, 9).width), "bfloat16") * 3

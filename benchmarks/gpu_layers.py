@@ -37,7 +37,7 @@ def rows(options: argparse.Namespace) -> Rows:
         for layer in ("dwconv_norm_gelu", "bias_gelu"):
             yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
     for shape in TINY if cpu else NORMS:
-        for layer in ("layer_norm", "add_norm"):
+        for layer in ("layer_norm", "add_norm", "norm_add"):
             yield {"layer": layer, "shape": shape}, functools.partial(in_a_row, shape, layer)
 
 
@@ -93,6 +93,8 @@ def in_a_row(shape: tuple[int, int, int], layer: str) -> Row:
                     x = xla_ops.layer_norm(x, vector, vector, implementation=form)
                 elif layer == "add_norm":
                     total, x = xla_ops.add_norm(total, x, vector, vector, implementation=form)
+                elif layer == "norm_add":
+                    x = xla_ops.norm_add(x, total, vector, vector, implementation=form)
                 else:
                     x = xla_ops.bias_gelu(x, vector, implementation=form)
                 # XLA would make one pass of several.

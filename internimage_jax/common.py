@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 import xla_ops
 from internimage_jax.config import InternImageConfig
+from xla_ops import geometry
 from xla_ops.gelu_jnp import gelu
 
 
@@ -164,6 +165,32 @@ def add_normalize(
     )
 
 
+def normalize_add(
+    norm: nnx.LayerNorm,
+    x: jax.Array,
+    residual: jax.Array,
+    factors: nnx.Param | None,
+    implementation: Literal["jnp"] | None = None,
+) -> jax.Array:
+    """Returns residual + `norm` of x (N, H, W, C), by `xla_ops.norm_add`, in the norm's dtype.
+
+    What is added is times `factors` (C,) if there are any.
+    """
+    x, residual = x.astype(norm.dtype), residual.astype(norm.dtype)
+    scale, bias = operand(x, norm.scale), operand(x, norm.bias)
+    if factors is not None:
+        scale, bias = scaled(norm, factors, geometry.at_least_float32(x.dtype))
+    return xla_ops.norm_add(
+        *(x, residual, scale, bias), epsilon=norm.epsilon, implementation=implementation
+    )
+
+
+def scaled(norm: nnx.LayerNorm, factors: nnx.Param, dtype: DTypeLike) -> list[jax.Array]:
+    """Scale and bias, of `dtype`, of a norm whose result is `norm`'s times `factors` (C,)."""
+    factor, *vectors = (on_host(a).astype(dtype) for a in (factors, norm.scale, norm.bias))
+    return [jnp.asarray(vector * factor) for vector in vectors]
+
+
 def activation(config: InternImageConfig) -> Callable[[jax.Array], jax.Array]:
     """The function that `config.act_layer` names."""
     return {"GELU": gelu, "SiLU": jax.nn.silu, "ReLU": jax.nn.relu}[config.act_layer]
@@ -206,7 +233,7 @@ def operand(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
     are: the kernels widen what they read, and on a GPU each conversion would be a launch.
     """
     assert parameter is not None  # as above
-    value, sums = parameter[...], jnp.promote_types(x.dtype, jnp.float32)
+    value, sums = parameter[...], geometry.at_least_float32(x.dtype)
     return value if value.dtype in (x.dtype, sums) else value.astype(sums)
 
 

@@ -30,13 +30,16 @@ from internimage_jax.common import (
     dropout,
     linear_of,
     normalize,
+    normalize_add,
     on_host,
     operand,
+    scaled,
     split,
 )
 from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
 from internimage_jax.preprocess import Preprocessing
+from xla_ops import geometry
 from xla_ops.custom_call import forward_mode_named
 
 
@@ -221,29 +224,54 @@ class InternImageLayer(nnx.Module):
         the norm after it are one pass.
         """
         key1, key2, key3 = split(key, 3)
-        norm = functools.partial(normalize, implementation=self.implementation)
-        add = functools.partial(add_normalize, implementation=self.implementation)
-
         if normalized is None:
-            normalized = x if self.post_norm else norm(self.norm1, x)
+            normalized = x if self.post_norm else self._normalize(self.norm1, x)
         y = self.dcn(normalized, train=train)
+        own1, own2 = None, None
         if self.post_norm:
-            y = norm(self.norm1, y)
-        if self.res_post_norm:
-            y = norm(self.res_post_norm1, y)
-        if self.layer_scale:
-            y *= along_channels(self.gamma1, y)
-        y = drop_path(y, drop_path_rate, key1)
-        x, normalized = add(None if self.post_norm else self.norm2, x, y)
-
+            own1, own2 = self.norm1, self.norm2
+        elif self.res_post_norm:
+            own1, own2 = self.res_post_norm1, self.res_post_norm2
+        gamma1, gamma2 = (self.gamma1, self.gamma2) if self.layer_scale else (None, None)
+        norm2 = None if self.post_norm else self.norm2
+        x, normalized = self._add(x, y, own1, gamma1, norm2, drop_path_rate, key1)
         y = self.mlp(x if normalized is None else normalized, key=key2)
-        if self.post_norm:
-            y = norm(self.norm2, y)
-        if self.res_post_norm:
-            y = norm(self.res_post_norm2, y)
-        if self.layer_scale:
-            y *= along_channels(self.gamma2, y)
-        return add(following, x, drop_path(y, drop_path_rate, key3))
+        return self._add(x, y, own2, gamma2, following, drop_path_rate, key3)
+
+    def _add(
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        norm: nnx.LayerNorm | None,
+        gamma: nnx.Param | None,
+        following: nnx.LayerNorm | None,
+        drop_path_rate: jax.Array | float | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds a branch's map y, by its own norm and gamma, to x; returns that as a call does."""
+        if norm is not None and (key is None or drop_path_rate is None):
+            x = normalize_add(norm, y, x, gamma, self.implementation)
+            return x, None if following is None else self._normalize(following, x)
+        if norm is not None:
+            y = self._normalize(norm, y)
+        if gamma is not None:
+            y *= along_channels(gamma, y)
+        y = drop_path(y, drop_path_rate, key)
+        return add_normalize(following, x, y, self.implementation)
+
+    def _normalize(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
+        return normalize(norm, x, implementation=self.implementation)
+
+    def fuse(self) -> None:
+        """Makes the parameters those of fewer steps, for good."""
+        self.dcn.fuse()
+        if not self.post_norm or not self.layer_scale:
+            return
+        for norm, gamma in ((self.norm1, self.gamma1), (self.norm2, self.gamma2)):
+            scale, bias = scaled(norm, gamma, geometry.at_least_float32(gamma.dtype))
+            norm.scale, norm.bias = nnx.Param(scale), nnx.Param(bias)
+        self.layer_scale = False
+        del self.gamma1, self.gamma2
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "with_cp", "train"))
@@ -471,13 +499,13 @@ class InternImage(nnx.Module):
         """Returns the model as it is best run: the same function, with fewer and larger products.
 
         Training and files want the parameters as the released models have them, and a model that
-        has them so joins some of them on each call. This does it once. The two share all other
-        parameters.
+        has them so joins some of them on each call. This does it once, and so also multiplies the
+        norms of branches by their gammas, in float32 at least. The two share all other parameters.
         """
         fused = nnx.merge(*nnx.split(self))
         for level in fused.levels:
             for block in level.blocks:
-                block.dcn.fuse()
+                block.fuse()
         return fused
 
     def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:

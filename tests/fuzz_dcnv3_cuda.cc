@@ -86,6 +86,19 @@ bool huge() {
   return both.same();
 }
 
+// An image whose records' numbers do not count up to 2^32 is not one for the nine points' form.
+bool records_fit() {
+  Call call = {};
+  Problem& s = call.problem;
+  call.fused = true, call.type = Type::kBFloat16, call.offset.row = 32;
+  s.kernel_h = s.kernel_w = 3, s.points = 9, s.group = 1, s.depth = 8;
+  s.out_height = (1 << 14) - 1, s.out_width = 1 << 13;
+  const bool below = dcnv3::cuda::has_nine(call);
+  s.out_height += 2;
+  if (below && !dcnv3::cuda::has_nine(call)) return true;
+  return std::printf("the nine points' form takes other images than it can count in\n"), false;
+}
+
 int fuzz(int count, int seed) {
   for (int i = 0; i < count; ++i) {
     engine.seed(seed + i);
@@ -98,7 +111,7 @@ int fuzz(int count, int seed) {
     std::printf("geometry of seed %d\n", seed + i);
     return 1;
   }
-  if (!huge()) return 1;
+  if (!records_fit() || !huge()) return 1;
   std::printf("%d geometries\n", count);
   return 0;
 }

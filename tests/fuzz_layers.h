@@ -223,14 +223,15 @@ bool norm_case(Compute compute) {
   const Values scale = normal(s.rows / s.shared * n, 1), bias = normal(s.rows / s.shared * n);
   const auto bx = stored(s.type, x), bs = stored(s.parameters_type, scale),
              bb = stored(s.parameters_type, bias);
-  const bool adds = integer(0, 1);
-  const Values residual = adds ? normal(count) : Values();
+  const auto add = layer_norm::Add(integer(0, 2));
+  const Values residual = normal(count);
   const auto br = stored(s.type, residual);
   std::vector<char> y(bx.size()), total(br.size());
   s.x = bx.data(), s.scale = bs.data(), s.bias = bb.data(), s.y = y.data();
-  if (adds) s.residual = br.data(), s.total = total.data();
+  if (add != layer_norm::Add::kNot) s.residual = br.data();
+  if (add == layer_norm::Add::kBefore) s.total = total.data();
   if (!compute(s)) return false;
-  if (adds) {
+  if (add == layer_norm::Add::kBefore) {
     for (int64_t i = 0; i < count; ++i) x[i] += residual[i];
     if (!close("a sum", s.type, total, x)) return false;
     for (int64_t i = 0; i < count; ++i) x[i] = value_of(s.type, total.data() + i * size_of(s.type));
@@ -244,6 +245,7 @@ bool norm_case(Compute compute) {
       const int64_t parameter = row / s.shared * n + k;
       const double u = (x[row * n + k] - mean) / std::sqrt(variance + s.epsilon);
       wanted[row * n + k] = u * scale[parameter] + bias[parameter];
+      if (add == layer_norm::Add::kAfter) wanted[row * n + k] += residual[row * n + k];
     }
   }
   return close("a norm", s.type, y, wanted);

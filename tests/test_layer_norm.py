@@ -1,4 +1,4 @@
-"""LayerNorm, alone and after an addition: kernel, definition, and flax's."""
+"""LayerNorm, alone and beside an addition: kernel, definition, and flax's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 
 from tests.test_dwconv import TOLERANCE, assert_close, needs_kernel
 from tests.transforms import check_transforms
-from xla_ops import _ffi, add_norm, layer_norm
+from xla_ops import _ffi, add_norm, layer_norm, norm_add
 
 SHAPES = [(2, 3, 5, 37), (1, 2, 2, 64), (3, 1, 1, 1), (1, 7, 1, 112), (1, 1, 2, 2560), (0, 2, 2, 8)]
 KERNEL = pytest.param("kernel", marks=needs_kernel)
@@ -72,6 +72,30 @@ def test_add_norm_agrees_with_float64(dtype: str, implementation) -> None:
                 assert_close(run(x, residual, *vectors)[1], got, 2 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("implementation", ["jnp", KERNEL, None])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_norm_add_agrees_with_float64(dtype: str, implementation) -> None:
+    run = jax.jit(functools.partial(norm_add, epsilon=1e-3, implementation=implementation))
+    for shape in SHAPES:
+        with jax.enable_x64(True):
+            x, residual, scale, bias = operands_of_add(shape, dtype)
+            got = run(x, residual, scale, bias)
+            assert got.dtype == dtype
+            exact = in_float64(x, scale, bias, 1e-3) + np.asarray(residual, np.float64)
+            assert_close(got, exact, 2 * TOLERANCE[dtype])
+            if dtype in ("bfloat16", "float16"):
+                vectors = (a.astype("float32") + 2.0**-20 for a in (scale, bias))
+                assert_close(run(x, residual, *vectors), got, 2 * TOLERANCE[dtype])
+
+
+def test_operators_alike_are_not_taken_for_each_other() -> None:
+    """What was traced is found by operator and operands, and these have equal operands."""
+    arrays = operands_of_add()
+    total, normalized = add_norm(*arrays)
+    assert_close(norm_add(*arrays), layer_norm(arrays[0], *arrays[2:]) + arrays[1], 2e-6)
+    assert_close(add_norm(*arrays), (total, normalized), 0)
+
+
 @pytest.mark.parametrize("implementation", ["jnp", KERNEL])
 def test_is_exact_where_the_mean_is_large(implementation) -> None:
     x = jnp.asarray(np.random.RandomState(0).standard_normal((1, 1, 1, 16)) * 1e-2 + 300, "float32")
@@ -102,6 +126,7 @@ def test_what_is_not_finite_stays_in_its_row(implementation) -> None:
 def test_transforms() -> None:
     check_transforms(layer_norm, operands(), "internimage_layer_norm_forward")
     check_transforms(add_norm, operands_of_add(), "internimage_add_norm_forward")
+    check_transforms(norm_add, operands_of_add(), "internimage_norm_add_forward")
 
 
 @pytest.mark.parametrize(
@@ -129,10 +154,13 @@ def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str)
         ({3: jnp.zeros(8)}, r"bias: expected shape \(24,\)"),
     ],
 )
-def test_what_does_not_fit_add_norm_is_named(changes: dict[int, jax.Array], message: str) -> None:
+def test_what_does_not_fit_an_addition_is_named(
+    changes: dict[int, jax.Array], message: str
+) -> None:
     arrays = [changes.get(i, a) for i, a in enumerate(operands_of_add())]
-    with pytest.raises(ValueError, match=message):
-        add_norm(*arrays)
+    for operator in (add_norm, norm_add):
+        with pytest.raises(ValueError, match=message):
+            operator(*arrays)
 
 
 def test_settings_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,3 +173,5 @@ def test_settings_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         layer_norm(*operands(), implementation="kernel")
     with pytest.raises(ValueError, match="no 'kernel' to serve here"):
         add_norm(*operands_of_add(), implementation="kernel")
+    with pytest.raises(ValueError, match="no 'kernel' to serve here"):
+        norm_add(*operands_of_add(), implementation="kernel")

@@ -120,6 +120,10 @@ def test_layer_norm_is_a_custom_call_outside_differentiation(
     (line,) = (line for line in text.splitlines() if "@internimage_add_norm_forward" in line)
     assert f"({row}, {row}, {vector}, {vector}) -> ({row}, {row})" in line
     assert "stablehlo.add" not in text and "stablehlo.convert" not in text
+    text = program(lambda x, *vectors: xla_ops.norm_add(x, x, *vectors))
+    (line,) = (line for line in text.splitlines() if "@internimage_norm_add_forward" in line)
+    assert f"({row}, {row}, {vector}, {vector}) -> {row}" in line
+    assert "stablehlo.add" not in text and "stablehlo.convert" not in text
     loss = lambda x, *vectors: sum(  # noqa: E731
         y.astype("float32").sum() for y in xla_ops.add_norm(x, x, *vectors)
     )

@@ -200,6 +200,17 @@ def test_add_norm(shape: tuple[int, ...], dtype: str) -> None:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_norm_add(shape: tuple[int, ...], dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        x, residual, scale, bias = layer_norm.operands_of_add(shape, dtype)
+        first, second = by_kernel(xla_ops.norm_add, x, residual, scale, bias, times=2)
+        exact = layer_norm.in_float64(x, scale, bias, 1e-6) + np.asarray(residual, np.float64)
+        assert_close(first, exact, 2 * TOLERANCE[dtype])
+        assert first.tobytes() == second.tobytes()
+
+
 @pytest.mark.parametrize("channels", [64, 33, 2560])
 def test_layer_norm_with_parameters_of_each_batch(channels: int) -> None:
     normal = np.random.RandomState(0).standard_normal

@@ -160,7 +160,16 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
             ("test_convolution.py", "agrees_with_float64"),
         )
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel or finite or bias or exact", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-k",
+        "kernel or finite or bias or exact",
+        *tests,
+    ]
     environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -426,6 +426,25 @@ def test_a_fused_model_shares_all_parameters_but_those_it_joins():
     assert all(once[path] is mine[path] for path in once.keys() & mine.keys())
 
 
+def test_a_fused_model_has_gammas_in_its_norms():
+    config = SMALLEST.replace(post_norm=True, layer_scale=0.5)
+    model = InternImage(config, rngs=nnx.Rngs(0), dtype="bfloat16", param_dtype="bfloat16")
+    block = model.levels[1].blocks[0]
+    channels = np.arange(block.gamma2[...].size)
+    block.norm2.scale.set_value(jnp.asarray(1 + channels / 64, "bfloat16"))
+    block.norm2.bias.set_value(jnp.asarray(channels / 128, "bfloat16"))
+    block.gamma2.set_value(jnp.asarray(1.5 - channels / 128, "bfloat16"))
+    fused = model.fused()
+    for m in (fused, fused.fused()):
+        norm = m.levels[1].blocks[0].norm2
+        assert norm.scale.dtype == "float32"  # no factor is rounded to half precision
+        np.testing.assert_array_equal(norm.scale, (1 + channels / 64) * (1.5 - channels / 128))
+        np.testing.assert_array_equal(norm.bias, channels / 128 * (1.5 - channels / 128))
+        paths = nnx.to_flat_state(nnx.state(m)).paths
+        assert not any("gamma" in str(part) for path in paths for part in path)
+    np.testing.assert_array_equal(block.norm2.scale[...].astype("float32"), 1 + channels / 64)
+
+
 def test_what_is_not_used_is_not_computed():
     # XLA does not see into the kernels.
     model = InternImage(SMALLEST, rngs=nnx.Rngs(0), implementation="gather")

@@ -7,7 +7,7 @@ from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
-from xla_ops.layer_norm import add_norm, layer_norm
+from xla_ops.layer_norm import add_norm, layer_norm, norm_add
 from xla_ops.linear import linear
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "dwconv_norm_gelu",
     "layer_norm",
     "linear",
+    "norm_add",
     "status",
 ]

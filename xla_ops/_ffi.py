@@ -31,6 +31,7 @@ GELU_FORWARD = "internimage_bias_gelu_forward"
 GELU_BACKWARD = "internimage_bias_gelu_backward"
 NORM_FORWARD = "internimage_layer_norm_forward"
 ADD_NORM_FORWARD = "internimage_add_norm_forward"
+NORM_ADD_FORWARD = "internimage_norm_add_forward"
 LINEAR_FORWARD = "internimage_linear_forward"
 LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
 CONVOLUTION_FORWARD = "internimage_convolution_forward"
@@ -195,6 +196,12 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
             dwconv | {"epsilon": np.float64(7)},
             (pair, pair),
             [[0.0, 6.0], [44.0, 56.0]],
+        ),
+        NORM_ADD_FORWARD: (
+            (np.array([[[[0, 6]]]], np.float32), pair + 3, pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
+            dwconv | {"epsilon": np.float64(7)},
+            (pair,),
+            [[47.0, 59.0]],
         ),
         CONVOLUTION_FORWARD: (
             (np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -52,7 +53,8 @@ def bias_gelu(
     return call(BiasGelu(), implementation, x, bias)
 
 
-class BiasGelu(NamedTuple):
+@dataclass(frozen=True)
+class BiasGelu:
     """`bias_gelu` as `xla_ops.custom_call` takes it."""
 
     plain = "jnp"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ def convolution(
     return forward(operator, implementation, taken, refusal, x, kernel, bias)
 
 
-class Convolution(NamedTuple):
+@dataclass(frozen=True)
+class Convolution:
     """`convolution` as `xla_ops.custom_call` takes it."""
 
     largest_patches: int

@@ -48,7 +48,10 @@ class Target(NamedTuple):
 
 
 class Forward(Protocol):
-    """An operator's forward, and its definition. Equal ones share what was traced."""
+    """An operator's forward, and its definition.
+
+    Equal ones share what was traced, so those of two classes must not be equal, as tuples are.
+    """
 
     @property
     def forward(self) -> Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -15,7 +15,8 @@ from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
 from xla_ops.geometry import Geometry
 
 
-class DCNv3(NamedTuple):
+@dataclass(frozen=True)
+class DCNv3:
     """`xla_ops.dcnv3` as `xla_ops.custom_call` takes it: of x, offset and mask, or x and record."""
 
     geometry: Geometry

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -66,7 +67,8 @@ def dwconv_norm_gelu(
     return call(DwconvNormGelu(float(epsilon)), implementation, x, *parameters.values())
 
 
-class DwconvNormGelu(NamedTuple):
+@dataclass(frozen=True)
+class DwconvNormGelu:
     """`dwconv_norm_gelu` as `xla_ops.custom_call` takes it."""
 
     epsilon: float

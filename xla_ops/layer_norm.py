@@ -1,8 +1,9 @@
-"""LayerNorm, alone or after an addition, as one kernel that reads a row once."""
+"""LayerNorm, alone or with an addition before or after, as one kernel that reads a row once."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +77,39 @@ def add_norm(
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
-    _check(x, scale, bias, epsilon)
-    if (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"residual: expected shape {x.shape} and dtype {x.dtype}, "
-            f"got {residual.shape} and {residual.dtype}"
-        )
+    _check(x, scale, bias, epsilon, residual)
     operator, serving = AddNorm(float(epsilon)), _serving(_ffi.ADD_NORM_FORWARD, x, implementation)
+    return forward(operator, implementation, serving, "", x, residual, scale, bias)
+
+
+def norm_add(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float = 1e-6,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> jax.Array:
+    """Returns `layer_norm` of x, plus residual.
+
+    Args:
+        x: (N, H, W, C), float32, bfloat16, float16 or float64.
+        residual: Of x's shape and dtype.
+        scale: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
+        bias: (C,), likewise and of the dtype of `scale`.
+        epsilon: Added to the variance.
+        implementation: As for `layer_norm`; the target to name for `jax.export` is
+            "internimage_norm_add_forward".
+
+    Returns:
+        (N, H, W, C) of x's dtype, rounded to it once: after the addition.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+    """
+    _check(x, scale, bias, epsilon, residual)
+    operator, serving = NormAdd(float(epsilon)), _serving(_ffi.NORM_ADD_FORWARD, x, implementation)
     return forward(operator, implementation, serving, "", x, residual, scale, bias)
 
 
@@ -94,7 +121,13 @@ def _serving(name: str, x: jax.Array, implementation: str | None) -> tuple[str, 
     return serving
 
 
-def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> None:
+def _check(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    epsilon: float,
+    residual: jax.Array | None = None,
+) -> None:
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     if x.dtype not in DTYPES:
@@ -110,9 +143,15 @@ def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> N
                 f"{name}: expected shape {x.shape[-1:]} and dtype {wanted}, "
                 f"got {vector.shape} and {vector.dtype}"
             )
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"residual: expected shape {x.shape} and dtype {x.dtype}, "
+            f"got {residual.shape} and {residual.dtype}"
+        )
 
 
-class LayerNorm(NamedTuple):
+@dataclass(frozen=True)
+class LayerNorm:
     """`layer_norm` as `xla_ops.custom_call` takes it."""
 
     epsilon: float
@@ -123,17 +162,12 @@ class LayerNorm(NamedTuple):
         return Target(_ffi.NORM_FORWARD, (3, 1, 1), (3,), _like_x, attributes, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
-        x, *vectors = operands
-        real = at_least_float32(x.dtype)
-        scale, bias = (a.astype(real)[None, None, None] for a in vectors)
-        y = x.astype(real)
-        # Not E[x^2] - E[x]^2, which cancels where the mean is large.
-        y -= y.mean(-1, keepdims=True)
-        y *= lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale
-        return (y + bias).astype(x.dtype)
+        x, scale, bias = operands
+        return _normalized(x, scale, bias, self.epsilon).astype(x.dtype)
 
 
-class AddNorm(NamedTuple):
+@dataclass(frozen=True)
+class AddNorm:
     """`add_norm` as `xla_ops.custom_call` takes it."""
 
     epsilon: float
@@ -149,6 +183,34 @@ class AddNorm(NamedTuple):
         x, residual, *vectors = operands
         total = x + residual
         return total, LayerNorm(self.epsilon).definition(total, *vectors)
+
+
+@dataclass(frozen=True)
+class NormAdd:
+    """`norm_add` as `xla_ops.custom_call` takes it."""
+
+    epsilon: float
+
+    @property
+    def forward(self) -> Target:
+        operands, attributes = (3, 3, 1, 1), _attributes(self.epsilon)
+        return Target(_ffi.NORM_ADD_FORWARD, operands, (3,), _like_x, attributes, shared=(2, 3))
+
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        x, residual, scale, bias = operands
+        y = _normalized(x, scale, bias, self.epsilon)
+        return (y + residual.astype(y.dtype)).astype(x.dtype)
+
+
+def _normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """LayerNorm in jnp, at least float32."""
+    real = at_least_float32(x.dtype)
+    scale, bias = (a.astype(real)[None, None, None] for a in (scale, bias))
+    y = x.astype(real)
+    # Not E[x^2] - E[x]^2, which cancels where the mean is large.
+    y -= y.mean(-1, keepdims=True)
+    y *= lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon) * scale
+    return y + bias
 
 
 def _attributes(epsilon: float) -> tuple[tuple[str, Any], ...]:

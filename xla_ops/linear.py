@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,8 @@ def _takes(platform: str, kernel: jax.Array) -> bool:
     return kernel.dtype.itemsize == 2 and not any(size % 8 for size in kernel.shape)
 
 
-class Linear(NamedTuple):
+@dataclass(frozen=True)
+class Linear:
     """`linear` as `xla_ops.custom_call` takes it."""
 
     gelu: bool

@@ -21,5 +21,6 @@ XLA_FFI_Handler* convolution_handler();
 
 namespace layer_norm::cpu {
 XLA_FFI_Handler* forward_handler();
-XLA_FFI_Handler* add_handler();
+XLA_FFI_Handler* add_norm_handler();
+XLA_FFI_Handler* norm_add_handler();
 }  // namespace layer_norm::cpu

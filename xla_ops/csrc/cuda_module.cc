@@ -267,8 +267,17 @@ ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand scale, Operan
   return check("internimage_layer_norm", forward(stream, call));
 }
 
-ffi::Error add_handler(cudaStream_t stream, Operand x, Operand residual, Operand scale, Operand bias,
-                       Result total, Result y, double epsilon, int64_t version) {
+ffi::Error norm_add_handler(cudaStream_t stream, Operand x, Operand residual, Operand scale, Operand bias,
+                            Result y, double epsilon, int64_t version) {
+  Call call = {};
+  ffi::Error error = describe(x, residual, scale, bias, y, epsilon, version, &call);
+  if (error.failure()) return error;
+  if (const char* why = refusal(call)) return invalid(why);
+  return check("internimage_norm_add", forward(stream, call));
+}
+
+ffi::Error add_norm_handler(cudaStream_t stream, Operand x, Operand residual, Operand scale, Operand bias,
+                            Result total, Result y, double epsilon, int64_t version) {
   Call call = {};
   ffi::Error error = describe(x, residual, scale, bias, total, y, epsilon, version, &call);
   if (error.failure()) return error;
@@ -285,7 +294,17 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
                            .Attr<double>("epsilon")
                            .Attr<int64_t>("version"),
                        TRAITS);
-XLA_FFI_DEFINE_HANDLER(kAdd, add_handler,
+XLA_FFI_DEFINE_HANDLER(kNormAdd, norm_add_handler,
+                       bind()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // residual
+                           .Arg<Operand>()  // scale
+                           .Arg<Operand>()  // bias
+                           .Ret<Operand>()  // y
+                           .Attr<double>("epsilon")
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+XLA_FFI_DEFINE_HANDLER(kAddNorm, add_norm_handler,
                        bind()
                            .Arg<Operand>()  // x
                            .Arg<Operand>()  // residual
@@ -316,7 +335,8 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_bias_gelu_forward", gelu::cuda::kForward);
     add("internimage_bias_gelu_backward", gelu::cuda::kBackward);
     add("internimage_layer_norm_forward", layer_norm::cuda::kForward);
-    add("internimage_add_norm_forward", layer_norm::cuda::kAdd);
+    add("internimage_add_norm_forward", layer_norm::cuda::kAddNorm);
+    add("internimage_norm_add_forward", layer_norm::cuda::kNormAdd);
     add("internimage_linear_gelu_forward", linear::cuda::kForward);
     return targets;
   });

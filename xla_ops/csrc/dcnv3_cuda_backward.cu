@@ -5,6 +5,7 @@
 // x is in dcnv3_cuda_spread.cu.
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_device.h"
+#include "dcnv3_cuda_nine.h"
 
 namespace dcnv3::cuda {
 namespace {

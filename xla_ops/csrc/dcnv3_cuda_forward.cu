@@ -7,6 +7,7 @@
 // Pixels are read where they are: caches serve what neighbours share.
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_device.h"
+#include "dcnv3_cuda_nine.h"
 
 namespace dcnv3::cuda {
 namespace {

@@ -13,6 +13,7 @@
 
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_device.h"
+#include "dcnv3_cuda_nine.h"
 
 namespace dcnv3::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // One call of LayerNorm over raw buffers: y = (x - mean) / sqrt(variance + epsilon) * scale + bias, over the
-// channels of a row; or of add_norm, where x is the sum of two.
+// channels of a row; of add_norm, where x is the sum of two; or of norm_add, where y is added to.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,9 @@ namespace layer_norm {
 
 using xla_ops::Type;
 
+// Where the residual is added, if at all.
+enum class Add { kNot, kBefore, kAfter };
+
 struct Call {
   int64_t rows, channels;
   int64_t shared;  // consecutive rows that use the same parameters
@@ -17,11 +20,13 @@ struct Call {
   Type type;  // of x and y
   Type parameters_type;
   const void* x;         // (rows, channels)
-  const void* residual;  // added to x, likewise; null where there is none
+  const void* residual;  // added to x, or to y before it is rounded, likewise; null where there is none
   const void* scale;     // (rows / shared, channels)
   const void* bias;      // likewise
-  void* total;           // (rows, channels), the sum, rounded to `type` before it is normalised
+  void* total;           // (rows, channels), the sum that is normalised, rounded to `type`; or null
   void* y;               // (rows, channels)
+
+  Add add() const { return !residual ? Add::kNot : total ? Add::kBefore : Add::kAfter; }
 };
 
 }  // namespace layer_norm

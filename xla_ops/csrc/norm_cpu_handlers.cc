@@ -1,4 +1,4 @@
-// The CPU handler of XLA's foreign function interface for layer_norm and add_norm.
+// The CPU handler of XLA's foreign function interface for layer_norm, add_norm and norm_add.
 #include "cpu_handlers.h"
 #include "cpu_layers.h"
 #include "norm_cpu.h"
@@ -22,8 +22,15 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand scale, Operand
   return error.failure() ? failed(error) : start(pool, s);
 }
 
-ffi::Future add_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
-                     Result total, Result y, double epsilon, int64_t version) {
+ffi::Future norm_add_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
+                          Result y, double epsilon, int64_t version) {
+  Call s = {};
+  ffi::Error error = describe(x, residual, scale, bias, y, epsilon, version, &s);
+  return error.failure() ? failed(error) : start(pool, s);
+}
+
+ffi::Future add_norm_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
+                          Result total, Result y, double epsilon, int64_t version) {
   Call s = {};
   ffi::Error error = describe(x, residual, scale, bias, total, y, epsilon, version, &s);
   return error.failure() ? failed(error) : start(pool, s);
@@ -38,7 +45,17 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward_call,
                            .Ret<Operand>()  // y
                            .Attr<double>("epsilon")
                            .Attr<int64_t>("version"));
-XLA_FFI_DEFINE_HANDLER(kAdd, add_call,
+XLA_FFI_DEFINE_HANDLER(kNormAdd, norm_add_call,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // residual
+                           .Arg<Operand>()  // scale
+                           .Arg<Operand>()  // bias
+                           .Ret<Operand>()  // y
+                           .Attr<double>("epsilon")
+                           .Attr<int64_t>("version"));
+XLA_FFI_DEFINE_HANDLER(kAddNorm, add_norm_call,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Arg<Operand>()  // x
@@ -55,8 +72,11 @@ XLA_FFI_DEFINE_HANDLER(kAdd, add_call,
 XLA_FFI_Handler* forward_handler() {
   return kForward;
 }
-XLA_FFI_Handler* add_handler() {
-  return kAdd;
+XLA_FFI_Handler* add_norm_handler() {
+  return kAddNorm;
+}
+XLA_FFI_Handler* norm_add_handler() {
+  return kNormAdd;
 }
 
 }  // namespace layer_norm::cpu

@@ -12,9 +12,9 @@ CPU_FN void over(int64_t channels, F f) {
   for (; c < channels; ++c) f(c, std::integral_constant<int, 1>{});
 }
 
-// `count` rows, at most kTogether, by the parameters `scale` and `bias`; `work` holds kTogether rows. With
-// kAdd the rows are x and residual, added up into `total`.
-template <bool kAdd, class T, class Real>
+// `count` rows, at most kTogether, by the parameters `scale` and `bias`; `work` holds kTogether rows. The
+// sums of rows and residual before the norm go to `total`.
+template <Add kAdd, class T, class Real>
 CPU_FN void normalize(const T* x, const T* residual, T* total, int64_t count, int64_t n, Real epsilon,
                       const Real* scale, const Real* bias, Real* work, T* y) {
   constexpr int kLanes = kBytes / int(sizeof(Real));
@@ -40,7 +40,7 @@ CPU_FN void normalize(const T* x, const T* residual, T* total, int64_t count, in
                               using M = Memory<T, Real, lanes()>;
                               const int64_t at = r * n + c;
                               auto v = M::load(x + at);
-                              if constexpr (kAdd) {
+                              if constexpr (kAdd == Add::kBefore) {
                                 M::store(total + at, v + M::load(residual + at));
                                 v = M::load(total + at);
                               }
@@ -59,13 +59,14 @@ CPU_FN void normalize(const T* x, const T* residual, T* total, int64_t count, in
     const Real factor = 1 / std::sqrt(variance[r] + epsilon);
     over<kLanes>(n, [&](int64_t c, auto lanes) CPU_TARGET {
       using M = Memory<Real, Real, lanes()>;
-      const auto v = M::load(work + r * n + c) * (M::load(scale + c) * factor) + M::load(bias + c);
+      auto v = M::load(work + r * n + c) * (M::load(scale + c) * factor) + M::load(bias + c);
+      if constexpr (kAdd == Add::kAfter) v += Memory<T, Real, lanes()>::load(residual + r * n + c);
       Memory<T, Real, lanes()>::store(y + r * n + c, v);
     });
   }
 }
 
-template <bool kAdd, class T, class P>
+template <Add kAdd, class T, class P>
 CPU_TARGET void forward_rows(const Call& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
   const int64_t n = call.channels;
@@ -81,8 +82,8 @@ CPU_TARGET void forward_rows(const Call& call, int64_t begin, int64_t end) {
       }
     }
     const int64_t count = std::min<int64_t>({kTogether, end - row, (set + 1) * call.shared - row});
-    const T* residual = kAdd ? static_cast<const T*>(call.residual) + row * n : nullptr;
-    T* total = kAdd ? static_cast<T*>(call.total) + row * n : nullptr;
+    const T* residual = kAdd != Add::kNot ? static_cast<const T*>(call.residual) + row * n : nullptr;
+    T* total = kAdd == Add::kBefore ? static_cast<T*>(call.total) + row * n : nullptr;
     normalize<kAdd, T, Real>(static_cast<const T*>(call.x) + row * n, residual, total, count, n,
                              Real(call.epsilon), scale, bias, work, static_cast<T*>(call.y) + row * n);
     row += count;
@@ -91,8 +92,14 @@ CPU_TARGET void forward_rows(const Call& call, int64_t begin, int64_t end) {
 
 template <class T, class P>
 CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
-  if (call.residual) return forward_rows<true, T, P>(call, begin, end);
-  forward_rows<false, T, P>(call, begin, end);
+  switch (call.add()) {
+    case Add::kNot:
+      return forward_rows<Add::kNot, T, P>(call, begin, end);
+    case Add::kBefore:
+      return forward_rows<Add::kBefore, T, P>(call, begin, end);
+    case Add::kAfter:
+      return forward_rows<Add::kAfter, T, P>(call, begin, end);
+  }
 }
 
 CPU_TARGET void forward(const Call& call, int64_t begin, int64_t end) {

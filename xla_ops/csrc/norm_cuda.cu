@@ -1,5 +1,5 @@
 // LayerNorm on CUDA: a row is read once, and waits in registers for its mean and its variance. So are the two
-// rows of add_norm, whose sum is written and waits.
+// rows of add_norm, whose sum is written and waits, and those of norm_add, of which one waits for the other.
 //
 // A thread owns pieces of C channels, as many as 16 bytes hold, or one. A team of up to 32 neighbouring
 // threads, a power of two, owns a row, R pieces for each thread; the sums go through the team by shuffles,
@@ -59,8 +59,8 @@ struct Numbers {
   Real part, epsilon;  // of a channel in a mean
 };
 
-// P is the parameters' type; a team has 1 << shift threads. With A there is a residual to add.
-template <bool A, class T, class P, int C, int R, int K>
+// P is the parameters' type; a team has 1 << shift threads.
+template <Add A, class T, class P, int C, int R, int K>
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const __grid_constant__ Call call, const __grid_constant__ Numbers<RealOf<T>> numbers,
                 const __grid_constant__ int shift) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool whole = ((R - 1) * lanes + lane) * C < channels;
   const auto there = [&](int k, int r) { return k * teams < left && (r + 1 < R || whole); };
 
-  W words[K][R], residual[A ? K : 1][R];
+  W words[K][R], residual[A != Add::kNot ? K : 1][R];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
         return there(k, r) ? *reinterpret_cast<const W*>(static_cast<const T*>(p) + at) : W();
       };
       words[k][r] = read(call.x);
-      if constexpr (A) residual[k][r] = read(call.residual);
+      if constexpr (A != Add::kNot) residual[k][r] = read(call.residual);
     }
   }
   // K is 1 where not all rows use the same parameters.
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
     sums[k] = 0;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if constexpr (A) {
+      if constexpr (A == Add::kBefore) {
         T* const p = static_cast<T*>(call.total) + from + k * next + r * lanes * C;
         words[k][r] = add_words<T>(words[k][r], residual[k][r]);
         if (there(k, r)) *reinterpret_cast<W*>(p) = words[k][r];
@@ -142,6 +142,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < R; ++r) {
 #pragma unroll
       for (int c = 0; c < C; ++c) v[k][r][c] = v[k][r][c] * (scale[r][c] * factor) + bias[r][c];
+      if constexpr (A == Add::kAfter) {
+        Real u[C];
+        unpack_word<T>(residual[k][r], u);
+#pragma unroll
+        for (int c = 0; c < C; ++c) v[k][r][c] += u[c];
+      }
       if (there(k, r)) store<C>(v[k][r], static_cast<T*>(call.y) + from + k * next + r * lanes * C);
     }
   }
@@ -162,22 +168,23 @@ __device__ __forceinline__ Real block_sum(Real v, int use) {
   return v;
 }
 
-template <bool A, class T, class P, int C>
+template <Add A, class T, class P, int C>
 __global__ void __launch_bounds__(kWideThreads)
     norm_wide_kernel(const __grid_constant__ Call call, const __grid_constant__ Numbers<RealOf<T>> numbers) {
   using Real = RealOf<T>;
   const int64_t row = blockIdx.x, channels = call.channels;
   const int64_t set = call.shared >= call.rows ? 0 : quotient(row, call.shared);
   const T* const x = static_cast<const T*>(call.x) + row * channels;
-  T* const total = A ? static_cast<T*>(call.total) + row * channels : nullptr;
+  constexpr bool kBefore = A == Add::kBefore;
+  T* const total = kBefore ? static_cast<T*>(call.total) + row * channels : nullptr;
   const auto over = [&](auto f) {  // f(first channel, values) for each of the thread's pieces
     for (int64_t i = threadIdx.x * C; i < channels; i += kWideThreads * C) {
       Real v[C];
-      load<C>(A ? total + i : x + i, v);
+      load<C>(kBefore ? total + i : x + i, v);
       f(i, v);
     }
   };
-  if constexpr (A) {  // a thread reads again what it wrote itself
+  if constexpr (kBefore) {  // a thread reads again what it wrote itself
     using W = Word<T, C>;
     const T* const residual = static_cast<const T*>(call.residual) + row * channels;
     for (int64_t i = threadIdx.x * C; i < channels; i += kWideThreads * C) {
@@ -202,6 +209,12 @@ __global__ void __launch_bounds__(kWideThreads)
     load<C>(static_cast<const P*>(call.bias) + set * channels + i, bias);
 #pragma unroll
     for (int c = 0; c < C; ++c) v[c] = (v[c] - mean) * (scale[c] * factor) + bias[c];
+    if constexpr (A == Add::kAfter) {
+      Real u[C];
+      load<C>(static_cast<const T*>(call.residual) + row * channels + i, u);
+#pragma unroll
+      for (int c = 0; c < C; ++c) v[c] += u[c];
+    }
     store<C>(v, static_cast<T*>(call.y) + row * channels + i);
   });
 }
@@ -224,10 +237,10 @@ inline Plan make_plan(int64_t pieces) {
   return plan;
 }
 
-template <bool A, class T, class P, int C, int R>
+template <Add A, class T, class P, int C, int R>
 cudaError_t launch_teams(cudaStream_t stream, const Call& call, int shift) {
-  constexpr int kMost = kMostPieces / (A ? 2 : 1);           // two operands are as many pieces in flight
-  constexpr int kRows = C > 1 && kMost > R ? kMost / R : 1;  // a form less to compile for what is rare
+  constexpr int kMost = kMostPieces / (A != Add::kNot ? 2 : 1);  // two operands are as many pieces in flight
+  constexpr int kRows = C > 1 && kMost > R ? kMost / R : 1;      // a form less to compile for what is rare
   const Numbers<RealOf<T>> numbers(call);
   const auto blocks = [&](int rows) {
     const int64_t each = (kThreads >> shift) * rows;
@@ -245,7 +258,7 @@ cudaError_t launch_teams(cudaStream_t stream, const Call& call, int shift) {
   return launch(stream, blocks(1), kThreads, 0, norm_kernel<A, T, P, C, R, 1>, call, numbers, shift);
 }
 
-template <bool A, class T, class P, int C>
+template <Add A, class T, class P, int C>
 cudaError_t launch_pieces(cudaStream_t stream, const Call& call) {
   const int64_t pieces = call.channels / C;
   if (pieces > 32 * kMostPieces) {
@@ -266,7 +279,7 @@ cudaError_t launch_pieces(cudaStream_t stream, const Call& call) {
   }
 }
 
-template <bool A, class T, class P>
+template <Add A, class T, class P>
 cudaError_t launch_rows(cudaStream_t stream, const Call& call) {
   const bool whole = call.channels % kPiece<T> == 0 && aligned(call.x) && aligned(call.scale) &&
                      aligned(call.bias) && aligned(call.y) && aligned(call.residual) && aligned(call.total);
@@ -275,7 +288,15 @@ cudaError_t launch_rows(cudaStream_t stream, const Call& call) {
 
 template <class T, class P>
 cudaError_t launch_norm(cudaStream_t stream, const Call& call) {
-  return call.residual ? launch_rows<true, T, P>(stream, call) : launch_rows<false, T, P>(stream, call);
+  switch (call.add()) {
+    case Add::kNot:
+      return launch_rows<Add::kNot, T, P>(stream, call);
+    case Add::kBefore:
+      return launch_rows<Add::kBefore, T, P>(stream, call);
+    case Add::kAfter:
+      return launch_rows<Add::kAfter, T, P>(stream, call);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace

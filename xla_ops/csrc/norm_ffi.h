@@ -1,9 +1,9 @@
-// What the handlers of all platforms share for layer_norm and add_norm: from a custom call's buffers and
-// attributes to a checked layer_norm::Call.
+// What the handlers of all platforms share for layer_norm, add_norm and norm_add: from a custom call's
+// buffers and attributes to a checked layer_norm::Call.
 //
-// Operands: x (..., C), of add_norm also residual (..., C), scale (..., C) and bias (..., C). What precedes
-// the parameters' own axis also precedes x's, and says which rows use which parameters: `vmap` over them adds
-// an axis to all.
+// Operands: x (..., C), with an addition also residual (..., C), scale (..., C) and bias (..., C). What
+// precedes the parameters' own axis also precedes x's, and says which rows use which parameters: `vmap` over
+// them adds an axis to all.
 #pragma once
 
 #include <cstdint>
@@ -59,13 +59,23 @@ inline ffi::Error describe(Operand x, Operand scale, Operand bias, Result y, dou
   return ffi::Error::Success();
 }
 
+// The same for norm_add.
+inline ffi::Error describe(Operand x, Operand residual, Operand scale, Operand bias, Result y, double epsilon,
+                           int64_t version, Call* call) {
+  ffi::Error error = describe(x, scale, bias, y, epsilon, version, call);
+  if (error.failure()) return error;
+  if (!same(residual, x)) return invalid("the residual does not fit");
+  call->residual = residual.untyped_data();
+  return ffi::Error::Success();
+}
+
 // The same for add_norm.
 inline ffi::Error describe(Operand x, Operand residual, Operand scale, Operand bias, Result total, Result y,
                            double epsilon, int64_t version, Call* call) {
-  ffi::Error error = describe(x, scale, bias, y, epsilon, version, call);
+  ffi::Error error = describe(x, residual, scale, bias, y, epsilon, version, call);
   if (error.failure()) return error;
-  if (!same(residual, x) || !same(*total, x)) return invalid("the residual or the sum does not fit");
-  call->residual = residual.untyped_data(), call->total = total->untyped_data();
+  if (!same(*total, x)) return invalid("the sum does not fit");
+  call->total = total->untyped_data();
   return ffi::Error::Success();
 }
 

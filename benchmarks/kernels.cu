@@ -106,8 +106,8 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   layer_norm::Call norm = {};
   norm.rows = norm.shared = pixels, norm.channels = c, norm.epsilon = 1e-6;
   norm.type = norm.parameters_type = type, norm.x = x, norm.scale = norm.bias = vector, norm.y = y;
-  layer_norm::Call before = norm, after = norm;
-  before.residual = after.residual = dy, before.total = dx;
+  layer_norm::Call add_norm = norm, norm_add = norm;
+  add_norm.residual = norm_add.residual = dy, add_norm.total = dx;
 
   return {
       {"dcnv3", [=](cudaStream_t stream) { return dcnv3::cuda::forward(stream, d); }},
@@ -116,8 +116,8 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
       {"linear with GELU", [=](cudaStream_t stream) { return linear::cuda::forward(stream, product); }},
       {"bias_gelu", [=](cudaStream_t stream) { return gelu::cuda::compute(stream, after); }},
       {"layer_norm", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, norm); }},
-      {"add_norm", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, before); }},
-      {"norm_add", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, after); }}};
+      {"add_norm", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, add_norm); }},
+      {"norm_add", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, norm_add); }}};
 }
 
 void time(const char* name, const Shape& s, const std::vector<Launch>& turns, cudaStream_t stream) {

@@ -177,16 +177,18 @@ def normalize_add(
     What is added is times `factors` (C,) if there are any.
     """
     x, residual = x.astype(norm.dtype), residual.astype(norm.dtype)
-    scale, bias = operand(x, norm.scale), operand(x, norm.bias)
-    if factors is not None:
-        scale, bias = scaled(norm, factors, geometry.at_least_float32(x.dtype))
+    if factors is None:
+        scale, bias = operand(x, norm.scale), operand(x, norm.bias)
+    else:
+        scale, bias = scaled(norm, factors)
     return xla_ops.norm_add(
         *(x, residual, scale, bias), epsilon=norm.epsilon, implementation=implementation
     )
 
 
-def scaled(norm: nnx.LayerNorm, factors: nnx.Param, dtype: DTypeLike) -> list[jax.Array]:
-    """Scale and bias, of `dtype`, of a norm whose result is `norm`'s times `factors` (C,)."""
+def scaled(norm: nnx.LayerNorm, factors: nnx.Param) -> list[jax.Array]:
+    """Scale and bias, at least float32, of a norm whose result is `norm`'s times `factors` (C,)."""
+    dtype = geometry.at_least_float32(jnp.dtype(norm.dtype))
     factor, *vectors = (on_host(a).astype(dtype) for a in (factors, norm.scale, norm.bias))
     return [jnp.asarray(vector * factor) for vector in vectors]
 

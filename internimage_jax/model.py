@@ -39,7 +39,6 @@ from internimage_jax.common import (
 from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
 from internimage_jax.preprocess import Preprocessing
-from xla_ops import geometry
 from xla_ops.custom_call import forward_mode_named
 
 
@@ -220,8 +219,8 @@ class InternImageLayer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the layer's map, and what the norm `following` makes of it, if there is one.
 
-        `normalized` is what `norm1` makes of `x`, where the layer before has made it: a sum and
-        the norm after it are one pass.
+        `normalized` is what `norm1` makes of `x`, where the layer before has made it, since a sum
+        and the norm after it can be one pass.
         """
         key1, key2, key3 = split(key, 3)
         if normalized is None:
@@ -248,7 +247,11 @@ class InternImageLayer(nnx.Module):
         drop_path_rate: jax.Array | float | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Adds a branch's map y, by its own norm and gamma, to x; returns that as a call does."""
+        """Adds a branch's map y, by its own norm and gamma, to x; returns that as a call does.
+
+        One pass has the addition and a norm: the branch's own, if it has one, or else `following`.
+        Drop path comes between the own norm and the addition.
+        """
         if norm is not None and (key is None or drop_path_rate is None):
             x = normalize_add(norm, y, x, gamma, self.implementation)
             return x, None if following is None else self._normalize(following, x)
@@ -263,12 +266,12 @@ class InternImageLayer(nnx.Module):
         return normalize(norm, x, implementation=self.implementation)
 
     def fuse(self) -> None:
-        """Makes the parameters those of fewer steps, for good."""
+        """Joins products, and multiplies the norms of branches by their gammas, for good."""
         self.dcn.fuse()
         if not self.post_norm or not self.layer_scale:
             return
         for norm, gamma in ((self.norm1, self.gamma1), (self.norm2, self.gamma2)):
-            scale, bias = scaled(norm, gamma, geometry.at_least_float32(gamma.dtype))
+            scale, bias = scaled(norm, gamma)
             norm.scale, norm.bias = nnx.Param(scale), nnx.Param(bias)
         self.layer_scale = False
         del self.gamma1, self.gamma2

@@ -77,6 +77,7 @@ def test_agrees_with_float64(dtype: str, implementation, gelu: bool) -> None:
         ((1, 2, 3, 1024), 17),
         ((1, 1, 1, 1), 1),
         ((0, 2, 2, 8), 8),
+        ((0, 7, 7, 160), 8),
     ):
         with jax.enable_x64(True):
             arrays = operands(shape, outputs, dtype)
@@ -139,8 +140,12 @@ def test_each_product_is_as_exact_as_float32(inputs: int, largest: bool) -> None
 def test_other_rows_do_not_matter() -> None:
     """Nor do threads and tiles: each sum runs in one order."""
     x, kernel, bias = operands((3, 20, 20, 300), 128, "float32")
+    x = x.at[0, 3, 4, 5].set(jnp.inf).at[1, 6, 7, 8].set(jnp.nan)
     run = jax.jit(functools.partial(linear, gelu=True, implementation="kernel"))
     whole = np.asarray(run(x, kernel, bias))
+    finite = np.asarray(run(jnp.nan_to_num(x, posinf=0), kernel, bias))
+    rows = np.isfinite(x).all(-1)
+    np.testing.assert_array_equal(whole[rows], finite[rows])
     assert whole.tobytes() == np.asarray(run(x, kernel, bias)).tobytes()
     part = np.asarray(run(x[1:2, 5:], kernel, bias))
     np.testing.assert_array_equal(part, whole[1:2, 5:])

@@ -426,6 +426,24 @@ def test_a_fused_model_shares_all_parameters_but_those_it_joins():
     assert all(once[path] is mine[path] for path in once.keys() & mine.keys())
 
 
+@pytest.mark.parametrize(
+    "changes", [{"post_norm": True, "layer_scale": 0.5}, {"res_post_norm": True}], ids=str
+)
+def test_a_branch_is_added_alike_with_and_without_drop_path(changes):
+    block = InternImage(SMALLEST.replace(**changes), rngs=nnx.Rngs(0)).levels[0].blocks[0]
+    names = ("norm1", "norm2", "res_post_norm1", "res_post_norm2")
+    norms = [getattr(block, name) for name in names if hasattr(block, name)]
+    vectors = [vector for norm in norms for vector in (norm.scale, norm.bias)]
+    if "layer_scale" in changes:
+        vectors += [block.gamma1, block.gamma2]
+    for i, vector in enumerate(vectors):
+        vector.set_value(1 + 0.5 * jnp.cos(jnp.arange(16.0) * (i + 1)))
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 6, 5, 16)), "float32")
+    one_pass, _ = block(x)
+    apart, _ = block(x, key=jax.random.key(0), drop_path_rate=0.0)  # which drops nothing
+    np.testing.assert_allclose(one_pass, apart, rtol=0, atol=1e-5 * np.abs(apart).max())
+
+
 def test_a_fused_model_has_gammas_in_its_norms():
     config = SMALLEST.replace(post_norm=True, layer_scale=0.5)
     model = InternImage(config, rngs=nnx.Rngs(0), dtype="bfloat16", param_dtype="bfloat16")

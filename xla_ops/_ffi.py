@@ -198,10 +198,13 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
             [[0.0, 6.0], [44.0, 56.0]],
         ),
         NORM_ADD_FORWARD: (
-            (np.array([[[[0, 6]]]], np.float32), pair + 3, pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
+            (
+                *(np.array([[[values]]], np.float32) for values in ([0, 6], [3, 5])),
+                *(pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
+            ),
             dwconv | {"epsilon": np.float64(7)},
             (pair,),
-            [[47.0, 59.0]],
+            [[47.0, 61.0]],
         ),
         CONVOLUTION_FORWARD: (
             (np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]),
@@ -240,11 +243,13 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
 def _product() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """x, kernel and bias of several tiles that are not full, of the smallest kind, and the result.
 
+    On a CPU with AMX they are just enough to be products of pieces in float32.
+
     Small integers, whose sums bfloat16 holds and GELU leaves as they are, and so many kinds of row
     and column that none can stand for another unseen.
     """
     draw = np.random.RandomState(0).randint
-    x, kernel = draw(0, 2, (1, 3, 11, 104)), draw(0, 2, (104, 72))
+    x, kernel = draw(0, 2, (1, 5, 11, 136)), draw(0, 2, (136, 72))
     bias = 13 + np.arange(72)
     operands = tuple(a.astype(jnp.bfloat16) for a in (x, kernel, bias))
     return operands, (x @ kernel + bias).astype(jnp.bfloat16)

@@ -50,7 +50,8 @@ class Target(NamedTuple):
 class Forward(Protocol):
     """An operator's forward, and its definition.
 
-    Equal ones share what was traced, so those of two classes must not be equal, as tuples are.
+    Equal ones share what was traced. They are frozen dataclasses: as named tuples, those of two
+    classes would be equal.
     """
 
     @property

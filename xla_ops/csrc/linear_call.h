@@ -21,6 +21,7 @@ struct Map {
 struct Call {
   Map map;  // no channels where this is no convolution, else 9 times as many are the inputs
   int64_t rows, inputs, outputs;
+  int64_t image_rows;  // of an image; a form that is chosen by them does not depend on the batch
   bool gelu;
   Type type;  // of x, kernel and y
   Type bias_type;

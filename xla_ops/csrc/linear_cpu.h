@@ -12,7 +12,8 @@ struct Tiles {
   int64_t down, across;
 };
 
-// The fewest tiles that fit the caches, or about `wanted` of them if there are as many.
+// The fewest tiles that fit the caches, or about `wanted` of them, half as many at least, if there are so
+// many.
 Tiles tiles_of(const Call& call, int64_t wanted);
 
 // Computes a tile.

@@ -2,15 +2,15 @@
 //
 // A float32 is the sum of three numbers of eight bits each, a = a0 + a1 + a2, exactly, where a1 is at most
 // 2^-8 of a0 and a2 of a1. Of the nine products of two such sums those of a1 b2, a2 b1 and a2 b2 are left
-// out: of four million random products 2^-24.3 at most, 2^-27.5 in the mean square, where rounding a product
-// to float32 loses 2^-24 and 2^-25.2. The sums are in float32, as anywhere, and the small products come
-// first. XLA knows the scheme as BF16_BF16_F32_X6 (Henry, Tang and Heinecke, Leveraging the bfloat16
-// artificial intelligence datatype for higher-precision computations, arXiv 1904.06376). Six products at 16
-// times the rate of AVX-512's are 2.7 times that; making the pieces takes back the half.
+// out: at most 2^-23 of |a b|, of four million random products 2^-24.3 at most and 2^-27.5 in the mean
+// square, where rounding a product to float32 loses 2^-24 and 2^-25.2. The sums are in float32, as anywhere.
+// XLA knows the scheme as BF16_BF16_F32_X6 (Henry, Tang and Heinecke, Leveraging the bfloat16 artificial
+// intelligence datatype for higher-precision computations, arXiv 1904.06376). Six products at 16 times the
+// rate of AVX-512's are 2.7 times that; making the pieces takes back half of it.
 //
-// Denormal pieces count as zero: numbers below 2^-110 lose their last bits. One that is infinite, not a
-// number, or so large that a0 is infinite, makes a sum that is not finite: then AVX-512 computes the tile
-// instead.
+// Denormal pieces and products count as zero: numbers below 2^-103 lose their last bits, and products below
+// 2^-102. A number that is infinite, not a number, or so large that a0 is infinite, makes sums that are not
+// finite: their rows are computed by AVX-512 instead.
 
 namespace amx {
 
@@ -140,32 +140,42 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
   }
 }
 
-// Whether all of a strip's sums are finite.
-AMX_TARGET bool finite(const float* sums, int64_t rows) {
+// Whether a row's sums over a panel are finite.
+AMX_TARGET inline bool finite(const float* sums) {
   constexpr int kNotANumberOrInfinite = 0x99;
-  __mmask16 others = 0;
-  for (int64_t i = 0; i < rows * kPanel; i += 16) {
-    others |= _mm512_fpclass_ps_mask(_mm512_load_ps(sums + i), kNotANumberOrInfinite);
-  }
-  return !others;
+  const __mmask16 left = _mm512_fpclass_ps_mask(_mm512_load_ps(sums), kNotANumberOrInfinite);
+  const __mmask16 right = _mm512_fpclass_ps_mask(_mm512_load_ps(sums + 16), kNotANumberOrInfinite);
+  return !(left | right);
 }
 
-// With fewer inputs making the pieces takes as long as is won. Rows do not count: an image's numbers are the
-// same in any batch.
+// Computes by AVX-512 those of a strip's rows, over a panel's columns, whose sums are not finite.
+AMX_TARGET void redo(const Call& s, Tile tile, const float* sums) {
+  const int64_t row = tile.row, end = tile.rows;
+  for (int64_t r = 0; r < end; ++r) {
+    if (finite(sums + r * kPanel)) continue;
+    const int64_t begin = r;
+    while (r + 1 < end && !finite(sums + (r + 1) * kPanel)) ++r;
+    tile.row = row + begin, tile.rows = r + 1 - begin;
+    avx512::forward_of<float, float>(s, tile);
+  }
+}
+
+// With fewer inputs, or fewer rows, making the pieces takes as long as is won.
 bool takes_float32(const Call& call) {
-  return call.type == Type::kFloat32 && call.inputs >= 128 && has_amx();
+  return call.type == Type::kFloat32 && call.inputs >= 128 && call.image_rows >= 48 && has_amx();
 }
 
 // At least half of the tiles wanted, such that the least is split: rows of x once for each column of tiles,
 // the kernel once for each row of them. What of x and of the kernel is split at once fits the second cache,
 // of 2 MB.
 Tiles tiles_of_float32(const Call& call, int64_t wanted) {
+  if (call.rows == 0) return {};
   const int64_t units = rounded_up(call.outputs, kUnit);
   const int64_t most = 250000 / std::min(call.inputs, kDepth) - kGroup * kPanel;  // rows: 1.5 MB of pieces
   wanted = std::clamp<int64_t>(wanted / 2, 1, units * rounded_up(call.rows, kStrip));
   const auto split = [&](const Tiles& t) { return t.across * call.rows + t.down * call.outputs; };
   Tiles best = {};
-  for (int64_t across = 1; across <= units && call.rows > 0; ++across) {
+  for (int64_t across = 1; across <= units; ++across) {
     const Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across};
     if (!best.down || split(tiles) < split(best)) best = tiles;
   }
@@ -190,7 +200,6 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   float* const pixels = first_sums + all_sums;
   const auto first_row = [&](int64_t strip) { return strip * tile.rows / strips; };
   const auto write = s.gelu ? avx512::finish<true, float, float> : avx512::finish<false, float, float>;
-  bool all_finite = true;
   int64_t configured = 0;
   for (int64_t at = 0; at < s.inputs; at += kDepth) {
     const int64_t depth = std::min(s.inputs - at, kDepth);
@@ -218,13 +227,12 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
         const auto compute = count > 16 ? strip_of_pieces<true> : strip_of_pieces<false>;
         compute(rows + i * size, panels + p % kGroup * size, rounded_up(depth, kStep), at > 0, sums);
         if (at + depth < s.inputs) continue;
-        all_finite = all_finite && finite(sums, count);
         write(sums, count, columns, bias + column, y + begin * s.outputs + column, s.outputs);
+        redo(s, {tile.row + begin, count, tile.column + column, columns}, sums);
       }
     }
   }
   _tile_release();
-  if (!all_finite) avx512::forward_of<float, float>(s, tile);
 }
 
 }  // namespace amx

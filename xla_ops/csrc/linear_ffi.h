@@ -59,6 +59,9 @@ inline ffi::Error describe(Operand x, Operand kernel, Operand bias, Result y, in
     *sets *= ks[i];
   }
   s.rows = *sets > 0 ? rows / *sets : 0;
+  s.image_rows = 1;
+  if (convolution) s.image_rows = s.map.rows() * s.map.columns();
+  if (!convolution && xs.size() >= 4) s.image_rows = xs[xs.size() - 3] * xs[xs.size() - 2];
   if (!type_of(x.element_type(), &s.type) || s.type == Type::kFloat64) {
     return invalid("expected float32, bfloat16 or float16");
   }

@@ -12,8 +12,8 @@ CPU_FN void over(int64_t channels, F f) {
   for (; c < channels; ++c) f(c, std::integral_constant<int, 1>{});
 }
 
-// `count` rows, at most kTogether, by the parameters `scale` and `bias`; `work` holds kTogether rows. The
-// sums of rows and residual before the norm go to `total`.
+// `count` rows, at most kTogether, by the parameters `scale` and `bias`; `work` holds kTogether rows. A
+// residual is added to the rows before the norm, and the sum goes to `total`, or to the result.
 template <Add kAdd, class T, class Real>
 CPU_FN void normalize(const T* x, const T* residual, T* total, int64_t count, int64_t n, Real epsilon,
                       const Real* scale, const Real* bias, Real* work, T* y) {

@@ -1,5 +1,6 @@
 // LayerNorm on CUDA: a row is read once, and waits in registers for its mean and its variance. So are the two
-// rows of add_norm, whose sum is written and waits, and those of norm_add, of which one waits for the other.
+// rows of add_norm, whose sum is written and waits, and those of norm_add, whose residual waits until the row
+// is normalised.
 //
 // A thread owns pieces of C channels, as many as 16 bytes hold, or one. A team of up to 32 neighbouring
 // threads, a power of two, owns a row, R pieces for each thread; the sums go through the team by shuffles,

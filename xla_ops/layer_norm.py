@@ -103,7 +103,8 @@ def norm_add(
             "internimage_norm_add_forward".
 
     Returns:
-        (N, H, W, C) of x's dtype, rounded to it once: after the addition.
+        (N, H, W, C) of x's dtype. In half precision the kernel rounds once, after the addition; the
+        jnp form rounds the norm too.
 
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
@@ -198,8 +199,9 @@ class NormAdd:
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, residual, scale, bias = operands
-        y = _normalized(x, scale, bias, self.epsilon)
-        return (y + residual.astype(y.dtype)).astype(x.dtype)
+        # Not added in float32: on a GPU XLA then keeps the sum in float32 for the next addition, and
+        # converts it for all else in a launch of its own.
+        return _normalized(x, scale, bias, self.epsilon).astype(x.dtype) + residual
 
 
 def _normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:

@@ -206,8 +206,10 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
     for (int64_t i = 0; i < strips; ++i) {
       for (int64_t r = first_row(i); r < first_row(i + 1); ++r) {
         const float* row = x + (tile.row + r) * s.inputs + at;
-        if (s.map.channels)
-          avx512::copy_pixels(x, s.map, tile.row + r, 1, at, depth, pixels, 0), row = pixels;
+        if (s.map.channels) {
+          avx512::copy_pixels(x, s.map, tile.row + r, 1, at, depth, pixels, 0);
+          row = pixels;
+        }
         split_row(row, depth, rows + i * size + (r - first_row(i)) * kStep);
       }
     }

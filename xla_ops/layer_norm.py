@@ -199,8 +199,8 @@ class NormAdd:
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, residual, scale, bias = operands
-        # Not added in float32: on a GPU XLA then keeps the sum in float32 for the next addition, and
-        # converts it for all else in a launch of its own.
+        # Not added in float32: on a GPU XLA then keeps the sum in float32 for the next addition,
+        # and converts it for all else in a launch of its own.
         return _normalized(x, scale, bias, self.epsilon).astype(x.dtype) + residual
 
 

@@ -1,0 +1,267 @@
+"""What InternImage is made of: stem, downsampling, DCNv3, MLP, and the layer that has these two.
+
+Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import xla_ops
+from internimage_jax.common import (
+    Context,
+    activation,
+    add_normalize,
+    along_channels,
+    apply,
+    convolve,
+    drop_path,
+    dropout,
+    linear_of,
+    normalize,
+    normalize_add,
+    on_host,
+    operand,
+    scaled,
+    split,
+)
+
+
+class StemLayer(nnx.Module):
+    """Two convolutions that bring an image to a quarter of its sides."""
+
+    def __init__(self, ctx: Context):
+        channels, kind = ctx.config.channels, ctx.config.norm_layer
+        self.conv1 = ctx.conv(3, channels // 2, 3, strides=2)
+        self.norm1 = ctx.norm(channels // 2, kind)
+        self.conv2 = ctx.conv(channels // 2, channels, 3, strides=2)
+        self.norm2 = ctx.norm(channels, kind)
+        self.activation = activation(ctx.config)
+        self.fused = ctx.config.act_layer == "GELU"
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = convolve(self.conv1, x, self.implementation)  # (N, H/2, W/2, C/2)
+        x = normalize(self.norm1, x, train, self.implementation)
+        if self.fused:  # the norm has added its bias, but the kernel's GELU is the shorter one
+            none = jnp.zeros(x.shape[-1], x.dtype)
+            x = xla_ops.bias_gelu(x, none, implementation=self.implementation)
+        else:
+            x = self.activation(x)
+        x = convolve(self.conv2, x, self.implementation)  # (N, H/4, W/4, C)
+        return normalize(self.norm2, x, train, self.implementation)
+
+
+class DownsampleLayer(nnx.Module):
+    """A convolution that halves the sides and doubles the channels."""
+
+    def __init__(self, ctx: Context, channels: int):
+        self.conv = ctx.conv(channels, 2 * channels, 3, bias=False, strides=2)
+        self.norm = ctx.norm(2 * channels, ctx.config.norm_layer)
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = convolve(self.conv, x, self.implementation)  # (N, H/2, W/2, 2C)
+        return normalize(self.norm, x, train, self.implementation)
+
+
+class MLPLayer(nnx.Module):
+    """The feed-forward half of a layer."""
+
+    def __init__(self, ctx: Context, channels: int):
+        hidden = int(channels * ctx.config.mlp_ratio)
+        self.fc1 = ctx.linear(channels, hidden)
+        self.fc2 = ctx.linear(hidden, channels)
+        self.activation = activation(ctx.config)
+        self.drop_rate = ctx.config.drop_rate
+        self.fused = ctx.config.act_layer == "GELU"
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        key1, key2 = split(key, 2)
+        if self.fused:  # bias and activation, and maybe the product, in one pass
+            x = apply(self.fc1, x, self.implementation, gelu=True)
+        else:
+            x = self.activation(apply(self.fc1, x, self.implementation))
+        x = dropout(x, self.drop_rate, key1)
+        return dropout(apply(self.fc2, x, self.implementation), self.drop_rate, key2)
+
+
+class DepthwiseLayer(nnx.Module):
+    """The depthwise convolution, norm and activation that DCNv3 reads its offsets from."""
+
+    def __init__(self, ctx: Context, channels: int):
+        size = ctx.config.dw_kernel_size or 3
+        self.conv = ctx.conv(channels, channels, size, feature_group_count=channels)
+        self.norm = ctx.norm(channels, ctx.config.norm_layer)
+        self.activation = activation(ctx.config)
+        # As one operator where it is the released models' kind.
+        self.fused = (ctx.config.norm_layer, ctx.config.act_layer) == ("LN", "GELU")
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = x.astype(self.conv.dtype)
+        kernel = operand(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
+        bias = operand(x, self.conv.bias)
+        if self.fused:
+            scale, offset = operand(x, self.norm.scale), operand(x, self.norm.bias)
+            return xla_ops.dwconv_norm_gelu(
+                *(x, kernel, bias, scale, offset),
+                epsilon=self.norm.epsilon,
+                implementation=self.implementation,
+            )
+        x = xla_ops.depthwise_convolution(x, kernel.astype(x.dtype))
+        x = x + along_channels(self.conv.bias, x)
+        return self.activation(normalize(self.norm, x, train, self.implementation))
+
+
+class DCNv3(nnx.Module):
+    """Deformable convolution version 3 with the projections around it (section 3.1)."""
+
+    def __init__(self, ctx: Context, channels: int, group: int):
+        config = ctx.config
+        points = 9 - config.remove_center
+        self.dw_conv = DepthwiseLayer(ctx, channels)
+        self.offset = ctx.linear(channels, group * points * 2)
+        self.mask = ctx.linear(channels, group * points)
+        self.input_proj = ctx.linear(channels, channels)
+        self.output_proj = ctx.linear(channels, channels)
+        if config.center_feature_scale:
+            self.center_feature_scale_proj = ctx.linear(channels, group)
+        self.center_feature_scale = config.center_feature_scale
+        self.group = group
+        self.dtype = ctx.dtype
+        self.offset_scale = float(config.offset_scale)
+        self.remove_center = config.remove_center
+        self.implementation: xla_ops.Implementation | None = ctx.implementation
+        self.implementation_of_products: Literal["jnp"] | None = ctx.implementation_of_layers
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        features = self.dw_conv(x, train=train)
+        product = functools.partial(apply, implementation=self.implementation_of_products)
+        x = product(self.input_proj, x)
+        y = xla_ops.dcnv3_fused(
+            x,
+            product(self._record(), features),
+            group=self.group,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+            center_feature_scale=self.center_feature_scale,
+            implementation=self.implementation,
+        )
+        return product(self.output_proj, y)
+
+    def fuse(self) -> None:
+        """Joins the products that offsets, masks and centre scales are made by, for good."""
+        if hasattr(self, "record"):
+            return
+        self.record = self._record()
+        del self.offset, self.mask
+        if self.center_feature_scale:
+            del self.center_feature_scale_proj
+
+    def _record(self) -> nnx.Linear:
+        """The products that make offsets, mask logits and centre-scale logits, as one."""
+        if hasattr(self, "record"):
+            return self.record
+        layout = xla_ops.Record(self.group, 9 - self.remove_center)
+        parts = [self.offset, self.mask]
+        if self.center_feature_scale:
+            parts.append(self.center_feature_scale_proj)
+        kernel = layout.join(*(on_host(part.kernel) for part in parts))  # (C, width)
+        bias = layout.join(*(on_host(part.bias) for part in parts))
+        return linear_of(jnp.asarray(kernel), jnp.asarray(bias), self.dtype)
+
+
+class InternImageLayer(nnx.Module):
+    """DCNv3 and MLP, each a residual branch with its norms (section 3.2, "Basic block")."""
+
+    def __init__(self, ctx: Context, channels: int, group: int):
+        config = ctx.config
+        self.norm1 = ctx.norm(channels)
+        self.dcn = DCNv3(ctx, channels, group)
+        self.norm2 = ctx.norm(channels)
+        self.mlp = MLPLayer(ctx, channels)
+        self.layer_scale = config.layer_scale is not None
+        if self.layer_scale:
+            self.gamma1, self.gamma2 = ctx.vector(channels), ctx.vector(channels)
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
+        self.post_norm = config.post_norm
+        self.res_post_norm = config.res_post_norm
+        if self.res_post_norm:
+            self.res_post_norm1 = ctx.norm(channels)
+            self.res_post_norm2 = ctx.norm(channels)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        normalized: jax.Array | None = None,
+        following: nnx.LayerNorm | None = None,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        drop_path_rate: jax.Array | float | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the layer's map, and what the norm `following` makes of it, if there is one.
+
+        `normalized` is what `norm1` makes of `x`, where the layer before has made it, since a sum
+        and the norm after it can be one pass.
+        """
+        key1, key2, key3 = split(key, 3)
+        if normalized is None:
+            normalized = x if self.post_norm else self._normalize(self.norm1, x)
+        y = self.dcn(normalized, train=train)
+        own1, own2 = None, None
+        if self.post_norm:
+            own1, own2 = self.norm1, self.norm2
+        elif self.res_post_norm:
+            own1, own2 = self.res_post_norm1, self.res_post_norm2
+        gamma1, gamma2 = (self.gamma1, self.gamma2) if self.layer_scale else (None, None)
+        norm2 = None if self.post_norm else self.norm2
+        x, normalized = self._add(x, y, own1, gamma1, norm2, drop_path_rate, key1)
+        y = self.mlp(x if normalized is None else normalized, key=key2)
+        return self._add(x, y, own2, gamma2, following, drop_path_rate, key3)
+
+    def _add(
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        norm: nnx.LayerNorm | None,
+        gamma: nnx.Param | None,
+        following: nnx.LayerNorm | None,
+        drop_path_rate: jax.Array | float | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds a branch's map y, by its own norm and gamma, to x; returns that as a call does.
+
+        One pass has the addition and a norm: the branch's own, if it has one, or else `following`.
+        Drop path comes between the own norm and the addition.
+        """
+        if norm is not None and (key is None or drop_path_rate is None):
+            x = normalize_add(norm, y, x, gamma, self.implementation)
+            return x, None if following is None else self._normalize(following, x)
+        if norm is not None:
+            y = self._normalize(norm, y)
+        if gamma is not None:
+            y *= along_channels(gamma, y)
+        y = drop_path(y, drop_path_rate, key)
+        return add_normalize(following, x, y, self.implementation)
+
+    def _normalize(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
+        return normalize(norm, x, implementation=self.implementation)
+
+    def fuse(self) -> None:
+        """Joins products, and multiplies the norms of branches by their gammas, for good."""
+        self.dcn.fuse()
+        if not self.post_norm or not self.layer_scale:
+            return
+        for norm, gamma in ((self.norm1, self.gamma1), (self.norm2, self.gamma2)):
+            scale, bias = scaled(norm, gamma)
+            norm.scale, norm.bias = nnx.Param(scale), nnx.Param(bias)
+        self.layer_scale = False
+        del self.gamma1, self.gamma2

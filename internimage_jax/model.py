@@ -1,8 +1,8 @@
 """InternImage in Flax NNX: the model, its levels and its head; `layers` has what they are made of.
 
 An attribute's path is its parameter's path, so `levels.0.blocks.2.dcn.offset.kernel` is found here
-and there by reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage (CVPR 2023, arXiv
-2211.05778), section 3.
+and there by reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage (CVPR
+2023, arXiv 2211.05778), section 3.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@
 #include "fuzz_dcnv3.h"
 
 namespace xla_ops::cuda {
-alignas(16) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
+alignas(128) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
 }
 
 namespace {

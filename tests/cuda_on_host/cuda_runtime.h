@@ -221,6 +221,22 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  static unsigned char all[1024][8];
+  std::memcpy(all[threadIdx.x], &value, sizeof value);
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
+  std::memcpy(&value, all[threadIdx.x / 32 * 32 + unsigned(from) % 32], sizeof value);
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
+  return value;
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  bool any = false;
+  for (int i = 0; i < 32; ++i) any |= __shfl_sync(~0u, value, i);
+  return any;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {

@@ -30,7 +30,7 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 // clang-format on
 
 namespace xla_ops::cuda {
-alignas(16) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
+alignas(128) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
 }
 
 namespace {

@@ -45,6 +45,32 @@ inline void wait_for_team(int team, int threads) {
   cuda_on_host::wait_for_team(team, threads);
 }
 
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - dynamic_shared_memory);
+}
+inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> 4 * i, byte = uint32_t(both >> (digit & 7) * 8 & 255);
+    result |= (digit & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return result;
+}
+
+inline void read_two(uint32_t address, uint32_t* v) {
+  std::memcpy(v, dynamic_shared_memory + address, 8);
+}
+inline void read_four(uint32_t address, uint32_t* v) {
+  std::memcpy(v, dynamic_shared_memory + address, 16);
+}
+inline void write_two(uint32_t address, uint32_t a, uint32_t b) {
+  const uint32_t v[2] = {a, b};
+  std::memcpy(dynamic_shared_memory + address, v, 8);
+}
+inline void write_four(uint32_t address, const uint32_t* v) {
+  std::memcpy(dynamic_shared_memory + address, v, 16);
+}
 template <bool transposed>
 void load_matrices(const void* row, uint32_t (&m)[4]) {
   static const void* rows[1024];
@@ -61,6 +87,27 @@ void load_matrices(const void* row, uint32_t (&m)[4]) {
     std::memcpy(&m[q], pair, 4);
   }
   cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
+}
+
+template <bool transposed>
+void load_matrices(uint32_t row, uint32_t (&m)[4]) {
+  load_matrices<transposed>(dynamic_shared_memory + row, m);
+}
+inline void load_two_matrices(uint32_t row, uint32_t (&m)[4]) {
+  const uint32_t before[2] = {m[2], m[3]};
+  const uint32_t named = __shfl_sync(~0u, row, threadIdx.x % 16);  // the first half names all there are
+  load_matrices<true>(named, m);
+  m[2] = before[0], m[3] = before[1];
+}
+
+template <class T>
+uint32_t pack(float a, float b, T) {
+  T pair[2];
+  to_storage(a, &pair[0]);
+  to_storage(b, &pair[1]);
+  uint32_t word;
+  std::memcpy(&word, pair, sizeof word);
+  return word;
 }
 
 template <class T>

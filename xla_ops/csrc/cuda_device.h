@@ -157,7 +157,7 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
 
 constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that any block may have
 
-extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 template <class R>
 __device__ __forceinline__ R* shared_memory() {
   return reinterpret_cast<R*>(dynamic_shared_memory);

@@ -3,6 +3,8 @@
 // KERNEL_HAS_TENSOR_CORES.
 #pragma once
 
+#include <atomic>
+
 #include "cuda_device.h"
 
 #ifdef __CUDACC__
@@ -16,8 +18,36 @@ namespace xla_ops::cuda {
 
 #if KERNEL_HAS_TENSOR_CORES
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return unsigned(__cvta_generic_to_shared(p));
+// Where p, in shared memory, is for the instructions below.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// Reads two or four words of shared memory, and writes them.
+__device__ __forceinline__ void read_two(uint32_t address, uint32_t* v) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void read_four(uint32_t address, uint32_t* v) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void write_two(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};\n" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void write_four(uint32_t address, const uint32_t* v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+               "r"(v[3])
+               : "memory");
+}
+
+// Four bytes of two words, which count on from the one to the other, as the selector's digits name them; of a
+// digit above 7 the byte's sign alone. (`__byte_perm` leaves out the signs.)
+__device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
+  return v;
 }
 
 // Starts to copy 16 bytes into shared memory; zeros, and nothing is read, where there are none.
@@ -45,18 +75,41 @@ __device__ __forceinline__ void wait_for_team(int team, int threads) {
 // and gets of each matrix the values (l / 4, l % 4 * 2) and the next in the row; of the transposed ones,
 // if so asked.
 template <bool transposed>
-__device__ __forceinline__ void load_matrices(const void* row, uint32_t (&m)[4]) {
+__device__ __forceinline__ void load_matrices(uint32_t row, uint32_t (&m)[4]) {
   if constexpr (transposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
   }
+}
+template <bool transposed>
+__device__ __forceinline__ void load_matrices(const void* row, uint32_t (&m)[4]) {
+  load_matrices<transposed>(shared_address(row), m);
+}
+// Only the first two of them, transposed, which the first half of the warp names.
+__device__ __forceinline__ void load_two_matrices(uint32_t row, uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(m[0]), "=r"(m[1])
+               : "r"(row)
+               : "memory");
+}
+
+// Two numbers in half precision, the first in the lower half of the word.
+__device__ __forceinline__ uint32_t pack(float a, float b, BFloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack(float a, float b, Float16) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  return word;
 }
 
 // sum += a b for a of 16 x 16, b of 16 x 8 and sum of 16 x 8, each as matrices of 8 x 8 that lie in the
@@ -85,3 +138,29 @@ __device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], uint32_t b0
 #define KERNEL_HAS_TENSOR_CORES 1
 #include <tensor_cores_on_host.h>  // of the tests
 #endif
+
+namespace xla_ops::cuda {
+
+// Whether what a kernel that uses them would run here, and is built for, has tensor cores.
+template <class Kernel>
+cudaError_t has_tensor_cores(Kernel* kernel, bool* answer) {
+  // By the number of the GPU: 0 not known, 1 no, 2 yes.
+  static std::atomic<int> known[64];
+  int device;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  std::atomic<int>* const cell = device < 64 ? &known[device] : nullptr;
+  int found = cell ? cell->load() : 0;
+  if (!found) {
+    cudaFuncAttributes attributes = {};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+    if (error && !none) return error;
+    // Of the code that this GPU would run: an older one's, compiled anew, would have no body.
+    found = !none && attributes.ptxVersion >= 80 ? 2 : 1;
+    if (cell) cell->store(found);
+  }
+  *answer = found == 2;
+  return cudaSuccess;
+}
+
+}  // namespace xla_ops::cuda

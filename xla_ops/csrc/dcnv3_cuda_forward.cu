@@ -8,25 +8,10 @@
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_device.h"
 #include "dcnv3_cuda_nine.h"
+#include "dcnv3_cuda_tensor.h"
 
 namespace dcnv3::cuda {
 namespace {
-
-// One channel of y by the definition, for operands that are not finite. Rare, so kept out of the way.
-template <class T, class Real = RealOf<T>>
-__device__ __noinline__ Real sample_by_definition(const Call& call, const Place& at, int64_t input) {
-  const Problem& s = call.problem;
-  const T* x = static_cast<const T*>(call.x) + input;
-  const auto pixel = [&](int64_t i, int64_t j) { return to_real(x[(i * s.width + j) * s.channels()]); };
-  Points<T> points(call, at);
-  const Real share = points.share() * points.keep;
-  Real sum = 0;
-  for (int p = 0; p < points.count(); ++p) {
-    points.next(p, 0);
-    sum += points.weight(p) * share * sample_exactly(points.h, points.w, s.height, s.width, pixel).value;
-  }
-  return call.centre ? sum + points.blend * pixel(at.i, at.j) : sum;
-}
 
 // Computes C channels of y at a place, U points under way at once.
 template <class T, int C, int U, class Points>
@@ -120,6 +105,39 @@ cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
                 nine_forward_kernel<T, C, U>, call, uint32_t(each), shift);
 }
 
+// The maps of a block, if the form on tensor cores serves the call.
+cudaError_t share_out(const Call& call, const Device& device, Maps* maps) {
+  *maps = {};
+  if (call.problem.depth != 16 && call.problem.depth != 32) return cudaSuccess;
+  if (std::getenv("NO_TENSOR")) return cudaSuccess;
+  bool serves;
+  if (cudaError_t error = has_tensor_cores(tensor_forward_kernel<BFloat16, BFloat16, 1>, &serves))
+    return error;
+  if (serves) *maps = shared_out(call.problem, device);
+  return cudaSuccess;
+}
+
+template <class T, class N, int S>
+cudaError_t launch_tensor(cudaStream_t stream, const Call& call, const Device& device, const Maps& maps) {
+  const auto kernel = tensor_forward_kernel<T, N, S>;
+  // The same for all calls: others may be launching this kernel.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+  if (error) return error;
+  const int64_t bytes =
+      int64_t{maps.groups} * maps.bytes + maps.warps * kTeamWords * int64_t{sizeof(uint32_t)};
+  return launch(stream, call.problem.batch * maps.blocks_an_image, maps.warps * 32, bytes, kernel, call,
+                maps);
+}
+template <class T>
+cudaError_t launch_tensor(cudaStream_t stream, const Call& call, const Device& device, const Maps& maps) {
+  const bool wide = call.points_type == Type::kFloat32;
+  if (call.problem.depth == 16) {
+    return (wide ? launch_tensor<T, float, 1> : launch_tensor<T, T, 1>)(stream, call, device, maps);
+  }
+  return (wide ? launch_tensor<T, float, 2> : launch_tensor<T, T, 2>)(stream, call, device, maps);
+}
+
 }  // namespace
 
 const char* refusal(const Call& call) {
@@ -148,6 +166,11 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
       if (has_nine(call) && depth > 1) {
         Device device;
         if (cudaError_t error = find_device(&device)) return error;
+        if constexpr (sizeof(T) == 2) {
+          Maps maps;
+          if (cudaError_t error = share_out(call, device, &maps)) return error;
+          if (maps.groups > 0) return launch_tensor<T>(stream, call, device, maps);
+        }
         // Few threads have to wait for as little as can be, one after the other.
         const int64_t threads = call.problem.batch * call.problem.positions() * call.problem.channels() / 8;
         if (threads < 1024 * int64_t(device.processors)) return launch_nine<T, 4, 9>(stream, call);

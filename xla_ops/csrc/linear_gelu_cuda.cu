@@ -368,24 +368,7 @@ const char* refusal(const Call& call) {
 }
 
 cudaError_t serves(bool* answer) {
-  // By the number of the GPU: 0 not known, 1 no, 2 yes.
-  static std::atomic<int> known[64];
-  int device;
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  std::atomic<int>* const cell = device < 64 ? &known[device] : nullptr;
-  int found = cell ? cell->load() : 0;
-  if (!found) {
-    cudaFuncAttributes attributes = {};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, linear_gelu_kernel<BFloat16, 64, 64, 2, 2, 4>);
-    const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
-    if (error && !none) return error;
-    // Of the code that this GPU would run: an older one's, compiled anew, would have no body.
-    found = !none && attributes.ptxVersion >= 80 ? 2 : 1;
-    if (cell) cell->store(found);
-  }
-  *answer = found == 2;
-  return cudaSuccess;
+  return has_tensor_cores(linear_gelu_kernel<BFloat16, 64, 64, 2, 2, 4>, answer);
 }
 
 cudaError_t forward(cudaStream_t stream, const Call& call) {

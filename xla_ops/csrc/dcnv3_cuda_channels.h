@@ -21,10 +21,20 @@ constexpr int kAhead = 2;           // positions whose dy a thread reads ahead
 constexpr int kSliceBits = 30;      // of a sum
 constexpr int kPixelBytes = kSlice * int(sizeof(int));
 
+// A weight, in [0, 1], as a multiple of 2^-31; one itself is a unit less, and NaN is zero.
+__device__ __forceinline__ uint32_t fixed_weight(float weight) {
+  return uint32_t(__float2int_rn(weight * 2147483648.0f));
+}
+// The product with dy's multiple of half a unit, in units. On a GPU one instruction: the conversion of a
+// product of floats to an integer takes two, one of them on the few units that do exponentials.
+__device__ __forceinline__ int product(uint32_t fixed_weight, int dy) {
+  return int((int64_t(int(fixed_weight)) * dy + (int64_t{1} << 31)) >> 32);
+}
+
 // The cells of ten positions of a warp, as the threads that make them lie: element 3 * position + column has
 // the three points of a column. A pixel is in bytes from the plane's start; the fourth is, in the first
-// column, the pixel at the position, in the second its blend's bits. The weights are of the left pixels or
-// the right, of the upper row and the lower of one point, then of the next.
+// column, the pixel at the position, in the second its blend. Weights, in fixed point, are of the left pixels
+// or the right, of the upper row and the lower of one point, then of the next.
 struct TenCells {
   uint4 pixels[3 * kTen];
   uint4 two[2][3 * kTen];    // points 0 and 1 of a column
@@ -35,11 +45,11 @@ struct TenCells {
                  uint32_t(cells[2].pixel) * kPixelBytes, fourth};
 #pragma unroll
     for (int right = 0; right < 2; ++right) {
-      const float both[] = {cells[0].weight[right], cells[0].weight[2 + right], cells[1].weight[right],
-                            cells[1].weight[2 + right]};
-      const float last[] = {cells[2].weight[right], cells[2].weight[2 + right]};
-      memcpy(&two[right][i], both, sizeof both);
-      memcpy(&third[right][i], last, sizeof last);
+      const auto fixed = [&](int point, int lower) {
+        return fixed_weight(cells[point].weight[2 * lower + right]);
+      };
+      two[right][i] = {fixed(0, 0), fixed(0, 1), fixed(1, 0), fixed(1, 1)};
+      third[right][i] = {fixed(2, 0), fixed(2, 1)};
     }
   }
 };
@@ -112,11 +122,12 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
   const float bound = find_bound(call, dy, memory);
   // A channel without a bound counts as zero here: it is left to the definition.
   const bool live = is_finite(bound);
-  const FixedPoint<float> fixed = fixed_point(live ? bound : 0.0f, kSliceBits);
+  const FixedPoint<float> fixed = fixed_point(live ? bound : 0.0f, kSliceBits + 1);
   if (threadIdx.x < kSlice) {
+    const FixedPoint<float> sum = fixed_point(live ? bound : 0.0f, kSliceBits);
     memory.bounds[channel] = bound;
-    memory.units[2 * channel] = 1 / fixed.part0;  // powers of two: multiplying by these is dividing
-    memory.units[2 * channel + 1] = 1 / fixed.part1;
+    memory.units[2 * channel] = 1 / sum.part0;  // powers of two: multiplying by these is dividing
+    memory.units[2 * channel + 1] = 1 / sum.part1;
   }
   __syncthreads();
 
@@ -126,7 +137,7 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
     const Neighbours neighbour(s);
     char* const upper = reinterpret_cast<char*>(memory.plane + right * neighbour.right * kSlice + channel);
     char* const lower = upper + neighbour.down * kPixelBytes;
-    const auto add = [](char* to, float v) { atomicAdd(reinterpret_cast<int*>(to), __float2int_rn(v)); };
+    const auto add = [](char* to, int v) { atomicAdd(reinterpret_cast<int*>(to), v); };
 
     // A warp owns positions in a row.
     const int each = (positions + int(blockDim.x) / 32 - 1) / (int(blockDim.x) / 32);
@@ -150,7 +161,7 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
       if (!columns.make(three)) *memory.spoilt = 1;
       if (columns.writes()) {
         const uint32_t own = uint32_t(columns.i * int(s.width) + columns.j) * kPixelBytes;
-        cells.set(lane, three, columns.column == 0 ? own : __float_as_uint(columns.blend));
+        cells.set(lane, three, columns.column == 0 ? own : fixed_weight(columns.blend));
       }
       columns.fetch(start + kTen);
       __syncwarp();
@@ -160,10 +171,10 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (q + u >= count) break;
-          const float g = live ? fixed.to_fixed(to_real(ahead[u])) : 0.0f;
+          const int g = live ? __float2int_rn(fixed.to_fixed(to_real(ahead[u]))) : 0;
           ahead[u] = fetch();
           uint32_t pixel[3][4];
-          float weight[3][6];
+          uint32_t weight[3][6];
 #pragma unroll
           for (int column = 0; column < 3; ++column) {
             const int i = 3 * (q + u) + column;
@@ -177,11 +188,11 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
           for (int column = 0; column < 3; ++column) {
 #pragma unroll
             for (int k = 0; k < 3; ++k) {
-              add(upper + pixel[column][k], weight[column][2 * k] * g);
-              add(lower + pixel[column][k], weight[column][2 * k + 1] * g);
+              add(upper + pixel[column][k], product(weight[column][2 * k], g));
+              add(lower + pixel[column][k], product(weight[column][2 * k + 1], g));
             }
           }
-          if (call.centre && right == 0) add(upper + pixel[0][3], __uint_as_float(pixel[1][3]) * g);
+          if (call.centre && right == 0) add(upper + pixel[0][3], product(pixel[1][3], g));
         }
       }
     }

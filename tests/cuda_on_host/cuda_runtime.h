@@ -324,6 +324,8 @@ inline float __frsqrt_rn(float v) {
   return float(1 / std::sqrt(double(v)));
 }
 inline int __float2int_rn(float v) {
+  if (v >= 2147483648.0f) return INT32_MAX;
+  if (v < -2147483648.0f) return INT32_MIN;
   return v != v ? 0 : int(std::nearbyint(v));
 }
 inline long long __float2ll_rn(float v) {

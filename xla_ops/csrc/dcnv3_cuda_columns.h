@@ -1,6 +1,6 @@
 // The fused form's nine points, made by three threads of a warp for each position: a thread has a column of
-// three points, and reads its share of the record where it is. So a warp makes the cells of ten positions of
-// a group at once, each cell once, for whoever spreads or gathers the channels.
+// three points, and reads its share of the record where it is. So a warp makes the cells of up to ten
+// positions of a group at once, each cell once, for whoever spreads or gathers the channels.
 #pragma once
 
 #include "dcnv3_cuda_device.h"
@@ -8,11 +8,17 @@
 
 namespace dcnv3::cuda {
 
-constexpr int kTen = 10;  // positions of a warp at once; two of its threads do what two others do
+// A point's cell: row and column of its first pixel, and the weights of its four pixels.
+struct PlacedCell {
+  int row, column;
+  float weight[4];
+};
 
-// The records' numbers are N: of x's dtype, or float32.
-template <class N>
+// The records' numbers are N: of x's dtype, or float32. A warp has kPositions at once; the threads that are
+// left over do what some others do.
+template <class N, int kPositions>
 struct Columns3 {
+  static_assert(3 * kPositions <= 32, "");
   __device__ __forceinline__ Columns3(const Call& c, int64_t image, int group)
       : call(c),
         height(extent<float>(c.problem.height)),
@@ -23,7 +29,7 @@ struct Columns3 {
         out_width(int(c.problem.out_width)) {
     const Problem& s = c.problem;
     const int lane = int(threadIdx.x % 32);
-    slot = lane / 3 < kTen ? lane / 3 : kTen - 1;
+    slot = lane / 3 < kPositions ? lane / 3 : kPositions - 1;
     column = lane % 3;
     first_h = int(grid(0, s.stride_h, s.pad_h, 3, s.dilation_h));
     first_w = int(grid(0, s.stride_w, s.pad_w, 3, s.dilation_w));
@@ -38,10 +44,10 @@ struct Columns3 {
     hold(step_w);
   }
 
-  // Whether this thread is one that writes; the others have the numbers of two that do.
-  __device__ __forceinline__ bool writes() const { return threadIdx.x % 32 < 3 * kTen; }
+  // Whether this thread is not one that is left over.
+  __device__ __forceinline__ bool counts() const { return threadIdx.x % 32 < 3 * kPositions; }
 
-  // Starts to read the records of ten positions, from `start` on. Beyond the last it reads the last again.
+  // Starts to read the records of the positions from `start` on. Beyond the last it reads the last again.
   __device__ __forceinline__ void fetch(int start) {
     position = start + slot < positions ? start + slot : positions - 1;
     const N* record = records + uint32_t(position) * row;
@@ -56,7 +62,7 @@ struct Columns3 {
   // Makes what was fetched into the cells of the column's points, whose weights have the softmax and the
   // blend in them. Afterwards i, j and blend are the position's. Whether all is finite. All threads of the
   // warp take part.
-  __device__ __forceinline__ bool make(Cell<float> (&cells)[3]) {
+  __device__ __forceinline__ bool make(PlacedCell (&cells)[3]) {
     float weight[3], top = -INFINITY, total = 0;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
@@ -86,9 +92,12 @@ struct Columns3 {
     for (int k = 0; k < 3; ++k) {
       float offset[2];
       unpack_word<N>(offsets[k], offset);
-      h = grid_h + (dilation_h * float(k - 1) + offset[1]) * scale;
-      w = grid_w + (step_w + offset[0]) * scale;
-      cells[k] = cell(*this, weight[k] * share);
+      const Axis<float> h = locate(grid_h + (dilation_h * float(k - 1) + offset[1]) * scale, height);
+      const Axis<float> w = locate(grid_w + (step_w + offset[0]) * scale, width);
+      const float upper = weight[k] * share * h.weight0, lower = weight[k] * share * h.weight1;
+      cells[k] = {int(h.first),
+                  int(w.first),
+                  {upper * w.weight0, upper * w.weight1, lower * w.weight0, lower * w.weight1}};
     }
     return is_finite(share + blend);
   }
@@ -103,13 +112,12 @@ struct Columns3 {
   float scale, dilation_h, step_w;
   uint32_t row;
   int positions, out_width, first_h, first_w;
-  int slot, column;  // of the ten positions, and of the three columns
+  int slot, column;  // which of the positions, and of the three columns
   int position;      // and what was fetched of it
   Word<N, 2> offsets[3];
   N logits[3], centre;
   int i, j;
   float blend;
-  float h, w;  // location of the point at hand
 };
 
 }  // namespace dcnv3::cuda

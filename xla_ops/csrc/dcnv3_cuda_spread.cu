@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = int(index - image * channels);
   if (is_finite(scratch.bounds<Real>(image)[channel])) return;
   Real* sums = reinterpret_cast<Real*>(scratch.sums(image) + channel);
-  spread_by_definition<T>(call, image, channel, sums, channels * int64_t{8 / sizeof(Real)});
+  const int64_t step = channels * int64_t{8 / sizeof(Real)};
+  spread_by_definition<T>(call, image, channel, sums, step, call.problem.width * step);
 }
 
 template <class T>
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (is_finite(bounds[c]) || threadIdx.x != c) continue;
-    spread_by_definition<T>(call, image, first + c, reinterpret_cast<float*>(plane + c * pixels), 1);
+    spread_by_definition<T>(call, image, first + c, reinterpret_cast<float*>(plane + c * pixels), 1, s.width);
   }
   __syncthreads();
   T* dx = static_cast<T*>(call.dx) + image * pixels * s.channels() + first;
@@ -363,8 +364,8 @@ cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch) {
     if constexpr (sizeof(T) == 2) {
       Device device;
       if (cudaError_t error = find_device(&device)) return error;
-      const int threads = plane_is_exact(call) ? slice_threads(call, device) : 0;
-      if (threads) return launch_channels<T>(stream, call, device, threads);
+      if (const int threads = slice_threads(call, device))
+        return launch_channels<T>(stream, call, device, threads);
     }
     if constexpr (sizeof(T) <= 4) {
       int channels;

@@ -6,13 +6,14 @@
 namespace dcnv3::cuda {
 
 // Adds up the gradient of one channel of an image by the definition, term by term; `sums` has a pixel's
-// every `step` elements. Rare, so kept out of the way.
+// every `step` elements, and a row of pixels every `row`. Rare, so kept out of the way.
 template <class T, class Real = RealOf<T>>
 __device__ __noinline__ void spread_by_definition(const Call& call, int64_t image, int channel, Real* sums,
-                                                  int64_t step) {
+                                                  int64_t step, int64_t row) {
   const Problem& s = call.problem;
   const Neighbours neighbour(s);
-  const int group = channel / int(s.depth);
+  const int group = channel / int(s.depth), width = int(s.width);
+  const auto at_pixel = [=](int pixel) { return sums + pixel / width * row + pixel % width * step; };
   Place at = {image, 0, 0, group, channel - group * int(s.depth)};
   for (at.i = 0; at.i < int(s.out_height); ++at.i) {
     for (at.j = 0; at.j < int(s.out_width); ++at.j) {
@@ -24,10 +25,10 @@ __device__ __noinline__ void spread_by_definition(const Call& call, int64_t imag
         const Cell<Real> c = cell(points, Real(1));
         const Real weight = points.weight(p) * share;
         for (int k = 0; k < 4; ++k) {
-          if (c.weight[k] > 0) sums[(c.pixel + neighbour[k]) * step] += c.weight[k] * weight * g;
+          if (c.weight[k] > 0) *at_pixel(c.pixel + neighbour[k]) += c.weight[k] * weight * g;
         }
       }
-      if (call.centre) sums[(at.i * int(s.width) + at.j) * step] += points.blend * g;
+      if (call.centre) *at_pixel(at.i * width + at.j) += points.blend * g;
     }
   }
 }

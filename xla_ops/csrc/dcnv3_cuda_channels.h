@@ -159,8 +159,9 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
     hold(warp);
     WarpCells& cells = memory.cells[warp];
     char* const plane = reinterpret_cast<char*>(memory.plane);
-    char* const own =
-        plane + WarpCells::bytes(k / 2 && s.height > 1, k % 2 && s.width > 1, row) + pair * int(sizeof(int));
+    int own =
+        int(WarpCells::bytes(k / 2 && s.height > 1, k % 2 && s.width > 1, row)) + pair * int(sizeof(int));
+    hold(own);
     const auto add = [](char* to, uint32_t weight, int g) {
       atomicAdd(reinterpret_cast<int*>(to), product(weight, g));
     };
@@ -169,19 +170,21 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
     const int each = (positions + int(blockDim.x) / 32 - 1) / (int(blockDim.x) / 32);
     int start = warp * each;
     const int end = positions < start + each ? positions : start + each;
-    // dy of the next positions is on its way.
+    // dy of the next positions is on its way; beyond the last of the image it is read again.
+    const char* base = reinterpret_cast<const char*>(dy + 2 * pair);
+    hold(base);
     const uint32_t position_bytes = channels * uint32_t(sizeof(T));
-    const char* from = reinterpret_cast<const char*>(dy + int64_t(start) * channels + 2 * pair);
-    hold(from);
+    const int last = positions - 1;
     int next = start;
-    uint32_t ahead[kAhead] = {};
-    const auto fetch = [&](uint32_t& to) {
-      if (next < end) to = *reinterpret_cast<const uint32_t*>(from);
-      from += position_bytes;
+    const auto fetch = [&] {
+      const uint32_t position = next < last ? next : last;
       ++next;
+      hold(next);
+      return *reinterpret_cast<const uint32_t*>(base + uint64_t(position) * position_bytes);
     };
+    uint32_t ahead[kAhead];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) fetch(ahead[u]);
+    for (int u = 0; u < kAhead; ++u) ahead[u] = fetch();
     columns.fetch(start);
 #pragma unroll 1
     for (; start < end; start += kSlicePositions) {
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
           if (q + u >= count) break;
           float v[2];
           unpack(ahead[u], T(), v);
-          fetch(ahead[u]);
+          ahead[u] = fetch();
           const int g0 = __float2int_rn(fixed[0].to_fixed(v[0])),
                     g1 = __float2int_rn(fixed[1].to_fixed(v[1]));
           uint4 pixels[3];
@@ -216,8 +219,8 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
             third[column] = cells.third[k][i];
           }
           const auto point = [&](uint32_t pixel, uint32_t weight) {
-            add(own + pixel, weight, g0);
-            add(own + pixel + kSlice / 2 * sizeof(int), weight, g1);
+            add(plane + own + pixel, weight, g0);
+            add(plane + own + pixel + kSlice / 2 * sizeof(int), weight, g1);
           };
 #pragma unroll
           for (int column = 0; column < 3; ++column) {

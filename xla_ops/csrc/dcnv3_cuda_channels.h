@@ -18,11 +18,11 @@ namespace dcnv3::cuda {
 
 constexpr int kSlice = 16;          // channels of a block
 constexpr int kSliceThreads = 512;  // of a block at most
-constexpr int kSlicePositions =
-    9;                     // of a warp at once: of ten, the cells would not fit beside a map of 56 x 56
+constexpr int kSliceBits = 30;      // of a sum
+// Positions of a warp at once: of ten, the cells would not fit beside a map of 56 x 56.
+constexpr int kSlicePositions = 9;
 constexpr int kAhead = 3;  // positions whose dy a thread reads ahead
 static_assert(kSlicePositions % kAhead == 0, "");
-constexpr int kSliceBits = 30;  // of a sum
 
 // Where a channel of the slice is among a pixel's words; and words of a row of pixels.
 __device__ __forceinline__ int word_of(int channel) {
@@ -93,12 +93,26 @@ __device__ __forceinline__ void find_bounds_of_slice(const Call& call, const T* 
   const uint32_t channels = uint32_t(call.problem.channels());
   constexpr int kEach = kSlice / 2;  // two threads a position, 16 bytes each
   float sum[kEach] = {};
-#pragma unroll 4
-  for (int position = threadIdx.x / 2; position < positions; position += blockDim.x / 2) {
-    float g[kEach];
-    load<kEach>(dy + int64_t(position) * channels + threadIdx.x % 2 * kEach, g);
+  constexpr int kReads = 8;  // on their way at once
+  const int step = int(blockDim.x) / 2;
+  const T* const from = dy + threadIdx.x % 2 * kEach;
+#pragma unroll 1
+  for (int start = threadIdx.x / 2; start < positions; start += kReads * step) {
+    uint4 read[kReads];
 #pragma unroll
-    for (int c = 0; c < kEach; ++c) sum[c] += fabsf(g[c]);
+    for (int a = 0; a < kReads; ++a) {
+      const int position = start + a * step < positions ? start + a * step : start;
+      read[a] = *reinterpret_cast<const uint4*>(from + int64_t(position) * channels);
+    }
+#pragma unroll
+    for (int a = 0; a < kReads; ++a) {
+      float g[kEach];
+      unpack_word<T>(read[a], g);
+      // No branch, behind which the compiler would put off the reads.
+      const bool there = start + a * step < positions;
+#pragma unroll
+      for (int c = 0; c < kEach; ++c) sum[c] += there ? fabsf(g[c]) : 0.0f;
+    }
   }
 #pragma unroll
   for (int mask = 2; mask < 32; mask *= 2) {
@@ -124,7 +138,8 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
   const uint32_t channels = uint32_t(s.channels()), slices = channels / kSlice;
   const int64_t image = blockIdx.x / slices;
   const int first = int(blockIdx.x % slices) * kSlice;
-  int lane = threadIdx.x % 32, pair = lane % 8, k = lane / 8, warp = threadIdx.x / 32;
+  int lane = threadIdx.x % 32, k = lane / 8, warp = threadIdx.x / 32;
+  const int pair = lane % 8;
   const T* const dy = static_cast<const T*>(call.dy) + image * positions * channels + first;
 
   const SliceMemory memory(words);
@@ -153,7 +168,7 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
   __syncthreads();
 
   {
-    Columns3<N, kSlicePositions> columns(call, image, first / int(s.depth));
+    PointColumns<N, kSlicePositions> columns(call, image, first / int(s.depth));
     hold(k);
     hold(lane);
     hold(warp);
@@ -188,9 +203,9 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
     columns.fetch(start);
 #pragma unroll 1
     for (; start < end; start += kSlicePositions) {
-      __syncwarp();  // with what it read before
       PlacedCell three[3];
       if (!columns.make(three)) *memory.spoilt = 1;
+      __syncwarp();  // with what it read before
       if (columns.counts()) {
         const uint32_t at = WarpCells::bytes(columns.i, columns.j, row);
         cells.set(lane, three, row, columns.column == 0 ? at : fixed_weight(columns.blend));
@@ -255,10 +270,11 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
     load<2>(memory.units + 2 * (half * kEach + c), unit[c]);
     exact[c] = is_finite(memory.bounds[half * kEach + c]);
   }
-  const int pixels = int(s.height) * int(s.width);
+  const int pixels = int(s.height) * int(s.width), width = int(s.width), step = int(blockDim.x) / 2;
+  const int step_i = step / width, step_j = step - step_i * width;
+  int i = int(threadIdx.x) / 2 / width, j = int(threadIdx.x) / 2 - i * width;
   T* const dx = static_cast<T*>(call.dx) + image * pixels * channels + first + half * kEach;
-  for (int pixel = threadIdx.x / 2; pixel < pixels; pixel += blockDim.x / 2) {
-    const int i = pixel / int(s.width), j = pixel - i * int(s.width);
+  for (int pixel = threadIdx.x / 2; pixel < pixels; pixel += step) {
     const float* from = reinterpret_cast<const float*>(memory.plane + i * row + j * kSlice);
     float read[2][kEach / 2], v[kEach];
 #pragma unroll
@@ -270,6 +286,8 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
       if (exact[c]) v[c] = float(sum) * unit[c][0] * unit[c][1];
     }
     store<kEach>(v, dx + int64_t(pixel) * channels);
+    i += step_i, j += step_j;
+    if (j >= width) j -= width, ++i;
   }
 }
 
@@ -287,6 +305,7 @@ inline int slice_threads(const Call& call, const Device& device) {
   const int turns = blocks > device.processors ? 8 : 1;
   int threads = kSliceThreads;
   while (threads > 64 && s.positions() < turns * kSlicePositions * (threads / 32)) threads /= 2;
+  if (threads == kSliceThreads && SliceMemory::bytes(s, threads) > device.shared) threads /= 2;
   return SliceMemory::bytes(s, threads) <= device.shared ? threads : 0;
 }
 

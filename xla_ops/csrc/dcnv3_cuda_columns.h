@@ -17,9 +17,9 @@ struct PlacedCell {
 // The records' numbers are N: of x's dtype, or float32. A warp has kPositions at once; the threads that are
 // left over do what some others do.
 template <class N, int kPositions>
-struct Columns3 {
+struct PointColumns {
   static_assert(3 * kPositions <= 32, "");
-  __device__ __forceinline__ Columns3(const Call& c, int64_t image, int group)
+  __device__ __forceinline__ PointColumns(const Call& c, int64_t image, int group)
       : call(c),
         height(extent<float>(c.problem.height)),
         width(extent<float>(c.problem.width)),

@@ -212,13 +212,17 @@ inline void __syncwarp() {
 
 // A warp's threads exchange values: here all of them take part.
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+T __shfl_sync(unsigned, T value, int lane) {
   static unsigned char all[1024][8];
   std::memcpy(all[threadIdx.x], &value, sizeof value);
   cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
-  std::memcpy(&value, all[threadIdx.x ^ unsigned(mask)], sizeof value);
+  std::memcpy(&value, all[threadIdx.x / 32 * 32 + unsigned(lane) % 32], sizeof value);
   cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
   return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ lanes);
 }
 
 template <class T>
@@ -324,6 +328,11 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
 inline float rsqrtf(float v) {
   return 1 / std::sqrt(v);
 }
@@ -331,6 +340,8 @@ inline float __frsqrt_rn(float v) {
   return float(1 / std::sqrt(double(v)));
 }
 inline int __float2int_rn(float v) {
+  if (v >= 2147483648.0f) return INT32_MAX;
+  if (v < -2147483648.0f) return INT32_MIN;
   return v != v ? 0 : int(std::nearbyint(v));
 }
 inline long long __float2ll_rn(float v) {

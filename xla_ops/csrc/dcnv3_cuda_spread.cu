@@ -3,8 +3,9 @@
 // Sums are of integers, in fixed point, so that the order in which terms arrive does not matter and the
 // result is the same bits each time. A channel of an image has a scale of its own, from a bound that none
 // of its sums exceeds: the sum over positions of |dy| times the sum of |weight|. Where that is not finite
-// the channel is summed by the definition, by one thread. Two forms:
+// the channel is summed by the definition, by one thread. Three forms:
 //
+//   by channels        the nine points in half precision: dcnv3_cuda_channels.h
 //   in shared memory   a block owns a few channels of one image, from the bounds to dx, on a plane of
 //                      words of 32 bits
 //   in global memory   for float64 and for what does not fit: words of 64 bits in the scratch; launches
@@ -12,8 +13,10 @@
 #include <algorithm>
 
 #include "dcnv3_cuda.h"
+#include "dcnv3_cuda_channels.h"
 #include "dcnv3_cuda_device.h"
 #include "dcnv3_cuda_nine.h"
+#include "dcnv3_cuda_spread.h"
 
 namespace dcnv3::cuda {
 namespace {
@@ -50,33 +53,6 @@ __device__ void find_bounds(const Call& call, int64_t image, int first, bool sof
     for (int c = 0; c < C; ++c) sum[c] += (g[c] < 0 ? -g[c] : g[c]) * weight;
   }
   sum_over_block<C>(sum);
-}
-
-// Adds up the gradient of one channel of an image by the definition, term by term; `sums` has a pixel's
-// every `step` elements. Rare, so kept out of the way.
-template <class T, class Real = RealOf<T>>
-__device__ __noinline__ void spread_by_definition(const Call& call, int64_t image, int channel, Real* sums,
-                                                  int64_t step) {
-  const Problem& s = call.problem;
-  const Neighbours neighbour(s);
-  const int group = channel / int(s.depth);
-  Place at = {image, 0, 0, group, channel - group * int(s.depth)};
-  for (at.i = 0; at.i < int(s.out_height); ++at.i) {
-    for (at.j = 0; at.j < int(s.out_width); ++at.j) {
-      Points<T> points(call, at);
-      const Real share = points.share() * points.keep;
-      const Real g = to_real(static_cast<const T*>(call.dy)[at.output(s)]);
-      for (int p = 0; p < points.count(); ++p) {
-        points.next(p, 0);
-        const Cell<Real> c = cell(points, Real(1));
-        const Real weight = points.weight(p) * share;
-        for (int k = 0; k < 4; ++k) {
-          if (c.weight[k] > 0) sums[(c.pixel + neighbour[k]) * step] += c.weight[k] * weight * g;
-        }
-      }
-      if (call.centre) sums[(at.i * int(s.width) + at.j) * step] += points.blend * g;
-    }
-  }
 }
 
 // dy of C channels in fixed point. A channel without a bound counts as zero here: it is left to the
@@ -186,7 +162,8 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = int(index - image * channels);
   if (is_finite(scratch.bounds<Real>(image)[channel])) return;
   Real* sums = reinterpret_cast<Real*>(scratch.sums(image) + channel);
-  spread_by_definition<T>(call, image, channel, sums, channels * int64_t{8 / sizeof(Real)});
+  const int64_t step = channels * int64_t{8 / sizeof(Real)};
+  spread_by_definition<T>(call, image, channel, sums, step, call.problem.width * step);
 }
 
 template <class T>
@@ -299,7 +276,7 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (is_finite(bounds[c]) || threadIdx.x != c) continue;
-    spread_by_definition<T>(call, image, first + c, reinterpret_cast<float*>(plane + c * pixels), 1);
+    spread_by_definition<T>(call, image, first + c, reinterpret_cast<float*>(plane + c * pixels), 1, s.width);
   }
   __syncthreads();
   T* dx = static_cast<T*>(call.dx) + image * pixels * s.channels() + first;
@@ -384,6 +361,12 @@ bool is_small(const Call& call) {
 cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch) {
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) == 2) {
+      Device device;
+      if (cudaError_t error = find_device(&device)) return error;
+      if (const int threads = slice_threads(call, device))
+        return launch_channels<T>(stream, call, device, threads);
+    }
     if constexpr (sizeof(T) <= 4) {
       int channels;
       if (cudaError_t error = plane_channels(call, &channels)) return error;

@@ -225,16 +225,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ lanes);
 }
 
-template <class T>
-T __shfl_sync(unsigned, T value, int from) {
-  static unsigned char all[1024][8];
-  std::memcpy(all[threadIdx.x], &value, sizeof value);
-  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
-  std::memcpy(&value, all[threadIdx.x / 32 * 32 + unsigned(from) % 32], sizeof value);
-  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
-  return value;
-}
-
 inline bool __any_sync(unsigned, bool value) {
   bool any = false;
   for (int i = 0; i < 32; ++i) any |= __shfl_sync(~0u, value, i);

@@ -25,11 +25,6 @@ __device__ __forceinline__ void hold(float& v) {
   asm("" : "+f"(v));
 #endif
 }
-__device__ __forceinline__ void hold(int& v) {
-#ifdef __CUDA_ARCH__
-  asm("" : "+r"(v));
-#endif
-}
 __device__ __forceinline__ void hold(double& v) {
 #ifdef __CUDA_ARCH__
   asm("" : "+d"(v));

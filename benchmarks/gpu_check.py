@@ -1,18 +1,20 @@
 """Checks and measures the CUDA kernels on a GPU, in one call of less than nine minutes.
 
     python -m benchmarks.gpu_check --output gpu.json
-    python -m benchmarks.gpu_check --output more.json --no-build --no-test --only choices sanitize
+    python -m benchmarks.gpu_check --output more.json --no-build --no-test --only models training
     python -m benchmarks.gpu_check --official --dcnv4 --peer deformops=my_adapters:deformops
 
 In this order: builds the extensions for the GPU at hand, runs the tests on it (nothing is timed
-where they fail, unless --keep-going), times the operator beside its peers (gpu_op), whole models,
-with a look at what their programs consist of (gpu_model), the other layers (gpu_layers), choices
-that no GPU has confirmed made the other way, and runs compute-sanitizer where it is. What finds no
-time left says so; a second call, as above, has it.
+where they fail, unless --keep-going), times whole models, with a look at what their programs
+consist of (gpu_model), training steps (gpu_training), the operator beside its peers (gpu_op), each
+kernel of a model (gpu_profile), the other layers (gpu_layers), choices that no GPU has confirmed
+made the other way, and runs compute-sanitizer where it is. What finds no time left says so; a
+second call, as above, has it.
 
-Each section is a process of its own with a limit of its own, and each row is written down as it
-comes: what fails, hangs or brings down the GPU's context costs its section's remaining rows and no
-others. `--platform cpu` tries all of it without a GPU, at sizes that say nothing.
+Each section is a process of its own with a limit of its own, which grows where few are chosen, and
+each row is written down as it comes: what fails, hangs or brings down the GPU's context costs its
+section's remaining rows and no others. `--platform cpu` tries all of it without a GPU, at sizes
+that say nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ Rows = Iterator[tuple[Row, Callable[[], Row]]]  # what a row is of, and what mea
 
 
 class Section(NamedTuple):
-    """Rows that one process measures: where they are made, and seconds that it may take."""
+    """Rows that one process measures: where they are made, and seconds that it may take; more where
+    the sections chosen leave some.
+    """
 
     name: str
     place: str
@@ -53,8 +57,9 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("operator", "benchmarks.gpu_op:rows", 130),
-    Section("models", "benchmarks.gpu_model:models", 120),
+    Section("models", "benchmarks.gpu_model:models", 170),
+    Section("training", "benchmarks.gpu_training:rows", 120),
+    Section("operator", "benchmarks.gpu_op:rows", 120),
     Section("profile", "benchmarks.gpu_profile:rows", 60),
     Section("layers", "benchmarks.gpu_layers:rows", 50),
     Section("choices", "benchmarks.gpu_model:choices", 120),
@@ -311,12 +316,15 @@ def main() -> None:
     check.run("machine", [sys.executable, "-c", DESCRIBE], 60)
     if not options.no_test and not test(check) and not options.keep_going:
         sys.exit(f"the tests did not pass, so nothing is timed: see {options.output}")
+    wanted = sum(sections[name].seconds for name in options.only)
     for name in options.only:
         command = [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:], "--section", name]
-        if check.seconds_left() < 20:
+        seconds, left = sections[name].seconds, check.seconds_left()
+        if left < 20:
             check.note(name, {"skipped": "no time left"})
         else:
-            check.run(name, command, sections[name].seconds)
+            check.run(name, command, seconds * max(1, left / wanted))
+        wanted -= seconds
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Times whole models on a GPU, as they are and with single choices made the other way.
 
 Sections of `benchmarks.gpu_check`. bfloat16, random weights. "milliseconds" are of a call that is
-waited for, Python's share included; "in a row" of one of ten calls that are waited for together,
-which hides that share. Compiling includes what XLA writes down of the program, for its steps.
+waited for, Python's share included; "in a row" of one of several calls (ten, or fewer long ones)
+that are waited for together, which hides that share. "temporaries_gb" is what the program wants
+besides operands and result. Compiling includes what XLA writes down of the program, for its steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import importlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -26,17 +28,24 @@ from internimage_jax.config import released_model
 if TYPE_CHECKING:
     from benchmarks.gpu_check import Row, Rows
 
-T, B = "internimage_t_1k_224", "internimage_b_1k_224"
-IN_A_ROW = 10
+T, S, B = (f"internimage_{size}_1k_224" for size in "tsb")
+L, XL = "internimage_l_22kto1k_384", "internimage_xl_22kto1k_384"
+H, G = "internimage_h_22kto1k_640", "internimage_g_22kto1k_512"
+# What one row's calls may take, and what those that are waited for together may; seconds.
+TIMING, IN_A_ROW = 3.0, 0.4
 
 
 def models(options: argparse.Namespace) -> Rows:
-    """The models as they are, and T's logits beside those of the jnp forms."""
+    """The models as they are, and T's logits beside those of the jnp forms; first things first."""
     small, large = batches(options)
-    for name, batch in ((T, large), (T, small)):
+    first = [(T, large), (T, small)]
+    # Of the largest, batches that take some tenths of a second.
+    others = [(S, large), (B, large), (L, large), (XL, large), (H, min(16, large))]
+    others += [(G, min(8, large)), (B, small), (S, small), (L, small)]
+    for name, batch in first:
         yield {"model": name, "batch": batch}, functools.partial(measure, options, name, batch)
     yield {"model": T, "what": "against the jnp forms"}, functools.partial(compare, options)
-    for name, batch in ((B, large), (B, small)):
+    for name, batch in others:
         yield {"model": name, "batch": batch}, functools.partial(measure, options, name, batch)
 
 
@@ -70,7 +79,7 @@ def compare(options: argparse.Namespace) -> Row:
 
 
 def measure(options: argparse.Namespace, name: str, batch: int, form: Any = None) -> Row:
-    """How fast a model is, and the steps of its program."""
+    """How fast a model is, its memory, and the steps of its program."""
     config = released_model(name).config
     start = time.perf_counter()
     lowered, leaves, images = random_forward(config, batch, side(options, name), "bfloat16", form)
@@ -82,25 +91,37 @@ def measure(options: argparse.Namespace, name: str, batch: int, form: Any = None
         "make_and_trace_seconds": traced - start,
         "compile_seconds": ready - traced,
         "first_call_seconds": time.perf_counter() - ready,
+        "parameters_gb": sum(leaf.nbytes for leaf in leaves) / 1e9,
+        "temporaries_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
     }
-    single, row_of = [], []
-    for _ in range(5 if options.platform == "cpu" else 20):
+    return row | time_calls(lambda: compiled(leaves, images), batch) | steps
+
+
+def time_calls(call: Callable[[], Any], batch: int) -> Row:
+    """Times a program that has run before; fewer calls where one takes long."""
+
+    def seconds_of(calls: int) -> float:
         start = time.perf_counter()
-        compiled(leaves, images).block_until_ready()
-        single.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        for _ in range(IN_A_ROW):
-            last = compiled(leaves, images)
-        last.block_until_ready()
-        row_of.append((time.perf_counter() - start) / IN_A_ROW)
-    each = statistics.median(row_of)
-    row |= {
+        for _ in range(calls):
+            last = call()
+        jax.block_until_ready(last)
+        return (time.perf_counter() - start) / calls
+
+    about = seconds_of(1)
+    calls = min(10, max(2, int(IN_A_ROW / about)))
+    rounds = min(20, max(3, int(TIMING / about / (1 + calls))))
+    single, in_a_row = zip(
+        *((seconds_of(1), seconds_of(calls)) for _ in range(rounds)), strict=True
+    )
+    each = statistics.median(in_a_row)
+    return {
         "milliseconds": 1e3 * statistics.median(single),
         "milliseconds_in_a_row": 1e3 * each,
-        "range_in_a_row": [1e3 * min(row_of), 1e3 * max(row_of)],
+        "range_in_a_row": [1e3 * min(in_a_row), 1e3 * max(in_a_row)],
+        "calls_in_a_row": calls,
+        "rounds": rounds,
         "images_per_second": batch / each,
     }
-    return row | steps
 
 
 def choices(options: argparse.Namespace) -> Rows:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -25,26 +26,42 @@ from jax.sharding import Sharding
 
 from benchmarks.official import checkout, copy_weights, load_official
 from internimage_jax.config import InternImageConfig, released_model
-from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
 from internimage_jax.shapes import multiply_adds, parameter_shapes
 
+DRAWN = 1048573  # numbers; a prime, so rows of a kernel do not begin alike
 
-def random_values(config: InternImageConfig) -> dict[str, np.ndarray]:
-    """Weights that keep activations near 1 and exercise every branch."""
-    stream = np.random.default_rng(0)
-    values = {}
+
+def random_values(config: InternImageConfig, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Weights that keep activations near 1 and exercise every branch.
+
+    All are the same numbers over and over, which every array begins elsewhere in, and share their
+    memory: the 3e9 of the largest model would take half a minute to draw.
+    """
+    drawn = np.random.default_rng(0).standard_normal(DRAWN, np.float32)
+    scaled: dict[float, np.ndarray] = {}
+
+    def draw(shape: tuple[int, ...], scale: float) -> np.ndarray:
+        start, size = 997 * len(values) % DRAWN, math.prod(shape)
+        numbers = scaled.get(scale)
+        if numbers is None:
+            numbers = (drawn * np.float32(scale)).astype(dtype)
+        if len(numbers) < size + DRAWN:
+            numbers = np.resize(numbers, size + DRAWN)
+        scaled[scale] = numbers
+        return numbers[start : start + size].reshape(shape)
+
+    values: dict[str, np.ndarray] = {}
     for path, shape in parameter_shapes(config).items():
-        value = stream.standard_normal(shape, np.float32)
         if path.endswith("kernel"):
-            value /= np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
+            value = draw(shape, math.prod(shape[:-1]) ** -0.5)
         elif path.endswith(("scale", "var")):
-            value = 1 + 0.1 * np.abs(value)
+            value = 1 + np.abs(draw(shape, 0.1))
         elif "gamma" in path:
-            value = 0.2 + 0.05 * value
+            value = 0.2 + draw(shape, 0.05)
         else:
-            value *= 0.5 if ".offset." in path else 0.1
-        values[path] = value
+            value = draw(shape, 0.5 if ".offset." in path else 0.1)
+        values[path] = value.astype(dtype, copy=False)
     return values
 
 
@@ -57,16 +74,24 @@ def random_forward(
 ) -> tuple[jax.stages.Lowered, list[jax.Array], jax.Array]:
     """The forward of a model with random weights before compilation, its parameters, and images."""
     model = InternImage(config, dtype=dtype, param_dtype=dtype, implementation=implementation)
-    fill(model, {path: value.astype(dtype) for path, value in random_values(config).items()})
+    values = random_values(config, dtype)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        variable.set_value(values[".".join(map(str, path))])  # NumPy's: to join them is no program
     graphdef, state = nnx.split(model.fused())
     leaves, tree = jax.tree.flatten(state)
-    images = np.random.RandomState(1).standard_normal((batch_size, side, side, 3))
+    # A CPU's JAX may otherwise keep them where they are, in memory that they share.
+    leaves = [jnp.array(leaf, copy=jax.default_backend() == "cpu") for leaf in leaves]
 
     def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(images)
 
-    images = jnp.asarray(images, dtype)
+    images = random_images(batch_size, side, dtype)
     return jax.jit(forward).lower(leaves, images), leaves, images
+
+
+def random_images(batch_size: int, side: int, dtype: str) -> jax.Array:
+    stream = np.random.default_rng(1)
+    return jnp.asarray(stream.standard_normal((batch_size, side, side, 3), np.float32), dtype)
 
 
 def lowered_forward(

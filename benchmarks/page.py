@@ -32,9 +32,11 @@ def _with_range(row: Row, name: str) -> str:
     return f"{_number(row[f'{name}_ms'])} ({_number(low)} to {_number(high)})"
 
 
-def _cell(key: str) -> Callable[[Row], str]:
+def _cell(key: str, otherwise: str | None = None) -> Callable[[Row], str]:
+    """What the row has of that name; `otherwise`, if it is given, where it has none."""
+
     def cell(row: Row) -> str:
-        value = row[key]
+        value = row[key] if otherwise is None else row.get(key, otherwise)
         return _number(value) if isinstance(value, float) else str(value)
 
     return cell
@@ -94,7 +96,7 @@ PROGRAMS: Columns = {
     "model": _cell("model"),
     "": _cell("program"),
     "batch": _cell("batch_size"),
-    "parameters, GB": lambda row: _number(row["parameters_gb"]) if "parameters_gb" in row else "",
+    "parameters, GB": _cell("parameters_gb", ""),
     "temporaries, GB": _cell("temporaries_gb"),
     "steps": _cell("steps"),
     "command buffers": _cell("command_buffers"),
@@ -104,18 +106,34 @@ PROGRAMS: Columns = {
     "convolutions": _cell("convolutions"),
     "copies, transposes": lambda row: str(row["copies"] + row["transposes"]),
 }
-GPU_MODELS: Columns = {
-    "model": _cell("model"),
-    "batch": _cell("batch"),
+
+GPU_TIMES: Columns = {
     "ms": lambda row: (
         f"{_number(row['milliseconds_in_a_row'])}"
         f" ({_number(row['range_in_a_row'][0])} to {_number(row['range_in_a_row'][1])})"
     ),
     "images/s": lambda row: f"{row['images_per_second']:.0f}",
-    "steps": _cell("steps"),
-    "command buffers": _cell("command_buffers"),
-    "steps outside": _cell("outside"),
-    "copies, transposes": lambda row: str(row["copies"] + row["transposes"]),
+    "parameters, GB": _cell("parameters_gb", ""),
+    "temporaries, GB": _cell("temporaries_gb", ""),
+}
+GPU_MODELS: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch"),
+    **GPU_TIMES,
+    "steps": _cell("steps", ""),
+    "command buffers": _cell("command_buffers", ""),
+    "steps outside": _cell("outside", ""),
+    "copies, transposes": lambda row: (
+        str(row["copies"] + row["transposes"]) if "copies" in row else ""
+    ),
+}
+GPU_TRAINING: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch"),
+    "form": lambda row: row["form"] + (", recomputing" if row["recomputing"] else ""),
+    **GPU_TIMES,
+    "gradients finite": lambda row: "yes" if row["finite"] else "no",
+    "bits differ in": lambda row: f"{row['differ_from_call_to_call']} of {row['gradients']}",
 }
 
 
@@ -178,6 +196,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
     "sizes": (SIZES, lambda row: row.get("series") == "model"),
     "programs": (PROGRAMS, lambda row: row.get("benchmark") == "programs"),
     "gpu models": (GPU_MODELS, lambda row: row.get("section") == "models"),
+    "gpu training": (GPU_TRAINING, lambda row: row.get("section") == "training"),
     "gpu operator": (GPU_OPERATOR, lambda row: row.get("section") == "operator"),
     "gpu profile": (GPU_PROFILE, lambda row: row.get("section") == "profile"),
     "gpu kernels": (GPU_KERNELS, lambda row: row.get("benchmark") == "kernels"),

@@ -19,7 +19,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
@@ -44,22 +43,32 @@ def forward(name: str, batch_size: int, dtype: str, sharding: Sharding | None) -
 def training(
     config: InternImageConfig, batch_size: int, dtype: str, sharding: Sharding | None
 ) -> dict[str, Any]:
-    graphdef, params, rest = nnx.split(InternImage(config, dtype=dtype), nnx.Param, ...)
+    lowered = lowered_step(InternImage(config, dtype=dtype), batch_size, 224, sharding)
+    program = "training step" + (", recomputing" if config.with_cp else "")
+    row = {"program": program, "model": T, "dtype": dtype, "batch_size": batch_size}
+    return row | describe(lowered, sharding)
+
+
+def lowered_step(
+    model: InternImage, batch_size: int, side: int, sharding: Sharding | None = None
+) -> jax.stages.Lowered:
+    """A training step before compilation, of a model with or without values.
+
+    It takes parameters, statistics, images and a PRNG key, and returns the parameters' gradients.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params: nnx.State, rest: nnx.State, images: jax.Array, key: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params, rest, copy=True)(images, train=True, key=key)
         return -jax.nn.log_softmax(logits)[:, 0].mean()
 
-    images = jax.ShapeDtypeStruct((batch_size, 224, 224, 3), jnp.dtype(dtype))
+    images = jax.ShapeDtypeStruct((batch_size, side, side, 3), model.dtype)
     key = jax.eval_shape(jax.random.key, 0)
-    params, rest, images, key = jax.tree.map(
+    shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         (params, rest, images, key),
     )
-    lowered = jax.jit(jax.grad(loss)).lower(params, rest, images, key)
-    program = "training step" + (", recomputing" if config.with_cp else "")
-    row = {"program": program, "model": T, "dtype": dtype, "batch_size": batch_size}
-    return row | describe(lowered, sharding)
+    return jax.jit(jax.grad(loss)).lower(*shapes)
 
 
 def describe(lowered: jax.stages.Lowered, sharding: Sharding | None) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, gpu_target, page
+from benchmarks import gpu_check, gpu_model, gpu_target, page
 from benchmarks.gpu_check import Check, Section, serve, summary_of
+from benchmarks.growth import SMALL
+from benchmarks.model import DRAWN, random_values
 
 
 def rows(options: argparse.Namespace) -> Iterator:
@@ -84,6 +86,28 @@ def test_each_section_is_there() -> None:
     for section in gpu_check.SECTIONS:
         module, _, function = section.place.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_a_long_call_is_made_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_model, "TIMING", 0.2)
+    monkeypatch.setattr(gpu_model, "IN_A_ROW", 0.1)
+    for seconds, calls, rounds in ((0.001, range(3, 11), range(4, 21)), (0.1, [2], [3])):
+        made: list[None] = []
+        row = gpu_model.time_calls(lambda s=seconds, made=made: made.append(time.sleep(s)), 4)
+        assert row["calls_in_a_row"] in calls and row["rounds"] in rounds
+        assert len(made) == 1 + row["rounds"] * (1 + row["calls_in_a_row"])
+        assert row["milliseconds_in_a_row"] >= 1e3 * seconds
+        assert row["images_per_second"] == pytest.approx(4e3 / row["milliseconds_in_a_row"])
+
+
+def test_random_weights_keep_their_scale_and_differ() -> None:
+    values = random_values(SMALL.replace(num_classes=20000))  # a kernel of more than are drawn
+    kernels = [value for path, value in values.items() if path.endswith("kernel")]
+    assert max(kernel.size for kernel in kernels) > DRAWN
+    for kernel in kernels:
+        fan_in = kernel.size // kernel.shape[-1]
+        assert kernel.std() * fan_in**0.5 == pytest.approx(1, abs=0.2)
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
 
 
 def test_the_page_has_the_tables_of_the_results() -> None:

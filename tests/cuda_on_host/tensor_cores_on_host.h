@@ -61,15 +61,17 @@ inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 inline void read_two(uint32_t address, uint32_t* v) {
   std::memcpy(v, dynamic_shared_memory + address, 8);
 }
-inline void read_four(uint32_t address, uint32_t* v) {
-  std::memcpy(v, dynamic_shared_memory + address, 16);
+inline uint32_t read_one(uint32_t address) {
+  uint32_t v;
+  std::memcpy(&v, dynamic_shared_memory + address, 4);
+  return v;
+}
+inline void write_one(uint32_t address, uint32_t v) {
+  std::memcpy(dynamic_shared_memory + address, &v, 4);
 }
 inline void write_two(uint32_t address, uint32_t a, uint32_t b) {
   const uint32_t v[2] = {a, b};
   std::memcpy(dynamic_shared_memory + address, v, 8);
-}
-inline void write_four(uint32_t address, const uint32_t* v) {
-  std::memcpy(dynamic_shared_memory + address, v, 16);
 }
 template <bool transposed>
 void load_matrices(const void* row, uint32_t (&m)[4]) {

@@ -23,23 +23,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// Reads two or four words of shared memory, and writes them.
+// Reads one or two words of shared memory, and writes them.
+__device__ __forceinline__ uint32_t read_one(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ void read_two(uint32_t address, uint32_t* v) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
 }
-__device__ __forceinline__ void read_four(uint32_t address, uint32_t* v) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(address)
-               : "memory");
+__device__ __forceinline__ void write_one(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
 }
 __device__ __forceinline__ void write_two(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};\n" ::"r"(address), "r"(a), "r"(b) : "memory");
-}
-__device__ __forceinline__ void write_four(uint32_t address, const uint32_t* v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]),
-               "r"(v[3])
-               : "memory");
 }
 
 // Four bytes of two words, which count on from the one to the other, as the selector's digits name them; of a

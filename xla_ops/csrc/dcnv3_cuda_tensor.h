@@ -28,17 +28,13 @@ namespace dcnv3::cuda {
 constexpr int kTensorThreads = 512;
 constexpr int kTeam = 10;  // pairs of a warp at once
 
-// The cells of a team in shared memory, in words. A stream is a row of a pair's cells, leading or remaining
-// bits of the weights of its two pixels: of each column three points and a fourth word, in the first column
-// that of the tenth point, the pixel at the position. Four streams a pair; two pairs and 16 bytes, so that
-// neither what a thread writes meets what its neighbours do in a bank, nor what it reads. Then the places of
-// the points, each 16 bits, in the same order.
-constexpr int kStream = 12, kTwoPairs = 2 * 4 * kStream + 4, kPlaces = kTeam / 2 * kTwoPairs - 4;
-constexpr int kTeamWords = kPlaces + kTeam * 6;
-constexpr uint32_t kNone = ~0u;  // for no pair
-__device__ __forceinline__ int cells_of(int pair) {
-  return pair / 2 * kTwoPairs + pair % 2 * 4 * kStream;
-}
+// The cells of a pair in shared memory, in words. A stream is a row of the cells, leading or remaining bits
+// of the weights of its two pixels: the first two points of each column, then the third of each, then the
+// tenth point, the pixel at the position. Points that follow each other there are multiplied at once. After
+// four streams the places of the points, 16 bits each: of those that are first of two, two of each column,
+// then of those that are second.
+constexpr int kStream = 10, kPlaces = 4 * kStream, kCells = kPlaces + 6;
+constexpr int kTeamWords = kTeam * kCells;
 
 constexpr int kUnit = 32;  // bytes; what places count
 
@@ -66,6 +62,7 @@ inline Maps shared_out(const Problem& s, const Device& device) {
   Maps best = {};
   int64_t least = INT64_MAX;
   if (s.height * s.width * s.depth * 2 > device.shared) return best;
+  if (s.positions() * s.group * s.group > UINT32_MAX) return best;  // see Divisor
   for (int groups = 1; groups <= s.group; ++groups) {
     Maps maps = maps_of(s);
     maps.groups = groups;
@@ -88,34 +85,38 @@ inline Maps shared_out(const Problem& s, const Device& device) {
 
 #if KERNEL_HAS_TENSOR_CORES
 
+// Divides n by a number, exactly as long as n times that number is below 2^32.
+struct Divisor {
+  __device__ __forceinline__ explicit Divisor(uint32_t by) : one(by == 1), inverse(0xffffffffu / by + 1) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t n) const {
+    return one ? n : uint32_t(uint64_t{n} * inverse >> 32);
+  }
+  bool one;
+  uint32_t inverse;
+};
+
 // Copies the maps of `groups` groups, a warp a row, a thread 16 bytes.
 template <class T, int S>
 __device__ __forceinline__ void copy_maps(const Call& call, const Maps& maps, int64_t image, int group,
                                           int groups, char* to) {
   const Problem& s = call.problem;
   const uint32_t pieces = groups * 2 * S, in_row = uint32_t(s.width) * pieces;
-  const uint32_t inverse = 0xffffffffu / pieces + 1;  // divides what is below 2^16
+  const Divisor pixel(pieces);
   const uint32_t channels = uint32_t(s.channels());
   const T* from = static_cast<const T*>(call.x) + image * s.height * s.width * channels + group * s.depth;
   for (int y = threadIdx.x / 32; y < int(s.height); y += blockDim.x / 32) {
     const T* const row = from + int64_t(y) * s.width * channels;
+    char* const to_row = to + y * maps.pitch * kUnit;
     const uint32_t exchange = S == 2 && y % 2 ? kUnit : 0;
-    constexpr int kAhead = 4;  // on their way at once
-    for (uint32_t start = threadIdx.x % 32; start < in_row; start += kAhead * 32) {
-      uint4 word[kAhead];
-      uint32_t place[kAhead];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        const uint32_t i = start + a * 32 < in_row ? start + a * 32 : start;
-        const uint32_t x = uint32_t(uint64_t{i} * inverse >> 32), piece = i - x * pieces;
-        place[a] = piece / (2 * S) * maps.bytes + (y * maps.pitch + x * S) * kUnit +
-                   (piece % (2 * S) * 16 ^ exchange);
-        word[a] = *reinterpret_cast<const uint4*>(row + x * channels + piece * 8);
-      }
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) *reinterpret_cast<uint4*>(to + place[a]) = word[a];
+    for (uint32_t i = threadIdx.x % 32; i < in_row; i += 32) {
+      const uint32_t x = pixel(i), piece = i - x * pieces;
+      const uint32_t in_pixel = piece % (2 * S) * 16 ^ exchange;
+      copy_ahead(to_row + piece / (2 * S) * maps.bytes + x * S * kUnit + in_pixel,
+                 row + x * channels + piece * 8, true);
     }
   }
+  end_group();
+  wait_for_groups<0>();
 }
 
 // What a thread reads of records of N: its column's three offsets and logits, and the last number.
@@ -204,8 +205,7 @@ struct CellMaker {
                                        uint32_t* team)
       : member(member),
         column(column),
-        cells(shared_address(team + cells_of(member) + 4 * column)),
-        places(shared_address(team + kPlaces + member * 6 + 2 * column)),
+        cells(shared_address(team + member * kCells)),
         pitch(maps.pitch),
         bytes(maps.bytes / kUnit),
         scale(float(call.problem.offset_scale)),
@@ -218,7 +218,7 @@ struct CellMaker {
     start_w = int(grid(0, s.stride_w, s.pad_w, 3, s.dilation_w));
     hold(scale), hold(dilation_h), hold(step_w);
     hold(height.last), hold(height.end), hold(width.last), hold(width.end);
-    hold(start_h), hold(start_w), hold(cells), hold(places);
+    hold(start_h), hold(start_w), hold(cells);
   }
 
   // All threads of the warp take part in the softmax; those of no pair write nothing.
@@ -241,41 +241,53 @@ struct CellMaker {
 
     const float grid_h = float(at.i * stride_h + start_h), grid_w = float(at.j * stride_w + start_w);
     const int map = at.group * bytes;
-    uint32_t stream[4][4];
-    int place[4];
-    stream[0][3] = stream[1][3] = stream[2][3] = stream[3][3] = 0, place[3] = 0;
+    uint32_t stream[4][3];
+    uint32_t place[3];
 #pragma unroll
     for (int row = 0; row < 3; ++row) {
       const float h = grid_h + (dilation_h * float(row - 1) + offset[2 * row + 1]) * scale;
       const float w = grid_w + (step_w + offset[2 * row]) * scale;
-      place[row] = map + make(weight[row] * share, h, w, row, stream);
-    }
-    if (with_centre && column == 0) place[3] = map + make(blend, float(at.i), float(at.j), 3, stream);
+      uint32_t words[4];
+      place[row] = map + make(weight[row] * share, h, w, words);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) write_four(cells + i * kStream * 4, stream[i]);
-    write_two(places, uint32_t(place[0] | place[1] << 16), uint32_t(place[2] | place[3] << 16));
+      for (int i = 0; i < 4; ++i) stream[i][row] = words[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      write_two(cells + (i * kStream + 2 * column) * 4, stream[i][0], stream[i][1]);
+      write_one(cells + (i * kStream + 6 + column) * 4, stream[i][2]);
+    }
+    // Of the third points those of the first column and the last are first of two, that of the middle second.
+    uint32_t first = place[0], second = place[1];
+    (column == 1 ? second : first) |= place[2] << 16;
+    if (with_centre && column == 0) {
+      uint32_t words[4];
+      second |= (map + make(blend, float(at.i), float(at.j), words)) << 16;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) write_one(cells + (i * kStream + 9) * 4, words[i]);
+    }
+    write_one(cells + (kPlaces + column) * 4, first);
+    write_one(cells + (kPlaces + (column < 2 ? 4 + column : 3)) * 4, second);
   }
 
-  // Sets a point's words, the weights in two parts, and returns its place.
-  __device__ __forceinline__ int make(float weight, float at_h, float at_w, int point,
-                                      uint32_t (&stream)[4][4]) const {
+  // Sets a point's words of the four streams, and returns its place.
+  __device__ __forceinline__ uint32_t make(float weight, float at_h, float at_w, uint32_t (&words)[4]) const {
     const Axis<float> h = locate(at_h, height), w = locate(at_w, width);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float of_row = weight * (row ? h.weight1 : h.weight0);
       const float left = of_row * w.weight0, right = of_row * w.weight1;
-      const uint32_t leading = pack(left, right, T());
+      words[row] = pack(left, right, T());
       float part[2];
-      unpack(leading, T(), part);
-      stream[row][point] = leading;
-      stream[2 + row][point] = pack(left - part[0], right - part[1], T());
+      unpack(words[row], T(), part);
+      words[2 + row] = pack(left - part[0], right - part[1], T());
     }
     const int y = int(h.first), x = int(w.first);
     return y * pitch + x * S + (S == 2 ? y & 1 : 0);
   }
 
   int member, column;
-  uint32_t cells, places;
+  uint32_t cells;
   int pitch, bytes;
   float scale, dilation_h, step_w;
   bool with_centre;
@@ -291,37 +303,32 @@ struct Samples {
       : with_centre(call.centre) {
     const Problem& s = call.problem;
     const int lane = threadIdx.x % 32;
-    // Its column of the weights: the pair, the channels, which bits; and its depth.
-    const int column = lane / 4, depth = lane % 4;
-    weights = shared_address(team + cells_of(column / 4) + (column % 2 * 2 + depth % 2) * kStream);
-    mask = depth / 2 == column / 2 % 2 ? ~0u : 0u;
-    // Its row of a matrix: the pair and which of two points, the channels, the pixel.
-    const int matrix = lane / 8, row = lane % 8, right = row % 2, down = row / 2 % 2, channels = row / 4;
-    places = shared_address(team + kPlaces + matrix % 2 * 6);
-    const bool second = matrix / 2;
-    half = second ? 0xbb32 : 0x9910;
-    across = second ? 0xdd54 : 0x9910;
-    behind = second ? 0xdd54 : 0xbb32;
+    // Its column of the weights: the channels, the pair, which bits; and its depth.
+    const int column = lane / 4, pair = column / 2 % 2, depth = lane % 4;
+    weights = shared_address(team + pair * kCells + (column % 2 * 2 + depth % 2) * kStream);
+    mask = depth / 2 == column / 4 ? ~0u : 0u;
+    // Its row of a matrix: of two points the first or the second, the pair, the channels, the pixel.
+    const int second = lane / 16, row = lane % 8, channels = row / 4, down = row / 2 % 2, right = row % 2;
+    places = shared_address(team + pair * kCells + kPlaces + 4 * second);
+    last = shared_address(team + pair * kCells + kPlaces + 2 + second);
+    half = second ? 0xff76 : 0xbb32;
     odd = S == 2 && down && s.height > 1 ? 1 : 0;
     from = shared_address(planes) + channels * 16;
     if (right && s.width > 1) from += S * kUnit;
     if (down && s.height > 1) from += maps.pitch * kUnit;
-    hold(weights), hold(mask), hold(places), hold(odd), hold(from);
-    hold(half), hold(across), hold(behind);
+    hold(weights), hold(mask), hold(places), hold(last), hold(half), hold(odd), hold(from);
   }
 
-  // Sets v to a channel of each slice, lane % 2 * 8 + lane / 4, of pair lane % 4 / 2.
+  // Sets v to a channel of each slice, lane % 4 / 2 * 8 + lane / 4, of pair lane % 2.
   __device__ __forceinline__ void compute(int pair, float* v) const {
-    uint32_t w[12], p[6];
+    const uint32_t skip = pair * kCells * 4;
+    uint32_t w[10], p[3];
+    read_two(places + skip, p);
+    p[2] = read_one(last + skip);
 #pragma unroll
-    for (int i = 0; i < 6; i += 2) read_two(places + pair * 24 + i * 4, &p[i]);
-#pragma unroll
-    for (int i = 0; i < 12; i += 4) read_four(weights + pair / 2 * kTwoPairs * 4 + i * 4, &w[i]);
-    // Two points at once: 0 and 1, 2 and the tenth, 3 and 4, 5 and 6, 7 and 8.
-    const uint32_t place[5] = {select_bytes(p[0], 0, half), select_bytes(p[1], 0, half),
-                               select_bytes(p[2], 0, half), select_bytes(p[3], p[4], across),
-                               select_bytes(p[4], p[5], behind)};
-    const uint32_t weight[5][2] = {{w[0], w[1]}, {w[2], w[3]}, {w[4], w[5]}, {w[6], w[8]}, {w[9], w[10]}};
+    for (int i = 0; i < 10; i += 2) read_two(weights + skip + i * 4, &w[i]);
+    const uint32_t place[5] = {p[0] & 0xffff, p[1] & 0xffff, p[2] & 0xffff, select_bytes(p[0], p[1], half),
+                               select_bytes(p[2], p[0], half)};
     float sum[S][4] = {};
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
@@ -329,35 +336,31 @@ struct Samples {
 #pragma unroll
       for (int slice = 0; slice < S; ++slice) {
         uint32_t m[4] = {};
-        if (i != 1 || with_centre) {
+        if (i < 4 || with_centre) {
           load_matrices<true>(row ^ (slice * kUnit), m);
         } else {
           load_two_matrices(row ^ (slice * kUnit), m);
         }
-        multiply_add<T>(m, weight[i][0] & mask, weight[i][1] & mask, sum[slice]);
+        multiply_add<T>(m, w[2 * i] & mask, i < 4 || with_centre ? w[2 * i + 1] & mask : 0, sum[slice]);
       }
     }
 #pragma unroll
     for (int slice = 0; slice < S; ++slice) {
       const float* const r = sum[slice];
-      v[slice] = threadIdx.x % 4 < 2 ? r[0] + r[1] : r[2] + r[3];
+      v[slice] = threadIdx.x % 2 ? r[2] + r[3] : r[0] + r[1];
     }
   }
 
   bool with_centre;
-  uint32_t weights, places, mask, odd, from, half, across, behind;
+  uint32_t weights, places, last, mask, half, odd, from;
 };
 
-// Does what is not finite among the warp's results once more, by the definition.
+// Does what is not finite among a thread's results once more, by the definition.
 template <class T, int S>
-__device__ __noinline__ void repair(const Call& call, int64_t image, uint32_t result, T* y) {
-  for (int pair = 0; pair < kTeam; pair += 2) {
-    const uint32_t begin = __shfl_sync(~0u, result, pair + threadIdx.x % 4 / 2);
-    for (int slice = 0; slice < S && begin != kNone; ++slice) {
-      T* const to = y + (begin + slice * 16);
-      if (!is_finite(to_real(*to))) to_storage(sample_by_definition<T>(call, image, to), to);
-    }
-    __syncwarp();
+__device__ __noinline__ void repair(const Call& call, int64_t image, T* y) {
+  for (int slice = 0; slice < S; ++slice) {
+    T* const to = y + slice * 16;
+    if (!is_finite(to_real(*to))) to_storage(sample_by_definition<T>(call, image, to), to);
   }
 }
 
@@ -394,28 +397,39 @@ __global__ void __launch_bounds__(kTensorThreads)
 
   const CellMaker<T, S> maker(call, maps, member, column, team);
   const Samples<T, S> samples(call, maps, planes, team);
-  T* y = static_cast<T*>(call.y) + image * s.positions() * channels + first_group * 16 * S + lane % 2 * 8 +
-         lane / 4;
+  T* y = static_cast<T*>(call.y) + image * s.positions() * channels + first_group * 16 * S +
+         lane % 4 / 2 * 8 + lane / 4;
   hold(y);
+  const Divisor position_of(groups);
   for (int first = warp * kTeam; first < pairs; first += warps * kTeam) {
-    const uint32_t result = at.pair < pairs ? at.position() * channels + at.group * 16 * S : kNone;
     maker.put(record, at, in_team);
     at.next();
     read();
     __syncwarp();
+    const auto result = [&](int pair) {  // where its channels begin
+      const uint32_t n = first + pair + lane % 2, position = position_of(n);
+      return y + (position * channels + (n - position * groups) * (16 * S));
+    };
     float poison = 0;
 #pragma unroll
     for (int pair = 0; pair < kTeam; pair += 2) {
       float v[S];
       samples.compute(pair, v);
-      const uint32_t begin = __shfl_sync(~0u, result, pair + lane % 4 / 2);
+      T* const to = result(pair);
+      const bool there = first + pair + lane % 2 < pairs;
 #pragma unroll
       for (int slice = 0; slice < S; ++slice) {
         poison += v[slice] * 0;
-        if (begin != kNone) to_storage(v[slice], y + (begin + slice * 16));
+        T stored;
+        to_storage(v[slice], &stored);
+        if (there) to[slice * 16] = stored;
       }
     }
-    if (__any_sync(~0u, poison != 0)) repair<T, S>(call, image, result, y);
+    if (poison != 0) {
+      for (int pair = 0; pair < kTeam && first + pair + lane % 2 < pairs; pair += 2) {
+        repair<T, S>(call, image, result(pair));
+      }
+    }
     __syncwarp();
   }
 #endif

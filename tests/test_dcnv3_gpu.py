@@ -114,16 +114,63 @@ def test_fused_form(
     if plain:
         monkeypatch.setenv("INTERNIMAGE_CUDA_FORM", "global")
         jax.clear_caches()  # a program that has run may be a CUDA graph by now
-    geometry = {"group": 4, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
-    geometry |= {"offset_scale": 1.0, "remove_center": False}
     with jax.enable_x64(True):
-        x, offset, mask, dy = problem(2, dtypes[0], geometry, (2, 14, 14), 32)
-        record = xla_ops.Record(4, 9)
-        rows = np.random.RandomState(3).standard_normal((*offset.shape[:3], record.width))
-        rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-        rows = jnp.asarray(rows, dtypes[1])
+        arrays = fused_problem(dtypes, (2, 14, 14), 4, 32)
         options = {"group": 4, "center_feature_scale": center}
-        assert_as_exact([x, rows, dy], dtypes[0], **options)
+        assert_as_exact(arrays, dtypes[0], **options)
+
+
+def fused_problem(
+    dtypes: tuple[str, str], size: tuple[int, int, int], group: int, depth: int
+) -> list[jax.Array]:
+    """x, record and dy; dtypes of x and of the record."""
+    geometry = {"group": group, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
+    geometry |= {"offset_scale": 1.0, "remove_center": False}
+    x, offset, mask, dy = problem(2, dtypes[0], geometry, size, depth)
+    record = xla_ops.Record(group, 9)
+    rows = np.random.RandomState(3).standard_normal((*offset.shape[:3], record.width))
+    rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
+    return [x, jnp.asarray(rows, dtypes[1]), dy]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16",) * 2, ("float16",) * 2, ("bfloat16", "float32"), ("float16", "float32")]
+)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize(
+    ("size", "group", "depth"),
+    [
+        ((3, 5, 7), 2, 16),
+        ((2, 6, 1), 3, 32),
+        # As many blocks as it takes there.
+        gpu.large((140, 9, 11), 3, 16),
+        gpu.large((140, 8, 10), 2, 32),
+        gpu.large((64, 14, 14), 16, 16),
+        gpu.large((40, 56, 56), 4, 32),
+    ],
+    ids=str,
+)
+def test_maps_in_shared_memory(
+    size: tuple[int, int, int], group: int, depth: int, center: bool, dtypes: tuple[str, str]
+) -> None:
+    options = {"group": group, "center_feature_scale": center}
+    with jax.enable_x64(True):
+        assert_as_exact(fused_problem(dtypes, size, group, depth), dtypes[0], **options)
+
+
+@pytest.mark.parametrize("array", [0, 1, 2], ids=["x", "record", "dy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("size", [(4, 6, 7), gpu.large((140, 6, 7))], ids=str)
+def test_maps_in_shared_memory_that_are_not_finite(
+    size: tuple[int, int, int], value: float, array: int
+) -> None:
+    arrays = fused_problem(("bfloat16", "bfloat16"), size, 2, 16)
+    arrays[array] = arrays[array].at[0, 2, 3, 5].set(value)
+    options = {"group": 2, "center_feature_scale": True}
+    got, expected = by_cuda(*arrays, **options), by_cpu(*arrays, **options)
+    for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2, err_msg=name)
 
 
 @pytest.mark.parametrize("column", [0, 18, 27], ids=["offset", "mask", "centre"])

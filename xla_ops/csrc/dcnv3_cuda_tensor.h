@@ -11,255 +11,63 @@
 //             for the rest of them; a weight counts in its own pair's columns and its own 8 channels' depth
 //
 // so half of the results mean nothing, and of the others two add up to a channel of y. Weights are sums of
-// two numbers in half precision, good to 2^-17 (bfloat16) or 2^-22; sums are float32. Eight rows of 16 bytes
-// for `ldmatrix`, the channels of a cell, never meet in a bank: that is what the maps' layout is for.
+// two numbers in half precision, good to 2^-17 (bfloat16) or 2^-22; sums are float32.
 //
 // A warp alternates: its threads make the cells of ten pairs, three threads a pair and a column of the
 // kernel each, and put them into shared memory; then it multiplies.
 #pragma once
 
-#include <algorithm>
-
-#include "cuda_tensor_cores.h"
-#include "dcnv3_cuda_nine.h"
+#include "dcnv3_cuda_definition.h"
+#include "dcnv3_cuda_maps.h"
 
 namespace dcnv3::cuda {
-
-constexpr int kTensorThreads = 512;
-constexpr int kTeam = 10;  // pairs of a warp at once
 
 // The cells of a team in shared memory, in words. A stream is a row of a pair's cells, leading or remaining
 // bits of the weights of its two pixels: of each column three points and a fourth word, in the first column
 // that of the tenth point, the pixel at the position. Four streams a pair; two pairs and 16 bytes, so that
-// neither what a thread writes meets what its neighbours do in a bank, nor what it reads. Then the places of
-// the points, each 16 bits, in the same order.
-constexpr int kStream = 12, kTwoPairs = 2 * 4 * kStream + 4, kPlaces = kTeam / 2 * kTwoPairs - 4;
-constexpr int kTeamWords = kPlaces + kTeam * 6;
-constexpr uint32_t kNone = ~0u;  // for no pair
+// neither what a thread writes meets what its neighbours do in a bank, nor what it reads. Then the places.
+constexpr int kStream = 12, kTwoPairs = 2 * 4 * kStream + 4, kCells = kTeam / 2 * kTwoPairs - 4;
+constexpr int kCellWords = kCells + kPlaces;
 __device__ __forceinline__ int cells_of(int pair) {
   return pair / 2 * kTwoPairs + pair % 2 * 4 * kStream;
 }
 
-constexpr int kUnit = 32;  // bytes; what places count
-
-// The maps of a block in shared memory: of how many groups, bytes of one, units of a row of it; and the
-// block's warps.
-struct Maps {
-  int groups, blocks_an_image, bytes, pitch, warps;
-};
-
-// With 16 channels a group the two rows of a cell, 64 bytes each, lie in different halves of the banks. With
-// 32 each row takes all banks if read at once, but 16 channels are: in odd rows the first 16 and the last 16
-// of a pixel are exchanged.
-inline Maps maps_of(const Problem& s) {
-  Maps maps = {};
-  maps.pitch = int(s.width * s.depth * 2 / kUnit);
-  while (s.depth == 16 && maps.pitch % 4 != 2) ++maps.pitch;
-  maps.bytes = int(s.height) * maps.pitch * kUnit;
-  return maps;
-}
-
-// How many groups a block should have and how many warps: 16, or half as many where two blocks fit. No groups
-// where this form is not for the call.
-inline Maps shared_out(const Problem& s, const Device& device) {
-  constexpr int64_t kTeamBytes = kTeamWords * sizeof(uint32_t), kReserved = 1 << 10;
-  Maps best = {};
-  int64_t least = INT64_MAX;
-  if (s.height * s.width * s.depth * 2 > device.shared) return best;
-  for (int groups = 1; groups <= s.group; ++groups) {
-    Maps maps = maps_of(s);
-    maps.groups = groups;
-    if (const char* g = std::getenv("TENSOR_GROUPS"); g && atoi(g) != groups) continue;
-    maps.blocks_an_image = int((s.group + groups - 1) / groups);
-    const int64_t blocks = s.batch * maps.blocks_an_image, bytes = int64_t{groups} * maps.bytes;
-    const bool two =
-        blocks > device.processors && 2 * (bytes + 8 * kTeamBytes + kReserved) <= device.shared + kReserved;
-    maps.warps = two ? 8 : int(std::min<int64_t>(16, (device.shared - bytes) / kTeamBytes));
-    if (const char* g = std::getenv("TENSOR_WARPS")) maps.warps = std::min(maps.warps, atoi(g));
-    if (bytes + 8 * kTeamBytes > device.shared || blocks * 4 < device.processors * 3) break;
-    // What the busiest multiprocessor has to do, in positions: to begin a block takes one as long as 160 of
-    // them, and half of that where another goes on meanwhile (an H200).
-    const int64_t rounds = (blocks + device.processors - 1) / device.processors;
-    const int64_t work = rounds * (groups * s.positions() + (two ? 80 : 160));
-    if (work < least || (work == least && two)) best = maps, least = work;
-  }
-  return best;
-}
-
 #if KERNEL_HAS_TENSOR_CORES
-
-// Copies the maps of `groups` groups, a warp a row, a thread 16 bytes.
-template <class T, int S>
-__device__ __forceinline__ void copy_maps(const Call& call, const Maps& maps, int64_t image, int group,
-                                          int groups, char* to) {
-  const Problem& s = call.problem;
-  const uint32_t pieces = groups * 2 * S, in_row = uint32_t(s.width) * pieces;
-  const uint32_t inverse = 0xffffffffu / pieces + 1;  // divides what is below 2^16
-  const uint32_t channels = uint32_t(s.channels());
-  const T* from = static_cast<const T*>(call.x) + image * s.height * s.width * channels + group * s.depth;
-  for (int y = threadIdx.x / 32; y < int(s.height); y += blockDim.x / 32) {
-    const T* const row = from + int64_t(y) * s.width * channels;
-    const uint32_t exchange = S == 2 && y % 2 ? kUnit : 0;
-    constexpr int kAhead = 4;  // on their way at once
-    for (uint32_t start = threadIdx.x % 32; start < in_row; start += kAhead * 32) {
-      uint4 word[kAhead];
-      uint32_t place[kAhead];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        const uint32_t i = start + a * 32 < in_row ? start + a * 32 : start;
-        const uint32_t x = uint32_t(uint64_t{i} * inverse >> 32), piece = i - x * pieces;
-        place[a] = piece / (2 * S) * maps.bytes + (y * maps.pitch + x * S) * kUnit +
-                   (piece % (2 * S) * 16 ^ exchange);
-        word[a] = *reinterpret_cast<const uint4*>(row + x * channels + piece * 8);
-      }
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) *reinterpret_cast<uint4*>(to + place[a]) = word[a];
-    }
-  }
-}
-
-// What a thread reads of records of N: its column's three offsets and logits, and the last number.
-template <class N>
-struct ColumnOfRecord {
-  __device__ __forceinline__ ColumnOfRecord(const N* records, int column)
-      : column(column), offsets(records + 6 * column), logits(records + 18 + 3 * column / 2 * 2) {
-    hold(offsets);
-    hold(logits);
-  }
-  // Half precision: three words of offsets, two that the logits are in.
-  __device__ __forceinline__ void read(uint32_t element, bool) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) word[i] = reinterpret_cast<const uint32_t*>(offsets + element)[i];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) word[3 + i] = reinterpret_cast<const uint32_t*>(logits + element)[i];
-  }
-  __device__ __forceinline__ void values(float* offset, float* logit, float* centre) const {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) unpack(word[i], N(), offset + 2 * i);
-    float v[4];
-    unpack(word[3], N(), v);
-    unpack(word[4], N(), v + 2);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) logit[i] = column == 1 ? v[i + 1] : v[i];
-    *centre = v[3];  // the last column's
-  }
-  int column;
-  const N *offsets, *logits;
-  uint32_t word[5] = {};
-};
-template <>
-struct ColumnOfRecord<float> {
-  __device__ __forceinline__ ColumnOfRecord(const float* records, int column)
-      : column(column), records(records) {
-    hold(this->records);
-  }
-  __device__ __forceinline__ void read(uint32_t element, bool with_centre) {
-    const float* record = records + element;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) load<2>(record + 6 * column + 2 * i, number + 2 * i);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) number[6 + i] = record[18 + 3 * column + i];
-    if (with_centre) number[9] = record[27];
-  }
-  __device__ __forceinline__ void values(float* offset, float* logit, float* centre) const {
-#pragma unroll
-    for (int i = 0; i < 6; ++i) offset[i] = number[i];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) logit[i] = number[6 + i];
-    *centre = number[9];
-  }
-  int column;
-  const float* records;
-  float number[10] = {};
-};
-
-// The pairs of a block count positions, of each the groups; a thread's next is always as far.
-struct Walk {
-  __device__ __forceinline__ Walk(const Problem& s, int groups, int first, int step)
-      : groups(groups), width(int(s.out_width)), pair(first), step(step) {
-    const auto split = [&](int n, int* group, int* i, int* j) {
-      const int position = n / groups;
-      *group = n - position * groups;
-      *i = position / width;
-      *j = position - *i * width;
-    };
-    split(first, &group, &i, &j);
-    split(step, &step_group, &step_i, &step_j);
-  }
-  __device__ __forceinline__ void next() {
-    pair += step, group += step_group, i += step_i, j += step_j;
-    if (group >= groups) group -= groups, ++j;
-    if (j >= width) j -= width, ++i;
-  }
-  __device__ __forceinline__ uint32_t position() const { return uint32_t(i * width + j); }
-  int groups, width;
-  int pair, group, i, j;  // the group in the block
-  int step, step_group, step_i, step_j;
-};
 
 // Makes the cells of a column of a pair's points.
 template <class T, int S>
 struct CellMaker {
-  __device__ __forceinline__ CellMaker(const Call& call, const Maps& maps, int member, int column,
-                                       uint32_t* team)
-      : member(member),
-        column(column),
-        cells(shared_address(team + cells_of(member) + 4 * column)),
-        places(shared_address(team + kPlaces + member * 6 + 2 * column)),
-        pitch(maps.pitch),
-        bytes(maps.bytes / kUnit),
-        scale(float(call.problem.offset_scale)),
-        with_centre(call.centre) {
-    const Problem& s = call.problem;
-    height = extent<float>(s.height), width = extent<float>(s.width);
-    dilation_h = float(int(s.dilation_h)), step_w = float(int(s.dilation_w)) * float(column - 1);
-    stride_h = int(s.stride_h), stride_w = int(s.stride_w);
-    start_h = int(grid(0, s.stride_h, s.pad_h, 3, s.dilation_h));
-    start_w = int(grid(0, s.stride_w, s.pad_w, 3, s.dilation_w));
-    hold(scale), hold(dilation_h), hold(step_w);
-    hold(height.last), hold(height.end), hold(width.last), hold(width.end);
-    hold(start_h), hold(start_w), hold(cells), hold(places);
+  __device__ __forceinline__ CellMaker(const Call& call, const Maps& maps, uint32_t* team)
+      : points_of(call),
+        place_of(maps),
+        cells(shared_address(team + cells_of(points_of.slot) + 4 * points_of.column)),
+        places(shared_address(team + kCells + points_of.slot * 6 + 2 * points_of.column)) {
+    hold(cells), hold(places);
   }
 
-  // All threads of the warp take part in the softmax; those of no pair write nothing.
+  // All threads of the warp take part; those of no pair write nothing.
   template <class N>
-  __device__ __forceinline__ void put(const ColumnOfRecord<N>& record, const Walk& at, bool in_team) const {
-    float offset[6], logit[3], centre;
-    record.values(offset, logit, &centre);
-    const auto of = [&](float v, int column) { return __shfl_sync(~0u, v, member + column * kTeam); };
-    float top = larger(larger(logit[0], logit[1]), logit[2]);
-    top = larger(larger(of(top, 0), of(top, 1)), of(top, 2));
-    float weight[3];
-#pragma unroll
-    for (int row = 0; row < 3; ++row) weight[row] = exp_of(logit[row] - top);
-    const float sum = weight[0] + weight[1] + weight[2];
-    const float total = of(sum, 0) + of(sum, 1) + of(sum, 2);
-    float blend = 0;
-    if (with_centre) blend = sigmoid(of(centre, 2));
-    const float share = (1 - blend) / total;
-    if (!in_team) return;
-
-    const float grid_h = float(at.i * stride_h + start_h), grid_w = float(at.j * stride_w + start_w);
-    const int map = at.group * bytes;
+  __device__ __forceinline__ void put(const ColumnOfRecord<N>& record, const Walk& at) const {
+    const ColumnOfPoints points = points_of.make(record, at);
+    if (!points_of.counts()) return;
     uint32_t stream[4][4];
     int place[4];
     stream[0][3] = stream[1][3] = stream[2][3] = stream[3][3] = 0, place[3] = 0;
+    const float share = 1 - points.blend;
 #pragma unroll
-    for (int row = 0; row < 3; ++row) {
-      const float h = grid_h + (dilation_h * float(row - 1) + offset[2 * row + 1]) * scale;
-      const float w = grid_w + (step_w + offset[2 * row]) * scale;
-      place[row] = map + make(weight[row] * share, h, w, row, stream);
-    }
-    if (with_centre && column == 0) place[3] = map + make(blend, float(at.i), float(at.j), 3, stream);
+    for (int row = 0; row < 3; ++row)
+      place[row] = make(points.weight[row] * share, points.h[row], points.w[row], at.group, row, stream);
+    if (points_of.with_centre && points_of.column == 0)
+      place[3] = make(points.blend, float(at.i), float(at.j), at.group, 3, stream);
 #pragma unroll
     for (int i = 0; i < 4; ++i) write_four(cells + i * kStream * 4, stream[i]);
     write_two(places, uint32_t(place[0] | place[1] << 16), uint32_t(place[2] | place[3] << 16));
   }
 
   // Sets a point's words, the weights in two parts, and returns its place.
-  __device__ __forceinline__ int make(float weight, float at_h, float at_w, int point,
+  __device__ __forceinline__ int make(float weight, float at_h, float at_w, int group, int point,
                                       uint32_t (&stream)[4][4]) const {
-    const Axis<float> h = locate(at_h, height), w = locate(at_w, width);
+    const Axis<float> h = locate(at_h, points_of.height), w = locate(at_w, points_of.width);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float of_row = weight * (row ? h.weight1 : h.weight0);
@@ -270,17 +78,12 @@ struct CellMaker {
       stream[row][point] = leading;
       stream[2 + row][point] = pack(left - part[0], right - part[1], T());
     }
-    const int y = int(h.first), x = int(w.first);
-    return y * pitch + x * S + (S == 2 ? y & 1 : 0);
+    return place_of(group, int(h.first), int(w.first));
   }
 
-  int member, column;
+  PointColumns<kTeam> points_of;
+  Places<S> place_of;
   uint32_t cells, places;
-  int pitch, bytes;
-  float scale, dilation_h, step_w;
-  bool with_centre;
-  Extent<float> height, width;
-  int stride_h, stride_w, start_h, start_w;
 };
 
 // Multiplies for two pairs that follow each other in shared memory.
@@ -288,51 +91,34 @@ template <class T, int S>
 struct Samples {
   __device__ __forceinline__ Samples(const Call& call, const Maps& maps, const char* planes,
                                      const uint32_t* team)
-      : with_centre(call.centre) {
-    const Problem& s = call.problem;
-    const int lane = threadIdx.x % 32;
+      // Its row of a matrix: the pair and which of two points, the channels, the pixel.
+      : rows(call, maps, planes, team + kCells, threadIdx.x / 8 % 2, threadIdx.x / 16 % 2, threadIdx.x % 4,
+             threadIdx.x / 4 % 2),
+        with_centre(call.centre) {
     // Its column of the weights: the pair, the channels, which bits; and its depth.
-    const int column = lane / 4, depth = lane % 4;
+    const int lane = threadIdx.x % 32, column = lane / 4, depth = lane % 4;
     weights = shared_address(team + cells_of(column / 4) + (column % 2 * 2 + depth % 2) * kStream);
     mask = depth / 2 == column / 2 % 2 ? ~0u : 0u;
-    // Its row of a matrix: the pair and which of two points, the channels, the pixel.
-    const int matrix = lane / 8, row = lane % 8, right = row % 2, down = row / 2 % 2, channels = row / 4;
-    places = shared_address(team + kPlaces + matrix % 2 * 6);
-    const bool second = matrix / 2;
-    half = second ? 0xbb32 : 0x9910;
-    across = second ? 0xdd54 : 0x9910;
-    behind = second ? 0xdd54 : 0xbb32;
-    odd = S == 2 && down && s.height > 1 ? 1 : 0;
-    from = shared_address(planes) + channels * 16;
-    if (right && s.width > 1) from += S * kUnit;
-    if (down && s.height > 1) from += maps.pitch * kUnit;
-    hold(weights), hold(mask), hold(places), hold(odd), hold(from);
-    hold(half), hold(across), hold(behind);
+    hold(weights), hold(mask);
   }
 
   // Sets v to a channel of each slice, lane % 2 * 8 + lane / 4, of pair lane % 4 / 2.
   __device__ __forceinline__ void compute(int pair, float* v) const {
-    uint32_t w[12], p[6];
-#pragma unroll
-    for (int i = 0; i < 6; i += 2) read_two(places + pair * 24 + i * 4, &p[i]);
+    uint32_t w[12], row[5];
+    rows.find(pair, row);
 #pragma unroll
     for (int i = 0; i < 12; i += 4) read_four(weights + pair / 2 * kTwoPairs * 4 + i * 4, &w[i]);
-    // Two points at once: 0 and 1, 2 and the tenth, 3 and 4, 5 and 6, 7 and 8.
-    const uint32_t place[5] = {select_bytes(p[0], 0, half), select_bytes(p[1], 0, half),
-                               select_bytes(p[2], 0, half), select_bytes(p[3], p[4], across),
-                               select_bytes(p[4], p[5], behind)};
     const uint32_t weight[5][2] = {{w[0], w[1]}, {w[2], w[3]}, {w[4], w[5]}, {w[6], w[8]}, {w[9], w[10]}};
     float sum[S][4] = {};
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
-      const uint32_t row = from + (place[i] ^ odd) * kUnit;
 #pragma unroll
       for (int slice = 0; slice < S; ++slice) {
         uint32_t m[4] = {};
         if (i != 1 || with_centre) {
-          load_matrices<true>(row ^ (slice * kUnit), m);
+          load_matrices<true>(row[i] ^ (slice * kUnit), m);
         } else {
-          load_two_matrices(row ^ (slice * kUnit), m);
+          load_two_matrices(row[i] ^ (slice * kUnit), m);
         }
         multiply_add<T>(m, weight[i][0] & mask, weight[i][1] & mask, sum[slice]);
       }
@@ -344,8 +130,9 @@ struct Samples {
     }
   }
 
+  CellRows<S> rows;
   bool with_centre;
-  uint32_t weights, places, mask, odd, from, half, across, behind;
+  uint32_t weights, mask;
 };
 
 // Does what is not finite among the warp's results once more, by the definition.
@@ -369,37 +156,27 @@ __global__ void __launch_bounds__(kTensorThreads)
     tensor_forward_kernel(const __grid_constant__ Call call, Maps maps) {
 #if KERNEL_HAS_TENSOR_CORES
   const Problem& s = call.problem;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t image = blockIdx.x / maps.blocks_an_image;
-  const int first_group = int(blockIdx.x - image * maps.blocks_an_image) * maps.groups;
-  const int groups = maps.groups < int(s.group) - first_group ? maps.groups : int(s.group) - first_group;
-  const int pairs = int(s.positions()) * groups;
-  char* const planes = shared_memory<char>();
-  uint32_t* const team = reinterpret_cast<uint32_t*>(planes + maps.groups * maps.bytes) + warp * kTeamWords;
-
-  // Three threads a pair, kTeam apart: so what they write is in different banks.
-  const int member = lane % kTeam, column = lane / kTeam;
-  const bool in_team = column < 3;
-  Walk at(s, groups, warp * kTeam + member, warps * kTeam);
+  const int lane = threadIdx.x % 32;
+  const BlockOfMaps block(s, maps);
+  uint32_t* const team = block.team(maps, kCellWords);
+  const CellMaker<T, S> maker(call, maps, team);
+  Walk at(s, block.groups, block.first_pair() + maker.points_of.slot, block.step());
   const uint32_t channels = uint32_t(s.channels()), row = uint32_t(call.offset.row);
-  ColumnOfRecord<N> record(static_cast<const N*>(call.offset.data) + image * s.positions() * call.offset.row +
-                               first_group * kNumbers,
-                           column);
+  ColumnOfRecord<N> record(block.records<N>(call, call.offset.data), maker.points_of.column);
   const auto read = [&] {
-    if (at.pair < pairs && in_team) record.read(at.position() * row + at.group * kNumbers, call.centre);
+    if (at.pair < block.pairs && maker.points_of.counts())
+      record.read(at.position() * row + at.group * kNumbers, call.centre);
   };
   read();
-  copy_maps<T, S>(call, maps, image, first_group, groups, planes);
+  copy_maps<T, S>(call, maps, block);
   __syncthreads();
 
-  const CellMaker<T, S> maker(call, maps, member, column, team);
-  const Samples<T, S> samples(call, maps, planes, team);
-  T* y = static_cast<T*>(call.y) + image * s.positions() * channels + first_group * 16 * S + lane % 2 * 8 +
-         lane / 4;
+  const Samples<T, S> samples(call, maps, block.planes, team);
+  T* y = block.results<T>(call, call.y) + lane % 2 * 8 + lane / 4;
   hold(y);
-  for (int first = warp * kTeam; first < pairs; first += warps * kTeam) {
-    const uint32_t result = at.pair < pairs ? at.position() * channels + at.group * 16 * S : kNone;
-    maker.put(record, at, in_team);
+  for (int first = block.first_pair(); first < block.pairs; first += block.step()) {
+    const uint32_t result = at.pair < block.pairs ? at.position() * channels + at.group * 16 * S : kNone;
+    maker.put(record, at);
     at.next();
     read();
     __syncwarp();
@@ -415,7 +192,7 @@ __global__ void __launch_bounds__(kTensorThreads)
         if (begin != kNone) to_storage(v[slice], y + (begin + slice * 16));
       }
     }
-    if (__any_sync(~0u, poison != 0)) repair<T, S>(call, image, result, y);
+    if (__any_sync(~0u, poison != 0)) repair<T, S>(call, block.image, result, y);
     __syncwarp();
   }
 #endif

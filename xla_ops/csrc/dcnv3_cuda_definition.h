@@ -1,0 +1,90 @@
+// Results by the definition, where operands are not finite. Rare, so kept out of the way.
+#pragma once
+
+#include "dcnv3_cuda_device.h"
+
+namespace dcnv3::cuda {
+
+// One channel of y by the definition.
+template <class T, class Real = RealOf<T>>
+__device__ __noinline__ Real sample_by_definition(const Call& call, const Place& at, int64_t input) {
+  const Problem& s = call.problem;
+  const T* x = static_cast<const T*>(call.x) + input;
+  const auto pixel = [&](int64_t i, int64_t j) { return to_real(x[(i * s.width + j) * s.channels()]); };
+  Points<T> points(call, at);
+  const Real share = points.share() * points.keep;
+  Real sum = 0;
+  for (int p = 0; p < points.count(); ++p) {
+    points.next(p, 0);
+    sum += points.weight(p) * share * sample_exactly(points.h, points.w, s.height, s.width, pixel).value;
+  }
+  return call.centre ? sum + points.blend * pixel(at.i, at.j) : sum;
+}
+
+// One of them by its place in y.
+template <class T>
+__device__ __noinline__ RealOf<T> sample_by_definition(const Call& call, int64_t image, const T* place_in_y) {
+  const Problem& s = call.problem;
+  const uint32_t channels = uint32_t(s.channels());
+  const uint32_t element =
+      uint32_t(place_in_y - static_cast<const T*>(call.y) - image * s.positions() * channels);
+  const uint32_t position = element / channels;
+  const int channel = int(element - position * channels), group = channel / int(s.depth);
+  const int i = int(position / uint32_t(s.out_width)),
+            j = int(position - uint32_t(i) * uint32_t(s.out_width));
+  const Place at = {image, i, j, group, channel - group * int(s.depth)};
+  return sample_by_definition<T>(call, at, at.input(s));
+}
+
+// <dy, sample> and its derivatives by the definition.
+template <class T, class Real>
+__device__ __noinline__ Sample<Real> chain_by_definition(const Call& call, int64_t input, int64_t output,
+                                                         Real h, Real w) {
+  const Problem& s = call.problem;
+  Sample<Real> total = {0, 0, 0};
+  if (!is_inside(h, w, s.height, s.width)) {
+    for (int64_t c = 0; c < s.depth; ++c)
+      total.value += to_real(static_cast<const T*>(call.dy)[output + c]) * 0;
+    return total;  // the location has no gradient, whatever dy is
+  }
+  for (int64_t c = 0; c < s.depth; ++c) {
+    const T* x = static_cast<const T*>(call.x) + input + c;
+    const auto pixel = [&](int64_t i, int64_t j) { return to_real(x[(i * s.width + j) * s.channels()]); };
+    const Sample<Real> sample = sample_exactly(h, w, s.height, s.width, pixel);
+    const Real g = to_real(static_cast<const T*>(call.dy)[output + c]);
+    total.value += g * sample.value;
+    total.slope_h += g * sample.slope_h;
+    total.slope_w += g * sample.slope_w;
+  }
+  return total;
+}
+
+// Adds up the gradient of one channel of an image by the definition, term by term; `sums` has a pixel's
+// every `step` elements, and a row of pixels every `row`.
+template <class T, class Real = RealOf<T>>
+__device__ __noinline__ void spread_by_definition(const Call& call, int64_t image, int channel, Real* sums,
+                                                  int64_t step, int64_t row) {
+  const Problem& s = call.problem;
+  const Neighbours neighbour(s);
+  const int group = channel / int(s.depth), width = int(s.width);
+  const auto at_pixel = [=](int pixel) { return sums + pixel / width * row + pixel % width * step; };
+  Place at = {image, 0, 0, group, channel - group * int(s.depth)};
+  for (at.i = 0; at.i < int(s.out_height); ++at.i) {
+    for (at.j = 0; at.j < int(s.out_width); ++at.j) {
+      Points<T> points(call, at);
+      const Real share = points.share() * points.keep;
+      const Real g = to_real(static_cast<const T*>(call.dy)[at.output(s)]);
+      for (int p = 0; p < points.count(); ++p) {
+        points.next(p, 0);
+        const Cell<Real> c = cell(points, Real(1));
+        const Real weight = points.weight(p) * share;
+        for (int k = 0; k < 4; ++k) {
+          if (c.weight[k] > 0) *at_pixel(c.pixel + neighbour[k]) += c.weight[k] * weight * g;
+        }
+      }
+      if (call.centre) *at_pixel(at.i * width + at.j) += points.blend * g;
+    }
+  }
+}
+
+}  // namespace dcnv3::cuda

@@ -1,0 +1,303 @@
+// The gradients of the learned numbers of the fused form's nine points in half precision on tensor cores,
+// where a block's shared memory holds whole maps of groups.
+//
+// All that is needed of x are the dots <dy, pixel> with the four pixels of each point's cell. For two
+// (position, group) at once, two of their points and 16 channels, `mma.m16n8k16` has
+//
+//   rows      of the one pair the pixels of the first point, then of the second; then those of the other pair
+//   depth     8 channels and the other 8: of the first point the first and the last of the 16, of the second
+//             the last and the first
+//   columns   dy with its channels in the one order and the other, of the one pair, then of the other; each
+//             twice, since there is room
+//
+// so a dot is where a row meets the column of its pair and order. Products are exact, sums float32. That the
+// points differ in their order is for `ldmatrix`: of eight rows it reads four are the first 8 channels of a
+// cell, four the last 8, and these never meet in a bank, wherever the two cells are.
+//
+// A warp does ten pairs at a time, in three steps: its threads, three a pair and a column of the kernel each,
+// make places of cells; it multiplies; and each thread makes its points' gradients from their dots. Places,
+// dots and gradients change hands through shared memory, so that whole records are written.
+#pragma once
+
+#include "dcnv3_cuda_definition.h"
+#include "dcnv3_cuda_maps.h"
+
+namespace dcnv3::cuda {
+
+// The dots of a team in shared memory, in words: of each point four, the points in the order 0 1 2, the pixel
+// at the position, 3 to 8. Two pairs written at once are 16 banks apart, and no two of the eight that are
+// read at once, 16 bytes each, meet. Later the gradients are there. Then the places.
+constexpr int kDotPairs = 92, kDots = kTeam / 2 * kDotPairs, kDotWords = kDots + kPlaces;
+__device__ __forceinline__ int dots_of(int pair) {
+  return pair / 2 * kDotPairs + pair % 2 * 48;
+}
+
+#if KERNEL_HAS_TENSOR_CORES
+
+// A column of a pair's points until their dots are there.
+struct PendingColumn {
+  float t_h[3], t_w[3], weight[3];  // where they are in their cells
+  float blend;
+  int own;  // which of its cell's pixels the one at the position is
+};
+
+// Makes the places of the cells of a column of a pair's points.
+template <int S>
+struct PlaceMaker {
+  __device__ __forceinline__ PlaceMaker(const Call& call, const Maps& maps, uint32_t* team)
+      : points_of(call),
+        place_of(maps),
+        places(shared_address(team + kDots + points_of.slot * 6 + 2 * points_of.column)) {
+    hold(places);
+  }
+
+  // All threads of the warp take part; those of no pair write nothing.
+  template <class N>
+  __device__ __forceinline__ PendingColumn put(const ColumnOfRecord<N>& record, const Walk& at) const {
+    const ColumnOfPoints points = points_of.make(record, at);
+    PendingColumn pending;
+    int place[4];
+#pragma unroll
+    for (int row = 0; row < 3; ++row) {
+      const float y = first_pixel(points.h[row], points_of.height);
+      const float x = first_pixel(points.w[row], points_of.width);
+      pending.t_h[row] = points.h[row] - y, pending.t_w[row] = points.w[row] - x;
+      pending.weight[row] = points.weight[row];
+      place[row] = place_of(at.group, int(y), int(x));
+    }
+    pending.blend = points.blend;
+    const int y = int(smaller(float(at.i), points_of.height.last));
+    const int x = int(smaller(float(at.j), points_of.width.last));
+    pending.own = (at.i - y) * 2 + at.j - x;
+    place[3] = points_of.with_centre ? place_of(at.group, y, x) : 0;
+    if (points_of.counts())
+      write_two(places, uint32_t(place[0] | place[1] << 16), uint32_t(place[2] | place[3] << 16));
+    return pending;
+  }
+
+  PointColumns<kTeam> points_of;
+  Places<S> place_of;
+  uint32_t places;
+};
+
+// dy of a team as the columns of its products, two pairs at a time.
+template <class T, int S>
+struct TeamDy {
+  __device__ __forceinline__ explicit TeamDy(const T* dy)
+      : one(dy + threadIdx.x % 4 * 2 + threadIdx.x / 8 % 2 * 8),
+        other(dy + threadIdx.x % 4 * 2 + (1 - threadIdx.x / 8 % 2) * 8) {
+    hold(one), hold(other);
+  }
+  // Starts to read that of two pairs; `begin` is where the thread's own pair has its.
+  __device__ __forceinline__ void read(int pair, uint32_t begin) {
+    begin = __shfl_sync(~0u, begin, pair + threadIdx.x % 32 / 16);
+#pragma unroll
+    for (int slice = 0; slice < S; ++slice) {
+      word[pair / 2][slice][0] = *reinterpret_cast<const uint32_t*>(one + begin + slice * 16);
+      word[pair / 2][slice][1] = *reinterpret_cast<const uint32_t*>(other + begin + slice * 16);
+    }
+  }
+  const T *one, *other;
+  uint32_t word[kTeam / 2][S][2];
+};
+
+// Takes the dots of two pairs that follow each other.
+template <class T, int S>
+struct Dots {
+  __device__ __forceinline__ Dots(const Call& call, const Maps& maps, const char* planes, uint32_t* team)
+      // Its row of a matrix: the pair, which of two points, the pixel, and the channels.
+      : rows(call, maps, planes, team + kDots, threadIdx.x / 8 % 2, threadIdx.x / 4 % 2, threadIdx.x % 4,
+             threadIdx.x / 4 % 2 ^ threadIdx.x / 16 % 2) {
+    const int lane = threadIdx.x % 32, second = lane / 16, pixel = lane / 4 % 4;
+    other_pair = lane % 4 / 2;
+    later = (lane % 2) ^ second;
+    to = reinterpret_cast<float*>(team) + dots_of(other_pair) + later * 8 + second * 4 + pixel;
+  }
+
+  __device__ __forceinline__ void compute(int pair, const uint32_t (&dy)[S][2]) const {
+    uint32_t row[5];
+    rows.find(pair, row);
+    float dot[6] = {};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      // The orders change places each time: so of two times either half of the threads have the dots.
+      float sum[4] = {};
+#pragma unroll
+      for (int slice = 0; slice < S; ++slice) {
+        uint32_t m[4];
+        load_matrices<false>(row[i] ^ (slice * kUnit), m);
+        multiply_add<T>(m, dy[slice][i % 2], dy[slice][1 - i % 2], sum);
+      }
+      dot[i] = other_pair ? sum[2] : sum[0];
+    }
+    float* const of_pair = to + pair / 2 * kDotPairs;
+    of_pair[0] = later ? dot[1] : dot[0];
+    of_pair[16] = later ? dot[3] : dot[2];
+    if (!later) of_pair[32] = dot[4];
+  }
+
+  CellRows<S> rows;
+  // Of the results that mean something a thread has those of one pair, in the earlier or the later of two
+  // times; and where they go.
+  bool other_pair, later;
+  float* to;
+};
+
+// The sample of a column's point by the definition, by the record.
+template <class T>
+__device__ __noinline__ Sample<float> chain_by_definition(const Call& call, const Place& at, int point) {
+  Points<T> points(call, at);
+  for (int p = 0; p <= point; ++p) points.next(p, 0);
+  return chain_by_definition<T>(call, at.input(call.problem), at.output(call.problem), points.h, points.w);
+}
+
+// Makes the gradients of a column of a pair's points, and writes a team's.
+template <class T, class N>
+struct GradientMaker {
+  __device__ __forceinline__ GradientMaker(const Call& call, const PointColumns<kTeam>& points_of,
+                                           uint32_t* team, N* records)
+      : call(call),
+        points_of(points_of),
+        column_scale(points_of.scale),
+        staged(reinterpret_cast<N*>(team)),
+        records(records) {
+    const int slot = points_of.slot, column = points_of.column;
+    dots = shared_address(team + dots_of(slot) + (column == 0 ? 0 : 4 + (column - 1) * 3) * 4);
+    own_dots = reinterpret_cast<float*>(team) + dots_of(slot) + 12;
+    offsets = staged + slot * kNumbers + 6 * column;
+    logits = staged + slot * kNumbers + 18 + (column == 0 ? 0 : 2 + 2 * column);
+    hold(dots);
+    hold(this->records);
+  }
+
+  // All threads of the warp take part. `place` names the pair where it is asked for.
+  template <class PlaceOf>
+  __device__ __forceinline__ void make(const PendingColumn& pending, PlaceOf place) const {
+    Sample<float> sample[3];
+    float test = 0;
+#pragma unroll
+    for (int row = 0; row < 3; ++row) {
+      uint32_t word[4];
+      read_four(dots + row * 16, word);
+      const float dot[4] = {__uint_as_float(word[0]), __uint_as_float(word[1]), __uint_as_float(word[2]),
+                            __uint_as_float(word[3])};
+      sample[row] = chain_in_cell(pending.t_h[row], pending.t_w[row], points_of.height, points_of.width, dot);
+      test += sample[row].value + sample[row].slope_h + sample[row].slope_w;
+    }
+    const float own = own_dots[pending.own];
+    __syncwarp();  // the gradients go where the dots were
+    if (!is_finite(test) && points_of.counts()) {
+#pragma unroll
+      for (int row = 0; row < 3; ++row)
+        sample[row] = chain_by_definition<T>(call, place(), 3 * points_of.column + row);
+    }
+    const float keep = 1 - pending.blend;
+    float mean = 0;
+#pragma unroll
+    for (int row = 0; row < 3; ++row) {
+      const Sample<float>& of = sample[row];
+      mean += pending.weight[row] * of.value;
+      const float factor = pending.weight[row] * keep * points_of.scale;
+      // Zero outside, even where the weight is NaN.
+      const float by[2] = {of.slope_w != 0 ? factor * of.slope_w : 0.0f,
+                           of.slope_h != 0 ? factor * of.slope_h : 0.0f};
+      if (points_of.counts()) store<2>(by, offsets + 2 * row);
+    }
+    mean = points_of.of(mean, 0) + points_of.of(mean, 1) + points_of.of(mean, 2);
+    float by[3];
+#pragma unroll
+    for (int row = 0; row < 3; ++row) by[row] = pending.weight[row] * keep * (sample[row].value - mean);
+    // Two numbers at once: of the first column its three and the next's first, of that the rest, of the last
+    // its three and the centre's.
+    const float next = points_of.of(by[0], 1);
+    const float centre = points_of.with_centre ? pending.blend * keep * (own - mean) : 0.0f;
+    const int column = points_of.column;
+    const float first[2] = {column == 1 ? by[1] : by[0], column == 1 ? by[2] : by[1]};
+    const float last[2] = {by[2], column == 0 ? next : centre};
+    if (points_of.counts()) {
+      store<2>(first, logits);
+      if (column != 1) store<2>(last, logits + 2);
+    }
+  }
+
+  // Copies the team's gradients to their rows; `begin` is where the thread's own pair has its.
+  __device__ __forceinline__ void copy_out(uint32_t begin) const {
+    constexpr int kPieces = kNumbers / 4;
+#pragma unroll
+    for (int start = 0; start < kTeam * kPieces; start += 32) {
+      const int i = start + threadIdx.x % 32, pair = i / kPieces;
+      const uint32_t to = __shfl_sync(~0u, begin, pair);
+      if (i < kTeam * kPieces && to != kNone)
+        reinterpret_cast<Word<N, 4>*>(records + to)[i % kPieces] = reinterpret_cast<Word<N, 4>*>(staged)[i];
+    }
+  }
+
+  const Call& call;
+  const PointColumns<kTeam>& points_of;
+  float column_scale;
+  N *staged, *records;
+  uint32_t dots;
+  const float* own_dots;
+  N *offsets, *logits;
+};
+
+#endif
+
+// T of x and dy, N of records, S slices of 16 channels.
+template <class T, class N, int S>
+__global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_constant__ Call call, Maps maps) {
+#if KERNEL_HAS_TENSOR_CORES
+  const Problem& s = call.problem;
+  const BlockOfMaps block(s, maps);
+  uint32_t* const team = block.team(maps, kDotWords);
+  const PlaceMaker<S> maker(call, maps, team);
+  Walk at(s, block.groups, block.first_pair() + maker.points_of.slot, block.step());
+  const uint32_t channels = uint32_t(s.channels()), row = uint32_t(call.offset.row);
+  ColumnOfRecord<N> record(block.records<N>(call, call.offset.data), maker.points_of.column);
+  TeamDy<T, S> dy(block.results<T>(call, call.dy));
+  const auto number = [&] { return at.position() * row + at.group * kNumbers; };
+  const auto read = [&] {
+    if (at.pair < block.pairs && maker.points_of.counts()) record.read(number(), call.centre);
+  };
+  const auto result = [&] {
+    return at.pair < block.pairs ? at.position() * channels + at.group * 16 * S : 0;
+  };
+  read();
+#pragma unroll
+  for (int pair = 0; pair < kTeam; pair += 2) dy.read(pair, result());
+  copy_maps<T, S>(call, maps, block);
+  __syncthreads();
+
+  const Dots<T, S> dots(call, maps, block.planes, team);
+  const GradientMaker<T, N> gradients(call, maker.points_of, team, block.records<N>(call, call.doffset));
+  for (int first = block.first_pair(); first < block.pairs; first += block.step()) {
+    const uint32_t begin = at.pair < block.pairs ? number() : kNone;
+    const PendingColumn pending = maker.put(record, at);
+    const Walk now = at;
+    at.next();
+    read();
+    __syncwarp();
+    const uint32_t next = result();
+#pragma unroll
+    for (int pair = 0; pair < kTeam; pair += 2) {
+      dots.compute(pair, dy.word[pair / 2]);
+      dy.read(pair, next);
+    }
+    __syncwarp();
+    gradients.make(pending,
+                   [&] { return Place{block.image, now.i, now.j, block.first_group + now.group, 0}; });
+    __syncwarp();
+    gradients.copy_out(begin);
+    __syncwarp();
+  }
+  // Padding, after the last group.
+  if (block.first_group + block.groups < int(s.group)) return;
+  N* const after = block.records<N>(call, call.doffset) + block.groups * kNumbers;
+  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
+    for (int i = 0; i < int(row) - int(s.group) * kNumbers; ++i)
+      to_storage(0.0f, after + uint32_t(position) * row + i);
+  }
+#endif
+}
+
+}  // namespace dcnv3::cuda

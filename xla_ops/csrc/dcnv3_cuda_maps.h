@@ -1,0 +1,209 @@
+// Whole maps of groups in a block's shared memory, for the nine points' forms on tensor cores, whose warps do
+// a team of pairs (position, group) at a time.
+//
+// Eight rows of 16 bytes for `ldmatrix`, halves of the 16 channels of a cell's four pixels, never meet in a
+// bank: that is what the layout is for.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda_tensor_cores.h"
+#include "dcnv3_cuda_columns.h"
+
+namespace dcnv3::cuda {
+
+constexpr int kTensorThreads = 512;  // of a block at most
+constexpr int kTeam = 10;            // pairs of a warp at once
+constexpr int kPlaces = kTeam * 6;   // words for the places of a team's cells: see CellRows
+constexpr uint32_t kNone = ~0u;      // for no pair
+
+constexpr int kUnit = 32;  // bytes; what places count
+
+// The maps of a block in shared memory: of how many groups, bytes of one, units of a row of it; and the
+// block's warps.
+struct Maps {
+  int groups, blocks_an_image, bytes, pitch, warps;
+};
+
+// With 16 channels a group the two rows of a cell, 64 bytes each, lie in different halves of the banks. With
+// 32 each row takes all banks if read at once, but 16 channels are: in odd rows the first 16 and the last 16
+// of a pixel are exchanged.
+inline Maps maps_of(const Problem& s) {
+  Maps maps = {};
+  maps.pitch = int(s.width * s.depth * 2 / kUnit);
+  while (s.depth == 16 && maps.pitch % 4 != 2) ++maps.pitch;
+  maps.bytes = int(s.height) * maps.pitch * kUnit;
+  return maps;
+}
+
+// How many groups a block should have and how many warps: 16, or half as many where two blocks fit. Each has
+// `team_words` besides. No groups where this form is not for the call.
+inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
+  constexpr int64_t kReserved = 1 << 10;
+  const int64_t team_bytes = team_words * int64_t{sizeof(uint32_t)};
+  Maps best = {};
+  int64_t least = INT64_MAX;
+  if (s.height * s.width * s.depth * 2 > device.shared) return best;
+  for (int groups = 1; groups <= s.group; ++groups) {
+    Maps maps = maps_of(s);
+    maps.groups = groups;
+    if (const char* g = std::getenv("TENSOR_GROUPS"); g && atoi(g) != groups) continue;
+    maps.blocks_an_image = int((s.group + groups - 1) / groups);
+    const int64_t blocks = s.batch * maps.blocks_an_image, bytes = int64_t{groups} * maps.bytes;
+    const bool two =
+        blocks > device.processors && 2 * (bytes + 8 * team_bytes + kReserved) <= device.shared + kReserved;
+    maps.warps = two ? 8 : int(std::min<int64_t>(16, (device.shared - bytes) / team_bytes));
+    if (const char* g = std::getenv("TENSOR_WARPS")) maps.warps = std::min(maps.warps, atoi(g));
+    if (bytes + 8 * team_bytes > device.shared || blocks * 4 < device.processors * 3) break;
+    // What the busiest multiprocessor has to do, in positions: to begin a block takes one as long as 160 of
+    // them, and half of that where another goes on meanwhile (an H200).
+    const int64_t rounds = (blocks + device.processors - 1) / device.processors;
+    const int64_t work = rounds * (groups * s.positions() + (two ? 80 : 160));
+    if (work < least || (work == least && two)) best = maps, least = work;
+  }
+  return best;
+}
+
+// The same, and none where this GPU or this build cannot run `kernel`.
+template <class Kernel>
+cudaError_t share_out(const Call& call, const Device& device, Kernel* kernel, int team_words, Maps* maps) {
+  *maps = {};
+  if (call.problem.depth != 16 && call.problem.depth != 32) return cudaSuccess;
+  if (std::getenv("NO_TENSOR")) return cudaSuccess;
+  bool serves;
+  if (cudaError_t error = has_tensor_cores(kernel, &serves)) return error;
+  if (serves) *maps = shared_out(call.problem, device, team_words);
+  return cudaSuccess;
+}
+
+inline cudaError_t launch_with_maps(cudaStream_t stream, const Call& call, const Device& device,
+                                    void (*kernel)(Call, Maps), int team_words, const Maps& maps) {
+  // The same for all calls: others may be launching this kernel.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+  if (error) return error;
+  const int64_t bytes =
+      int64_t{maps.groups} * maps.bytes + maps.warps * team_words * int64_t{sizeof(uint32_t)};
+  return launch(stream, call.problem.batch * maps.blocks_an_image, maps.warps * 32, bytes, kernel, call,
+                maps);
+}
+
+// A block's share of the call, and a warp's of that.
+struct BlockOfMaps {
+  __device__ __forceinline__ BlockOfMaps(const Problem& s, const Maps& maps)
+      : image(blockIdx.x / maps.blocks_an_image),
+        first_group(int(blockIdx.x - image * maps.blocks_an_image) * maps.groups),
+        groups(maps.groups < int(s.group) - first_group ? maps.groups : int(s.group) - first_group),
+        pairs(int(s.positions()) * groups),
+        planes(shared_memory<char>()) {}
+
+  // The warp's own memory.
+  __device__ __forceinline__ uint32_t* team(const Maps& maps, int team_words) const {
+    return reinterpret_cast<uint32_t*>(planes + maps.groups * maps.bytes) + threadIdx.x / 32 * team_words;
+  }
+  __device__ __forceinline__ int first_pair() const { return threadIdx.x / 32 * kTeam; }
+  __device__ __forceinline__ int step() const { return blockDim.x / 32 * kTeam; }
+
+  // The image's records, or y or dy, from the block's first group on.
+  template <class N, class Data>
+  __device__ __forceinline__ auto* records(const Call& call, Data* data) const {
+    using Number = std::conditional_t<std::is_const_v<Data>, const N, N>;
+    return static_cast<Number*>(data) + image * call.problem.positions() * call.offset.row +
+           first_group * kNumbers;
+  }
+  template <class T, class Data>
+  __device__ __forceinline__ auto* results(const Call& call, Data* data) const {
+    using Value = std::conditional_t<std::is_const_v<Data>, const T, T>;
+    const Problem& s = call.problem;
+    return static_cast<Value*>(data) + image * s.positions() * s.channels() + first_group * s.depth;
+  }
+
+  int64_t image;
+  int first_group, groups, pairs;
+  char* planes;
+};
+
+#if KERNEL_HAS_TENSOR_CORES
+
+// Copies the block's maps, a warp a row, a thread 16 bytes.
+template <class T, int S>
+__device__ __forceinline__ void copy_maps(const Call& call, const Maps& maps, const BlockOfMaps& block) {
+  const Problem& s = call.problem;
+  const uint32_t pieces = block.groups * 2 * S, in_row = uint32_t(s.width) * pieces;
+  const uint32_t inverse = 0xffffffffu / pieces + 1;  // divides what is below 2^16
+  const uint32_t channels = uint32_t(s.channels());
+  const T* from = static_cast<const T*>(call.x) + block.image * s.height * s.width * channels +
+                  block.first_group * s.depth;
+  for (int y = threadIdx.x / 32; y < int(s.height); y += blockDim.x / 32) {
+    const T* const row = from + int64_t(y) * s.width * channels;
+    const uint32_t exchange = S == 2 && y % 2 ? kUnit : 0;
+    constexpr int kAhead = 4;  // on their way at once
+    for (uint32_t start = threadIdx.x % 32; start < in_row; start += kAhead * 32) {
+      uint4 word[kAhead];
+      uint32_t place[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const uint32_t i = start + a * 32 < in_row ? start + a * 32 : start;
+        const uint32_t x = uint32_t(uint64_t{i} * inverse >> 32), piece = i - x * pieces;
+        place[a] = piece / (2 * S) * maps.bytes + (y * maps.pitch + x * S) * kUnit +
+                   (piece % (2 * S) * 16 ^ exchange);
+        word[a] = *reinterpret_cast<const uint4*>(row + x * channels + piece * 8);
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) *reinterpret_cast<uint4*>(block.planes + place[a]) = word[a];
+    }
+  }
+}
+
+// Where a cell's first pixel is, in units from the first of the block's maps.
+template <int S>
+struct Places {
+  __device__ __forceinline__ explicit Places(const Maps& maps)
+      : pitch(maps.pitch), of_map(maps.bytes / kUnit) {}
+  __device__ __forceinline__ int operator()(int group, int y, int x) const {
+    return group * of_map + y * pitch + x * S + (S == 2 ? y & 1 : 0);
+  }
+  int pitch, of_map;
+};
+
+// What a thread names for `ldmatrix` of cells: of one of two pairs that follow each other, one of two points
+// at once, a pixel and 8 of the 16 channels. The places of a pair's cells are 16 bits each, in 6 words: of
+// each column its three points and a fourth, which in the first column is the tenth point, the pixel at the
+// position.
+template <int S>
+struct CellRows {
+  __device__ __forceinline__ CellRows(const Call& call, const Maps& maps, const char* planes,
+                                      const uint32_t* team_places, int pair, bool second, int pixel,
+                                      int channels) {
+    const Problem& s = call.problem;
+    const int right = pixel % 2, down = pixel / 2;
+    places = shared_address(team_places + pair * 6);
+    half = second ? 0xbb32 : 0x9910;
+    across = second ? 0xdd54 : 0x9910;
+    behind = second ? 0xdd54 : 0xbb32;
+    odd = S == 2 && down && s.height > 1 ? 1 : 0;
+    from = shared_address(planes) + channels * 16;
+    if (right && s.width > 1) from += S * kUnit;
+    if (down && s.height > 1) from += maps.pitch * kUnit;
+    hold(places), hold(odd), hold(from), hold(half), hold(across), hold(behind);
+  }
+
+  // Two points at once: 0 and 1, 2 and the tenth, 3 and 4, 5 and 6, 7 and 8. Those of the first 16 channels;
+  // of the others a row's address differs in the bit kUnit.
+  __device__ __forceinline__ void find(int pair, uint32_t (&row)[5]) const {
+    uint32_t p[6];
+#pragma unroll
+    for (int i = 0; i < 6; i += 2) read_two(places + pair * 24 + i * 4, &p[i]);
+    const uint32_t place[5] = {select_bytes(p[0], 0, half), select_bytes(p[1], 0, half),
+                               select_bytes(p[2], 0, half), select_bytes(p[3], p[4], across),
+                               select_bytes(p[4], p[5], behind)};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) row[i] = from + (place[i] ^ odd) * kUnit;
+  }
+  uint32_t places, odd, from;
+  uint32_t half, across, behind;  // which bytes of the places
+};
+
+#endif
+
+}  // namespace dcnv3::cuda

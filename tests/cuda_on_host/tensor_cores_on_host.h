@@ -64,6 +64,15 @@ inline void read_two(uint32_t address, uint32_t* v) {
 inline void read_four(uint32_t address, uint32_t* v) {
   std::memcpy(v, dynamic_shared_memory + address, 16);
 }
+inline float read_float(uint32_t address) {
+  float v;
+  std::memcpy(&v, dynamic_shared_memory + address, 4);
+  return v;
+}
+template <class Word>
+void write_one(uint32_t address, Word v) {
+  std::memcpy(dynamic_shared_memory + address, &v, 4);
+}
 inline void write_two(uint32_t address, uint32_t a, uint32_t b) {
   const uint32_t v[2] = {a, b};
   std::memcpy(dynamic_shared_memory + address, v, 8);

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// Reads two or four words of shared memory, and writes them.
+// Reads words of shared memory, and writes them.
 __device__ __forceinline__ void read_two(uint32_t address, uint32_t* v) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
 }
@@ -32,6 +32,17 @@ __device__ __forceinline__ void read_four(uint32_t address, uint32_t* v) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(address)
                : "memory");
+}
+__device__ __forceinline__ float read_float(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void write_one(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
+}
+__device__ __forceinline__ void write_one(uint32_t address, float v) {
+  write_one(address, __float_as_uint(v));
 }
 __device__ __forceinline__ void write_two(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};\n" ::"r"(address), "r"(a), "r"(b) : "memory");

@@ -126,11 +126,8 @@ struct Slopes {
 };
 template <class Real>
 DCNV3_HD Slopes<Real> slopes(Real t, const Extent<Real>& extent) {
-  const Real before = (t > -1) & (t < 0) ? Real(1) : Real(0);
-  const Real inside = (t >= 0) & (t < 1) ? Real(1) : Real(0);
-  const Real rising = (t >= 0) & (t < 1) & (extent.end > 0) ? Real(1) : Real(0);
-  const Real falling = (t >= 1) & (t < extent.end) ? Real(1) : Real(0);
-  return {before - inside, rising - falling};
+  const Real of_first = t < 0 ? Real(1) : Real(-1), of_second = t < 1 ? Real(1) : Real(-1);
+  return {std::fabs(t) < 1 ? of_first : Real(0), (t >= 0) & (t < extent.end) ? of_second : Real(0)};
 }
 
 // The same for one point: from the dots <dy, pixel> of its cell's four pixels to <dy, sample> and its

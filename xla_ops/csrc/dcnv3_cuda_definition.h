@@ -59,6 +59,41 @@ __device__ __noinline__ Sample<Real> chain_by_definition(const Call& call, int64
   return total;
 }
 
+// The gradients of all learned numbers of a place in the fused form.
+template <class T>
+__device__ __noinline__ void gradients_by_definition(const Call& call, const Place& at) {
+  using Real = RealOf<T>;
+  const Problem& s = call.problem;
+  const T* const x = static_cast<const T*>(call.x) + at.input(s);
+  const T* const dy = static_cast<const T*>(call.dy) + at.output(s);
+  Points<T> points(call, at);
+  const Real share = points.share();
+  const Numbers<T, char> to(static_cast<char*>(call.doffset), call.points_type,
+                            points.first_number(call, at));
+  const auto sample = [&](int p) {
+    points.next(p, 0);
+    return chain_by_definition<T>(call, at.input(s), at.output(s), points.h, points.w);
+  };
+  Real mean = 0;
+  for (int p = 0; p < points.count(); ++p) mean += points.weight(p) * share * sample(p).value;
+  points.restart();
+  for (int p = 0; p < points.count(); ++p) {
+    const Sample<Real> of = sample(p);
+    const Real weight = points.weight(p) * share * points.keep, factor = weight * points.scale;
+    // Zero outside, even where the weight is NaN.
+    to.set(2 * p, of.slope_w != 0 ? factor * of.slope_w : Real(0));
+    to.set(2 * p + 1, of.slope_h != 0 ? factor * of.slope_h : Real(0));
+    to.set(2 * points.count() + p, weight * (of.value - mean));
+  }
+  Real centre = 0;
+  if (call.centre) {
+    const T* const own = x + (at.i * s.width + at.j) * s.channels();
+    for (int64_t c = 0; c < s.depth; ++c) centre += to_real(dy[c]) * to_real(own[c]);
+    centre = points.blend * points.keep * (centre - mean);
+  }
+  to.set(3 * points.count(), centre);
+}
+
 // Adds up the gradient of one channel of an image by the definition, term by term; `sums` has a pixel's
 // every `step` elements, and a row of pixels every `row`.
 template <class T, class Real = RealOf<T>>

@@ -106,75 +106,67 @@ template <class T, int S>
 struct Dots {
   __device__ __forceinline__ Dots(const Call& call, const Maps& maps, const char* planes, uint32_t* team)
       // Its row of a matrix: the pair, which of two points, the pixel, and the channels.
-      : rows(call, maps, planes, team + kDots, threadIdx.x / 8 % 2, threadIdx.x / 4 % 2, threadIdx.x % 4,
-             threadIdx.x / 4 % 2 ^ threadIdx.x / 16 % 2) {
+      : cells(call, maps, planes, team + kDots, threadIdx.x / 8 % 2, threadIdx.x / 4 % 2, threadIdx.x % 4,
+              threadIdx.x / 4 % 2 ^ threadIdx.x / 16 % 2) {
     const int lane = threadIdx.x % 32, second = lane / 16, pixel = lane / 4 % 4;
     other_pair = lane % 4 / 2;
     later = (lane % 2) ^ second;
-    to = reinterpret_cast<float*>(team) + dots_of(other_pair) + later * 8 + second * 4 + pixel;
+    to = shared_address(team + dots_of(other_pair) + later * 8 + second * 4 + pixel);
+    from[0] = cells.from, from[1] = cells.from ^ 16;
+    hold(to), hold(from[0]), hold(from[1]);
   }
 
   __device__ __forceinline__ void compute(int pair, const uint32_t (&dy)[S][2]) const {
-    uint32_t row[5];
-    rows.find(pair, row);
+    uint32_t place[5];
+    cells.find(pair, place);
     float dot[6] = {};
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
-      // The orders change places each time: so of two times either half of the threads have the dots.
+      // Channels change places each time: so of two times either half of the threads have the dots.
+      const uint32_t row = from[i % 2] + place[i] * kUnit;
       float sum[4] = {};
 #pragma unroll
       for (int slice = 0; slice < S; ++slice) {
         uint32_t m[4];
-        load_matrices<false>(row[i] ^ (slice * kUnit), m);
-        multiply_add<T>(m, dy[slice][i % 2], dy[slice][1 - i % 2], sum);
+        load_matrices<false>(row ^ (slice * kUnit), m);
+        multiply_add<T>(m, dy[slice][0], dy[slice][1], sum);
       }
       dot[i] = other_pair ? sum[2] : sum[0];
     }
-    float* const of_pair = to + pair / 2 * kDotPairs;
-    of_pair[0] = later ? dot[1] : dot[0];
-    of_pair[16] = later ? dot[3] : dot[2];
-    if (!later) of_pair[32] = dot[4];
+    const uint32_t of_pair = to + pair / 2 * kDotPairs * 4;
+    write_one(of_pair, later ? dot[1] : dot[0]);
+    write_one(of_pair + 64, later ? dot[3] : dot[2]);
+    if (!later) write_one(of_pair + 128, dot[4]);
   }
 
-  CellRows<S> rows;
+  CellRows<S> cells;
+  uint32_t from[2];
   // Of the results that mean something a thread has those of one pair, in the earlier or the later of two
   // times; and where they go.
   bool other_pair, later;
-  float* to;
+  uint32_t to;
 };
 
-// The sample of a column's point by the definition, by the record.
-template <class T>
-__device__ __noinline__ Sample<float> chain_by_definition(const Call& call, const Place& at, int point) {
-  Points<T> points(call, at);
-  for (int p = 0; p <= point; ++p) points.next(p, 0);
-  return chain_by_definition<T>(call, at.input(call.problem), at.output(call.problem), points.h, points.w);
-}
-
 // Makes the gradients of a column of a pair's points, and writes a team's.
-template <class T, class N>
+template <class N>
 struct GradientMaker {
-  __device__ __forceinline__ GradientMaker(const Call& call, const PointColumns<kTeam>& points_of,
-                                           uint32_t* team, N* records)
-      : call(call),
-        points_of(points_of),
-        column_scale(points_of.scale),
-        staged(reinterpret_cast<N*>(team)),
-        records(records) {
+  __device__ __forceinline__ GradientMaker(const PointColumns<kTeam>& points_of, uint32_t* team, N* records)
+      : points_of(points_of), records(records) {
     const int slot = points_of.slot, column = points_of.column;
-    dots = shared_address(team + dots_of(slot) + (column == 0 ? 0 : 4 + (column - 1) * 3) * 4);
-    own_dots = reinterpret_cast<float*>(team) + dots_of(slot) + 12;
-    offsets = staged + slot * kNumbers + 6 * column;
-    logits = staged + slot * kNumbers + 18 + (column == 0 ? 0 : 2 + 2 * column);
-    hold(dots);
+    dots = shared_address(team + dots_of(slot) + (column % 3 == 0 ? 0 : 1 + 3 * column) * 4);
+    own_dots = shared_address(team + dots_of(slot) + 12);
+    staged = shared_address(team);
+    offsets = staged + (slot * kNumbers + 6 * column) * uint32_t(sizeof(N));
+    logits = staged + (slot * kNumbers + 18 + (column == 0 ? 0 : 2 + 2 * column)) * uint32_t(sizeof(N));
+    hold(dots), hold(own_dots), hold(staged), hold(offsets), hold(logits);
     hold(this->records);
   }
 
-  // All threads of the warp take part. `place` names the pair where it is asked for.
-  template <class PlaceOf>
-  __device__ __forceinline__ void make(const PendingColumn& pending, PlaceOf place) const {
+  // Puts them where the dots were; returns a sum that is finite if all dots are. All threads of the warp take
+  // part.
+  __device__ __forceinline__ float make(const PendingColumn& pending) const {
     Sample<float> sample[3];
-    float test = 0;
+    float test = 0, mean = 0, by[3];
 #pragma unroll
     for (int row = 0; row < 3; ++row) {
       uint32_t word[4];
@@ -183,63 +175,87 @@ struct GradientMaker {
                             __uint_as_float(word[3])};
       sample[row] = chain_in_cell(pending.t_h[row], pending.t_w[row], points_of.height, points_of.width, dot);
       test += sample[row].value + sample[row].slope_h + sample[row].slope_w;
-    }
-    const float own = own_dots[pending.own];
-    __syncwarp();  // the gradients go where the dots were
-    if (!is_finite(test) && points_of.counts()) {
-#pragma unroll
-      for (int row = 0; row < 3; ++row)
-        sample[row] = chain_by_definition<T>(call, place(), 3 * points_of.column + row);
+      mean += pending.weight[row] * sample[row].value;
     }
     const float keep = 1 - pending.blend;
-    float mean = 0;
-#pragma unroll
-    for (int row = 0; row < 3; ++row) {
-      const Sample<float>& of = sample[row];
-      mean += pending.weight[row] * of.value;
-      const float factor = pending.weight[row] * keep * points_of.scale;
-      // Zero outside, even where the weight is NaN.
-      const float by[2] = {of.slope_w != 0 ? factor * of.slope_w : 0.0f,
-                           of.slope_h != 0 ? factor * of.slope_h : 0.0f};
-      if (points_of.counts()) store<2>(by, offsets + 2 * row);
-    }
+    float centre = 0;
     mean = points_of.of(mean, 0) + points_of.of(mean, 1) + points_of.of(mean, 2);
-    float by[3];
+    if (points_of.with_centre)
+      centre = pending.blend * keep * (read_float(own_dots + pending.own * 4) - mean);
 #pragma unroll
     for (int row = 0; row < 3; ++row) by[row] = pending.weight[row] * keep * (sample[row].value - mean);
-    // Two numbers at once: of the first column its three and the next's first, of that the rest, of the last
-    // its three and the centre's.
     const float next = points_of.of(by[0], 1);
-    const float centre = points_of.with_centre ? pending.blend * keep * (own - mean) : 0.0f;
-    const int column = points_of.column;
-    const float first[2] = {column == 1 ? by[1] : by[0], column == 1 ? by[2] : by[1]};
-    const float last[2] = {by[2], column == 0 ? next : centre};
+    __syncwarp();
     if (points_of.counts()) {
-      store<2>(first, logits);
-      if (column != 1) store<2>(last, logits + 2);
-    }
-  }
-
-  // Copies the team's gradients to their rows; `begin` is where the thread's own pair has its.
-  __device__ __forceinline__ void copy_out(uint32_t begin) const {
-    constexpr int kPieces = kNumbers / 4;
 #pragma unroll
-    for (int start = 0; start < kTeam * kPieces; start += 32) {
-      const int i = start + threadIdx.x % 32, pair = i / kPieces;
-      const uint32_t to = __shfl_sync(~0u, begin, pair);
-      if (i < kTeam * kPieces && to != kNone)
-        reinterpret_cast<Word<N, 4>*>(records + to)[i % kPieces] = reinterpret_cast<Word<N, 4>*>(staged)[i];
+      for (int row = 0; row < 3; ++row) {
+        const float factor = pending.weight[row] * keep * points_of.scale;
+        // Zero outside, even where the weight is NaN.
+        const float by_w = sample[row].slope_w != 0 ? factor * sample[row].slope_w : 0.0f;
+        const float by_h = sample[row].slope_h != 0 ? factor * sample[row].slope_h : 0.0f;
+        put(offsets, row, by_w, by_h);
+      }
+      // Of the first column its three numbers and the next's first, of that the rest, of the last its three
+      // and the centre's.
+      const int column = points_of.column;
+      put(logits, 0, column == 1 ? by[1] : by[0], column == 1 ? by[2] : by[1]);
+      if (column != 1) put(logits, 1, by[2], column == 0 ? next : centre);
+    }
+    return test;
+  }
+
+  // Puts two numbers there, as the i-th two.
+  static __device__ __forceinline__ void put(uint32_t address, int i, float a, float b) {
+    if constexpr (sizeof(N) == 4) {
+      write_two(address + i * 8, __float_as_uint(a), __float_as_uint(b));
+    } else {
+      write_one(address + i * 4, pack(a, b, N()));
     }
   }
 
-  const Call& call;
+  // Copies the team's to their rows; `begin` is where the thread's own pair has its.
+  __device__ __forceinline__ void copy_out(uint32_t begin) const {
+    constexpr uint32_t kPieces = kNumbers / 4;
+#pragma unroll
+    for (int start = 0; start < kTeam * int(kPieces); start += 32) {
+      const uint32_t i = start + threadIdx.x % 32, pair = i / kPieces;
+      const uint32_t to = __shfl_sync(~0u, begin, pair);
+      if (i >= kTeam * kPieces || to == kNone) continue;
+      uint32_t word[sizeof(N)];
+      const uint32_t from = staged + i * uint32_t(4 * sizeof(N));
+      if constexpr (sizeof(N) == 4) {
+        read_four(from, word);
+      } else {
+        read_two(from, word);
+      }
+      Word<N, 4> piece;
+      memcpy(&piece, word, sizeof piece);
+      *reinterpret_cast<Word<N, 4>*>(records + (to + i % kPieces * 4)) = piece;
+    }
+  }
+
   const PointColumns<kTeam>& points_of;
-  float column_scale;
-  N *staged, *records;
-  uint32_t dots;
-  const float* own_dots;
-  N *offsets, *logits;
+  N* records;
+  uint32_t dots, own_dots, staged, offsets, logits;
 };
+
+// Makes those of the warp's gradients by the definition that are not finite: of a pair with a sample or a
+// derivative that is not finite some are not, whatever its weights.
+template <class T, class N>
+__device__ __noinline__ void repair(const Call& call, const Maps& maps) {
+  const BlockOfMaps block(call.problem, maps);
+  const int lane = threadIdx.x % 32;
+  if (lane >= kTeam) return;
+  Walk at(call.problem, block.groups, block.first_pair() + lane, block.step());
+  for (; at.pair < block.pairs; at.next()) {
+    const N* const record = block.records<N>(call, call.doffset) + at.position() * uint32_t(call.offset.row) +
+                            at.group * kNumbers;
+    float sum = 0;
+    for (int i = 0; i < kNumbers; ++i) sum += to_real(record[i]) * 0;
+    if (sum != 0)
+      gradients_by_definition<T>(call, {block.image, at.i, at.j, block.first_group + at.group, 0});
+  }
+}
 
 #endif
 
@@ -269,11 +285,11 @@ __global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_const
   __syncthreads();
 
   const Dots<T, S> dots(call, maps, block.planes, team);
-  const GradientMaker<T, N> gradients(call, maker.points_of, team, block.records<N>(call, call.doffset));
+  const GradientMaker<N> gradients(maker.points_of, team, block.records<N>(call, call.doffset));
+  float poison = 0;
   for (int first = block.first_pair(); first < block.pairs; first += block.step()) {
     const uint32_t begin = at.pair < block.pairs ? number() : kNone;
     const PendingColumn pending = maker.put(record, at);
-    const Walk now = at;
     at.next();
     read();
     __syncwarp();
@@ -284,12 +300,12 @@ __global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_const
       dy.read(pair, next);
     }
     __syncwarp();
-    gradients.make(pending,
-                   [&] { return Place{block.image, now.i, now.j, block.first_group + now.group, 0}; });
+    poison += gradients.make(pending) * 0;
     __syncwarp();
     gradients.copy_out(begin);
     __syncwarp();
   }
+  if (__any_sync(~0u, poison != 0)) repair<T, N>(call, maps);
   // Padding, after the last group.
   if (block.first_group + block.groups < int(s.group)) return;
   N* const after = block.records<N>(call, call.doffset) + block.groups * kNumbers;

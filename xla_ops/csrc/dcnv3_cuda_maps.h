@@ -188,17 +188,18 @@ struct CellRows {
     hold(places), hold(odd), hold(from), hold(half), hold(across), hold(behind);
   }
 
-  // Two points at once: 0 and 1, 2 and the tenth, 3 and 4, 5 and 6, 7 and 8. Those of the first 16 channels;
-  // of the others a row's address differs in the bit kUnit.
-  __device__ __forceinline__ void find(int pair, uint32_t (&row)[5]) const {
+  // Where the cells of two points at once are, in units from `from` on: of points 0 and 1, 2 and the tenth, 3
+  // and 4, 5 and 6, 7 and 8. That is for the first 16 channels; for others a row's address differs in the bit
+  // kUnit.
+  __device__ __forceinline__ void find(int pair, uint32_t (&place)[5]) const {
     uint32_t p[6];
 #pragma unroll
     for (int i = 0; i < 6; i += 2) read_two(places + pair * 24 + i * 4, &p[i]);
-    const uint32_t place[5] = {select_bytes(p[0], 0, half), select_bytes(p[1], 0, half),
-                               select_bytes(p[2], 0, half), select_bytes(p[3], p[4], across),
-                               select_bytes(p[4], p[5], behind)};
+    place[0] = select_bytes(p[0], 0, half), place[1] = select_bytes(p[1], 0, half);
+    place[2] = select_bytes(p[2], 0, half), place[3] = select_bytes(p[3], p[4], across);
+    place[4] = select_bytes(p[4], p[5], behind);
 #pragma unroll
-    for (int i = 0; i < 5; ++i) row[i] = from + (place[i] ^ odd) * kUnit;
+    for (int i = 0; i < 5; ++i) place[i] ^= odd;
   }
   uint32_t places, odd, from;
   uint32_t half, across, behind;  // which bytes of the places

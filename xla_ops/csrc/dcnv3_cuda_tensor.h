@@ -92,8 +92,8 @@ struct Samples {
   __device__ __forceinline__ Samples(const Call& call, const Maps& maps, const char* planes,
                                      const uint32_t* team)
       // Its row of a matrix: the pair and which of two points, the channels, the pixel.
-      : rows(call, maps, planes, team + kCells, threadIdx.x / 8 % 2, threadIdx.x / 16 % 2, threadIdx.x % 4,
-             threadIdx.x / 4 % 2),
+      : cells(call, maps, planes, team + kCells, threadIdx.x / 8 % 2, threadIdx.x / 16 % 2, threadIdx.x % 4,
+              threadIdx.x / 4 % 2),
         with_centre(call.centre) {
     // Its column of the weights: the pair, the channels, which bits; and its depth.
     const int lane = threadIdx.x % 32, column = lane / 4, depth = lane % 4;
@@ -104,21 +104,22 @@ struct Samples {
 
   // Sets v to a channel of each slice, lane % 2 * 8 + lane / 4, of pair lane % 4 / 2.
   __device__ __forceinline__ void compute(int pair, float* v) const {
-    uint32_t w[12], row[5];
-    rows.find(pair, row);
+    uint32_t w[12], place[5];
+    cells.find(pair, place);
 #pragma unroll
     for (int i = 0; i < 12; i += 4) read_four(weights + pair / 2 * kTwoPairs * 4 + i * 4, &w[i]);
     const uint32_t weight[5][2] = {{w[0], w[1]}, {w[2], w[3]}, {w[4], w[5]}, {w[6], w[8]}, {w[9], w[10]}};
     float sum[S][4] = {};
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
+      const uint32_t row = cells.from + place[i] * kUnit;
 #pragma unroll
       for (int slice = 0; slice < S; ++slice) {
         uint32_t m[4] = {};
         if (i != 1 || with_centre) {
-          load_matrices<true>(row[i] ^ (slice * kUnit), m);
+          load_matrices<true>(row ^ (slice * kUnit), m);
         } else {
-          load_two_matrices(row[i] ^ (slice * kUnit), m);
+          load_two_matrices(row ^ (slice * kUnit), m);
         }
         multiply_add<T>(m, weight[i][0] & mask, weight[i][1] & mask, sum[slice]);
       }
@@ -130,7 +131,7 @@ struct Samples {
     }
   }
 
-  CellRows<S> rows;
+  CellRows<S> cells;
   bool with_centre;
   uint32_t weights, mask;
 };

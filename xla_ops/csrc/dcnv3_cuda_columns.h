@@ -75,6 +75,7 @@ struct Walk {
     };
     split(first, &group, &i, &j);
     split(step, &step_group, &step_i, &step_j);
+    // hold(step_group), hold(step_i), hold(step_j);
   }
   __device__ __forceinline__ void next() {
     pair += step, group += step_group, i += step_i, j += step_j;
@@ -112,7 +113,7 @@ struct PointColumns {
     start_w = int(grid(0, s.stride_w, s.pad_w, 3, s.dilation_w));
     hold(scale), hold(dilation_h), hold(step_w);
     hold(height.last), hold(height.end), hold(width.last), hold(width.end);
-    hold(start_h), hold(start_w);
+    hold(start_h), hold(start_w), hold(slot), hold(column);
   }
 
   // Whether this thread is not one that is left over: those have a column of no pair.

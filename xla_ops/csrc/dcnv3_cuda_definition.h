@@ -21,21 +21,6 @@ __device__ __noinline__ Real sample_by_definition(const Call& call, const Place&
   return call.centre ? sum + points.blend * pixel(at.i, at.j) : sum;
 }
 
-// One of them by its place in y.
-template <class T>
-__device__ __noinline__ RealOf<T> sample_by_definition(const Call& call, int64_t image, const T* place_in_y) {
-  const Problem& s = call.problem;
-  const uint32_t channels = uint32_t(s.channels());
-  const uint32_t element =
-      uint32_t(place_in_y - static_cast<const T*>(call.y) - image * s.positions() * channels);
-  const uint32_t position = element / channels;
-  const int channel = int(element - position * channels), group = channel / int(s.depth);
-  const int i = int(position / uint32_t(s.out_width)),
-            j = int(position - uint32_t(i) * uint32_t(s.out_width));
-  const Place at = {image, i, j, group, channel - group * int(s.depth)};
-  return sample_by_definition<T>(call, at, at.input(s));
-}
-
 // <dy, sample> and its derivatives by the definition.
 template <class T, class Real>
 __device__ __noinline__ Sample<Real> chain_by_definition(const Call& call, int64_t input, int64_t output,

@@ -56,22 +56,27 @@ struct PlaceMaker {
   __device__ __forceinline__ PendingColumn put(const ColumnOfRecord<N>& record, const Walk& at) const {
     const ColumnOfPoints points = points_of.make(record, at);
     PendingColumn pending;
-    int place[4];
+    const float of_group = place_of.of_group(at.group);
+    uint32_t place[4];
 #pragma unroll
     for (int row = 0; row < 3; ++row) {
       const float y = first_pixel(points.h[row], points_of.height);
       const float x = first_pixel(points.w[row], points_of.width);
       pending.t_h[row] = points.h[row] - y, pending.t_w[row] = points.w[row] - x;
+      hold(pending.t_h[row]), hold(pending.t_w[row]);
       pending.weight[row] = points.weight[row];
-      place[row] = place_of(at.group, int(y), int(x));
+      place[row] = place_of(of_group, y, x);
     }
     pending.blend = points.blend;
-    const int y = int(smaller(float(at.i), points_of.height.last));
-    const int x = int(smaller(float(at.j), points_of.width.last));
-    pending.own = (at.i - y) * 2 + at.j - x;
-    place[3] = points_of.with_centre ? place_of(at.group, y, x) : 0;
+    place[3] = 0, pending.own = 0;
+    if (points_of.with_centre) {
+      const float y = smaller(float(at.i), points_of.height.last),
+                  x = smaller(float(at.j), points_of.width.last);
+      place[3] = place_of(of_group, y, x);
+      pending.own = (at.i - int(y)) * 2 + at.j - int(x);
+    }
     if (points_of.counts())
-      write_two(places, uint32_t(place[0] | place[1] << 16), uint32_t(place[2] | place[3] << 16));
+      write_two(places, place_of.two(place[0], place[1]), place_of.two(place[2], place[3]));
     return pending;
   }
 
@@ -113,7 +118,7 @@ struct Dots {
     later = (lane % 2) ^ second;
     to = shared_address(team + dots_of(other_pair) + later * 8 + second * 4 + pixel);
     from[0] = cells.from, from[1] = cells.from ^ 16;
-    hold(to), hold(from[0]), hold(from[1]);
+    hold(to), hold(from[0]), hold(from[1]), hold(other_pair), hold(later);
   }
 
   __device__ __forceinline__ void compute(int pair, const uint32_t (&dy)[S][2]) const {
@@ -143,7 +148,7 @@ struct Dots {
   uint32_t from[2];
   // Of the results that mean something a thread has those of one pair, in the earlier or the later of two
   // times; and where they go.
-  bool other_pair, later;
+  int other_pair, later;
   uint32_t to;
 };
 
@@ -162,11 +167,13 @@ struct GradientMaker {
     hold(this->records);
   }
 
-  // Puts them where the dots were; returns a sum that is finite if all dots are. All threads of the warp take
+  // Puts them where the dots were; returns a sum that is not finite where a softmax,
+  // a sample or a derivative is not. All threads of the warp take
   // part.
   __device__ __forceinline__ float make(const PendingColumn& pending) const {
     Sample<float> sample[3];
-    float test = 0, mean = 0, by[3];
+    const float keep = 1 - pending.blend;
+    float test = pending.weight[0] + keep, mean = 0, by[3];
 #pragma unroll
     for (int row = 0; row < 3; ++row) {
       uint32_t word[4];
@@ -177,7 +184,6 @@ struct GradientMaker {
       test += sample[row].value + sample[row].slope_h + sample[row].slope_w;
       mean += pending.weight[row] * sample[row].value;
     }
-    const float keep = 1 - pending.blend;
     float centre = 0;
     mean = points_of.of(mean, 0) + points_of.of(mean, 1) + points_of.of(mean, 2);
     if (points_of.with_centre)
@@ -190,10 +196,7 @@ struct GradientMaker {
 #pragma unroll
       for (int row = 0; row < 3; ++row) {
         const float factor = pending.weight[row] * keep * points_of.scale;
-        // Zero outside, even where the weight is NaN.
-        const float by_w = sample[row].slope_w != 0 ? factor * sample[row].slope_w : 0.0f;
-        const float by_h = sample[row].slope_h != 0 ? factor * sample[row].slope_h : 0.0f;
-        put(offsets, row, by_w, by_h);
+        put(offsets, row, factor * sample[row].slope_w, factor * sample[row].slope_h);
       }
       // Of the first column its three numbers and the next's first, of that the rest, of the last its three
       // and the centre's.
@@ -242,7 +245,7 @@ struct GradientMaker {
 // Makes those of the warp's gradients by the definition that are not finite: of a pair with a sample or a
 // derivative that is not finite some are not, whatever its weights.
 template <class T, class N>
-__device__ __noinline__ void repair(const Call& call, const Maps& maps) {
+__device__ __noinline__ void repair_gradients(const Call& call, const Maps& maps) {
   const BlockOfMaps block(call.problem, maps);
   const int lane = threadIdx.x % 32;
   if (lane >= kTeam) return;
@@ -305,7 +308,7 @@ __global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_const
     gradients.copy_out(begin);
     __syncwarp();
   }
-  if (__any_sync(~0u, poison != 0)) repair<T, N>(call, maps);
+  if (__any_sync(~0u, poison != 0)) repair_gradients<T, N>(call, maps);
   // Padding, after the last group.
   if (block.first_group + block.groups < int(s.group)) return;
   N* const after = block.records<N>(call, call.doffset) + block.groups * kNumbers;

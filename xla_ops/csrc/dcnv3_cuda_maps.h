@@ -155,15 +155,25 @@ __device__ __forceinline__ void copy_maps(const Call& call, const Maps& maps, co
   }
 }
 
-// Where a cell's first pixel is, in units from the first of the block's maps.
+// Where a cell's first pixel is, in units from the first of the block's maps. Found in float32, of a number
+// that is 2^23 and more: its last bits are an integer's, the place in the last 16.
 template <int S>
 struct Places {
+  static constexpr float kInteger = 8388608;
   __device__ __forceinline__ explicit Places(const Maps& maps)
-      : pitch(maps.pitch), of_map(maps.bytes / kUnit) {}
-  __device__ __forceinline__ int operator()(int group, int y, int x) const {
-    return group * of_map + y * pitch + x * S + (S == 2 ? y & 1 : 0);
+      : pitch(float(maps.pitch)), of_map(float(maps.bytes / kUnit)) {
+    hold(pitch), hold(of_map);
   }
-  int pitch, of_map;
+  __device__ __forceinline__ float of_group(int group) const { return float(group) * of_map + kInteger; }
+  __device__ __forceinline__ uint32_t operator()(float of_group, float y, float x) const {
+    const uint32_t place = __float_as_uint(y * pitch + (x * S + of_group));
+    return S == 2 ? place | (__float_as_uint(y + kInteger) & 1) : place;
+  }
+  // The places of two cells in a word.
+  static __device__ __forceinline__ uint32_t two(uint32_t a, uint32_t b) {
+    return select_bytes(a, b, 0x5410);
+  }
+  float pitch, of_map;
 };
 
 // What a thread names for `ldmatrix` of cells: of one of two pairs that follow each other, one of two points

@@ -51,22 +51,22 @@ struct CellMaker {
     const ColumnOfPoints points = points_of.make(record, at);
     if (!points_of.counts()) return;
     uint32_t stream[4][4];
-    int place[4];
+    uint32_t place[4];
     stream[0][3] = stream[1][3] = stream[2][3] = stream[3][3] = 0, place[3] = 0;
-    const float share = 1 - points.blend;
+    const float share = 1 - points.blend, of_group = place_of.of_group(at.group);
 #pragma unroll
     for (int row = 0; row < 3; ++row)
-      place[row] = make(points.weight[row] * share, points.h[row], points.w[row], at.group, row, stream);
+      place[row] = make(points.weight[row] * share, points.h[row], points.w[row], of_group, row, stream);
     if (points_of.with_centre && points_of.column == 0)
-      place[3] = make(points.blend, float(at.i), float(at.j), at.group, 3, stream);
+      place[3] = make(points.blend, float(at.i), float(at.j), of_group, 3, stream);
 #pragma unroll
     for (int i = 0; i < 4; ++i) write_four(cells + i * kStream * 4, stream[i]);
-    write_two(places, uint32_t(place[0] | place[1] << 16), uint32_t(place[2] | place[3] << 16));
+    write_two(places, place_of.two(place[0], place[1]), place_of.two(place[2], place[3]));
   }
 
   // Sets a point's words, the weights in two parts, and returns its place.
-  __device__ __forceinline__ int make(float weight, float at_h, float at_w, int group, int point,
-                                      uint32_t (&stream)[4][4]) const {
+  __device__ __forceinline__ uint32_t make(float weight, float at_h, float at_w, float of_group, int point,
+                                           uint32_t (&stream)[4][4]) const {
     const Axis<float> h = locate(at_h, points_of.height), w = locate(at_w, points_of.width);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -78,7 +78,7 @@ struct CellMaker {
       stream[row][point] = leading;
       stream[2 + row][point] = pack(left - part[0], right - part[1], T());
     }
-    return place_of(group, int(h.first), int(w.first));
+    return place_of(of_group, h.first, w.first);
   }
 
   PointColumns<kTeam> points_of;
@@ -137,15 +137,18 @@ struct Samples {
 };
 
 // Does what is not finite among the warp's results once more, by the definition.
-template <class T, int S>
-__device__ __noinline__ void repair(const Call& call, int64_t image, uint32_t result, T* y) {
-  for (int pair = 0; pair < kTeam; pair += 2) {
-    const uint32_t begin = __shfl_sync(~0u, result, pair + threadIdx.x % 4 / 2);
-    for (int slice = 0; slice < S && begin != kNone; ++slice) {
-      T* const to = y + (begin + slice * 16);
-      if (!is_finite(to_real(*to))) to_storage(sample_by_definition<T>(call, image, to), to);
+template <class T>
+__device__ __noinline__ void repair_results(const Call& call, const Maps& maps) {
+  const Problem& s = call.problem;
+  const BlockOfMaps block(s, maps);
+  const int lane = threadIdx.x % 32, depth = int(s.depth);
+  Walk at(s, block.groups, block.first_pair() + lane % kTeam, block.step());
+  for (; at.pair < block.pairs; at.next()) {
+    const Place place = {block.image, at.i, at.j, block.first_group + at.group, 0};
+    for (int c = lane / kTeam; c < depth && lane < 3 * kTeam; c += 3) {
+      T* const y = static_cast<T*>(call.y) + place.output(s) + c;
+      if (!is_finite(to_real(*y))) to_storage(sample_by_definition<T>(call, place, place.input(s) + c), y);
     }
-    __syncwarp();
   }
 }
 
@@ -175,13 +178,13 @@ __global__ void __launch_bounds__(kTensorThreads)
   const Samples<T, S> samples(call, maps, block.planes, team);
   T* y = block.results<T>(call, call.y) + lane % 2 * 8 + lane / 4;
   hold(y);
+  float poison = 0;
   for (int first = block.first_pair(); first < block.pairs; first += block.step()) {
     const uint32_t result = at.pair < block.pairs ? at.position() * channels + at.group * 16 * S : kNone;
     maker.put(record, at);
     at.next();
     read();
     __syncwarp();
-    float poison = 0;
 #pragma unroll
     for (int pair = 0; pair < kTeam; pair += 2) {
       float v[S];
@@ -193,9 +196,9 @@ __global__ void __launch_bounds__(kTensorThreads)
         if (begin != kNone) to_storage(v[slice], y + (begin + slice * 16));
       }
     }
-    if (__any_sync(~0u, poison != 0)) repair<T, S>(call, block.image, result, y);
     __syncwarp();
   }
+  if (__any_sync(~0u, poison != 0)) repair_results<T>(call, maps);
 #endif
 }
 

@@ -47,7 +47,7 @@ struct PlaceMaker {
   __device__ __forceinline__ PlaceMaker(const Call& call, const Maps& maps, uint32_t* team)
       : points_of(call),
         place_of(maps),
-        places(shared_address(team + kDots + points_of.slot * 6 + 2 * points_of.column)) {
+        places(shared_address(team + kDots + places_of(points_of.slot, points_of.column))) {
     hold(places);
   }
 
@@ -158,7 +158,9 @@ struct GradientMaker {
   __device__ __forceinline__ GradientMaker(const PointColumns<kTeam>& points_of, uint32_t* team, N* records)
       : points_of(points_of), records(records) {
     const int slot = points_of.slot, column = points_of.column;
-    dots = shared_address(team + dots_of(slot) + (column % 3 == 0 ? 0 : 1 + 3 * column) * 4);
+    // Who is left over reads with the last who is not.
+    const int reads = points_of.counts() ? slot : kTeam - 1, of = column > 2 ? 2 : column;
+    dots = shared_address(team + dots_of(reads) + (of == 0 ? 0 : 1 + 3 * of) * 4);
     own_dots = shared_address(team + dots_of(slot) + 12);
     staged = shared_address(team);
     offsets = staged + (slot * kNumbers + 6 * column) * uint32_t(sizeof(N));
@@ -306,8 +308,8 @@ __global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_const
     poison += gradients.make(pending) * 0;
     __syncwarp();
     gradients.copy_out(begin);
-    __syncwarp();
   }
+  __syncwarp();
   if (__any_sync(~0u, poison != 0)) repair_gradients<T, N>(call, maps);
   // Padding, after the last group.
   if (block.first_group + block.groups < int(s.group)) return;

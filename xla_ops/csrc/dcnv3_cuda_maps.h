@@ -176,10 +176,15 @@ struct Places {
   float pitch, of_map;
 };
 
+// The places of a pair's cells are 16 bits each, in 6 words: of each column its three points and a fourth,
+// which in the first column is the tenth point, the pixel at the position. Of two pairs lie the first four
+// words of either, then the last two. Where a pair has those of a column:
+__device__ __forceinline__ int places_of(int pair, int column) {
+  return pair / 2 * 12 + (column < 2 ? pair % 2 * 4 + column * 2 : 8 + pair % 2 * 2);
+}
+
 // What a thread names for `ldmatrix` of cells: of one of two pairs that follow each other, one of two points
-// at once, a pixel and 8 of the 16 channels. The places of a pair's cells are 16 bits each, in 6 words: of
-// each column its three points and a fourth, which in the first column is the tenth point, the pixel at the
-// position.
+// at once, a pixel and 8 of the 16 channels.
 template <int S>
 struct CellRows {
   __device__ __forceinline__ CellRows(const Call& call, const Maps& maps, const char* planes,
@@ -187,7 +192,8 @@ struct CellRows {
                                       int channels) {
     const Problem& s = call.problem;
     const int right = pixel % 2, down = pixel / 2;
-    places = shared_address(team_places + pair * 6);
+    places = shared_address(team_places + places_of(pair, 0));
+    last_places = shared_address(team_places + places_of(pair, 2));
     half = second ? 0xbb32 : 0x9910;
     across = second ? 0xdd54 : 0x9910;
     behind = second ? 0xdd54 : 0xbb32;
@@ -195,7 +201,7 @@ struct CellRows {
     from = shared_address(planes) + channels * 16;
     if (right && s.width > 1) from += S * kUnit;
     if (down && s.height > 1) from += maps.pitch * kUnit;
-    hold(places), hold(odd), hold(from), hold(half), hold(across), hold(behind);
+    hold(places), hold(last_places), hold(odd), hold(from), hold(half), hold(across), hold(behind);
   }
 
   // Where the cells of two points at once are, in units from `from` on: of points 0 and 1, 2 and the tenth, 3
@@ -203,15 +209,15 @@ struct CellRows {
   // kUnit.
   __device__ __forceinline__ void find(int pair, uint32_t (&place)[5]) const {
     uint32_t p[6];
-#pragma unroll
-    for (int i = 0; i < 6; i += 2) read_two(places + pair * 24 + i * 4, &p[i]);
+    read_four(places + pair * 24, p);
+    read_two(last_places + pair * 24, p + 4);
     place[0] = select_bytes(p[0], 0, half), place[1] = select_bytes(p[1], 0, half);
     place[2] = select_bytes(p[2], 0, half), place[3] = select_bytes(p[3], p[4], across);
     place[4] = select_bytes(p[4], p[5], behind);
 #pragma unroll
     for (int i = 0; i < 5; ++i) place[i] ^= odd;
   }
-  uint32_t places, odd, from;
+  uint32_t places, last_places, odd, from;
   uint32_t half, across, behind;  // which bytes of the places
 };
 

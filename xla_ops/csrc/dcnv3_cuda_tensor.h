@@ -41,7 +41,7 @@ struct CellMaker {
       : points_of(call),
         place_of(maps),
         cells(shared_address(team + cells_of(points_of.slot) + 4 * points_of.column)),
-        places(shared_address(team + kCells + points_of.slot * 6 + 2 * points_of.column)) {
+        places(shared_address(team + kCells + places_of(points_of.slot, points_of.column))) {
     hold(cells), hold(places);
   }
 

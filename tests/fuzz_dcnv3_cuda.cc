@@ -118,6 +118,24 @@ bool slices_are_chosen() {
   return std::printf("other calls go by slices of channels than expected\n"), false;
 }
 
+// How many groups' maps a block has on a large GPU, forward and in the gradients of the learned numbers.
+bool maps_are_chosen() {
+  const xla_ops::cuda::Device device = {227 << 10, 132};
+  Problem s = {};
+  const auto groups = [&](int64_t batch, int64_t side, int64_t groups, int64_t depth, int team_words) {
+    s.batch = batch, s.height = s.width = s.out_height = s.out_width = side, s.group = groups,
+    s.depth = depth;
+    return dcnv3::cuda::shared_out(s, device, team_words).groups;
+  };
+  for (int team_words : {dcnv3::cuda::kCellWords, dcnv3::cuda::kDotWords}) {
+    const bool taken = groups(64, 56, 4, 16, team_words) && groups(64, 56, 4, 32, team_words) &&
+                       groups(64, 7, 32, 16, team_words);
+    if (taken && !groups(1, 56, 4, 16, team_words) && !groups(64, 96, 4, 16, team_words)) continue;
+    return std::printf("other calls have maps in shared memory than expected\n"), false;
+  }
+  return true;
+}
+
 int fuzz(int count, int seed) {
   for (int i = 0; i < count; ++i) {
     engine.seed(seed + i);
@@ -130,7 +148,7 @@ int fuzz(int count, int seed) {
     std::printf("geometry of seed %d\n", seed + i);
     return 1;
   }
-  if (!records_fit() || !slices_are_chosen() || !huge()) return 1;
+  if (!records_fit() || !slices_are_chosen() || !maps_are_chosen() || !huge()) return 1;
   std::printf("%d geometries\n", count);
   return 0;
 }

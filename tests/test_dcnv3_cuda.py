@@ -255,3 +255,62 @@ def test_a_slice_with_one_large_term_is_exact(
     dy[:, 2, 3, : len(values)] = values
     arrays = [jnp.asarray(a, dtype) for a in (x, rows, dy)]
     np.testing.assert_array_equal(on_host(program, *arrays, **geometry)[1], arrays[2])
+
+
+# The forward and the gradients of the records on tensor cores, dcnv3_cuda_tensor.h and
+# dcnv3_cuda_dots.h.
+@pytest.mark.parametrize("dtypes", HALVES, ids="-".join)
+@pytest.mark.parametrize(
+    ("size", "group", "depth", "changes"),
+    [
+        ((3, 5, 7), 2, 16, {}),
+        ((2, 9, 11), 5, 16, {}),  # blocks of three groups and of two; rows have padding
+        ((1, 13, 19), 4, 32, {"offset_scale": 2.0}),
+        ((4, 9, 6), 1, 32, {"stride": 2}),
+        ((2, 8, 9), 2, 16, {"dilation": 2, "pad": 0}),
+        ((3, 6, 5), 1, 32, {"stride": 2, "dilation": 3, "pad": 4}),
+        ((4, 1, 1), 1, 16, {}),
+        ((4, 1, 23), 1, 32, {}),
+        ((4, 23, 1), 1, 16, {}),
+        ((4, 23, 1), 1, 32, {}),
+        ((3, 2, 2), 1, 32, {}),
+    ],
+    ids=str,
+)
+def test_maps_in_shared_memory(
+    program: Path,
+    size: tuple[int, int, int],
+    group: int,
+    depth: int,
+    changes: dict,
+    dtypes: tuple[str, str],
+) -> None:
+    arrays, geometry = fused_problem(dtypes, size, group, depth, **changes)
+    exact = [np.asarray(a, np.float64) for a in arrays]
+    for center in (False, True) if arrays[0].shape == arrays[2].shape else (False,):
+        got = on_host(program, *arrays, center=center, **geometry)
+        expected = on_host(program, *exact, center=center, **geometry)  # held to 1e-11 above
+        for name, i in (("y", 0), ("grad_record", 2)):
+            assert difference(got[i], expected[i]) < 2 * HALF[dtypes[0]], (name, center)
+
+
+@pytest.mark.parametrize("dtypes", HALVES, ids="-".join)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["x", "dy", "offset", "mask", "centre"])
+def test_maps_with_what_is_not_finite(
+    program: Path, place: str, value: float, dtypes: tuple[str, str]
+) -> None:
+    arrays, geometry = fused_problem(dtypes, (3, 5, 6), 2, 16)
+    if place in ("x", "dy"):
+        which = 0 if place == "x" else 2
+        arrays[which] = arrays[which].at[0, 2, 3, 5].set(value).at[0, 4, 5, 17].set(value)
+    else:
+        arrays[1] = arrays[1].at[0, 2, 3, {"offset": 0, "mask": 18, "centre": 27}[place]].set(value)
+    got = on_host(program, *arrays, center=True, **geometry)
+    exact = [np.asarray(a, np.float64) for a in arrays]
+    expected = on_host(program, *exact, center=True, **geometry)
+    tolerance = 4 * HALF[dtypes[0]]
+    for name, i in (("y", 0), ("grad_record", 2)):
+        a = np.asarray(got[i], np.float64)
+        np.testing.assert_allclose(a, expected[i], tolerance, tolerance, err_msg=name)
+        assert np.isfinite(a[1:]).all(), name

@@ -58,13 +58,16 @@ inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-inline void read_two(uint32_t address, uint32_t* v) {
-  std::memcpy(v, dynamic_shared_memory + address, 8);
-}
 inline uint32_t read_one(uint32_t address) {
   uint32_t v;
   std::memcpy(&v, dynamic_shared_memory + address, 4);
   return v;
+}
+inline void read_two(uint32_t address, uint32_t* v) {
+  std::memcpy(v, dynamic_shared_memory + address, 8);
+}
+inline void read_four(uint32_t address, uint32_t* v) {
+  std::memcpy(v, dynamic_shared_memory + address, 16);
 }
 inline void write_one(uint32_t address, uint32_t v) {
   std::memcpy(dynamic_shared_memory + address, &v, 4);

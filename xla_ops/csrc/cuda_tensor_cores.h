@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// Reads one or two words of shared memory, and writes them.
+// Reads words of shared memory, and writes them.
 __device__ __forceinline__ uint32_t read_one(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(v) : "r"(address) : "memory");
@@ -31,6 +31,12 @@ __device__ __forceinline__ uint32_t read_one(uint32_t address) {
 }
 __device__ __forceinline__ void read_two(uint32_t address, uint32_t* v) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void read_four(uint32_t address, uint32_t* v) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
 }
 __device__ __forceinline__ void write_one(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");

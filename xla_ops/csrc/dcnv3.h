@@ -100,12 +100,23 @@ DCNV3_HD Real hat(Real t) {
   return larger(smaller(Real(1) + t, Real(1) - t), Real(0));
 }
 
+// The first of the two pixels.
+template <class Real>
+DCNV3_HD Real first_pixel(Real location, const Extent<Real>& extent) {
+  const Real first = larger(std::floor(location), Real(0));  // 0 also where it is NaN
+  return smaller(first, extent.last);
+}
+
+// From here on by t, how far the location is from the first pixel: in [0, 1) inside, below at the first
+// pixel of the map, above at the last.
+template <class Real>
+DCNV3_HD Real second_weight(Real t, const Extent<Real>& extent) {
+  return larger(smaller(t, extent.end - t), Real(0));
+}
 template <class Real>
 DCNV3_HD Axis<Real> locate(Real location, const Extent<Real>& extent) {
-  Real first = larger(std::floor(location), Real(0));  // 0 also where it is NaN
-  first = smaller(first, extent.last);
-  const Real t = location - first;  // in [0, 1) inside, below at the first pixel, above at the last
-  return {first, hat(t), larger(smaller(t, extent.end - t), Real(0))};
+  const Real first = first_pixel(location, extent), t = location - first;
+  return {first, hat(t), second_weight(t, extent)};
 }
 
 // Derivatives of the two weights by the location: at a pixel the one to the right, outside zero.
@@ -114,13 +125,9 @@ struct Slopes {
   Real weight0, weight1;
 };
 template <class Real>
-DCNV3_HD Slopes<Real> slopes(Real location, const Axis<Real>& axis, const Extent<Real>& extent) {
-  const Real t = location - axis.first;
-  const Real before = (t > -1) & (t < 0) ? Real(1) : Real(0);
-  const Real inside = (t >= 0) & (t < 1) ? Real(1) : Real(0);
-  const Real rising = (t >= 0) & (t < 1) & (extent.end > 0) ? Real(1) : Real(0);
-  const Real falling = (t >= 1) & (t < extent.end) ? Real(1) : Real(0);
-  return {before - inside, rising - falling};
+DCNV3_HD Slopes<Real> slopes(Real t, const Extent<Real>& extent) {
+  const Real of_first = t < 0 ? Real(1) : Real(-1), of_second = t < 1 ? Real(1) : Real(-1);
+  return {std::fabs(t) < 1 ? of_first : Real(0), (t >= 0) & (t < extent.end) ? of_second : Real(0)};
 }
 
 // The same for one point: from the dots <dy, pixel> of its cell's four pixels to <dy, sample> and its
@@ -130,15 +137,21 @@ struct Sample {
   Real value, slope_h, slope_w;
 };
 template <class Real>
+DCNV3_HD Sample<Real> chain_in_cell(Real t_h, Real t_w, const Extent<Real>& height, const Extent<Real>& width,
+                                    const Real* dot) {
+  const Real h0 = hat(t_h), h1 = second_weight(t_h, height);
+  const Real w0 = hat(t_w), w1 = second_weight(t_w, width);
+  const Slopes<Real> slope_h = slopes(t_h, height), slope_w = slopes(t_w, width);
+  const Real upper = w0 * dot[0] + w1 * dot[1];
+  const Real lower = w0 * dot[2] + w1 * dot[3];
+  return {h0 * upper + h1 * lower, slope_h.weight0 * upper + slope_h.weight1 * lower,
+          h0 * (slope_w.weight0 * dot[0] + slope_w.weight1 * dot[1]) +
+              h1 * (slope_w.weight0 * dot[2] + slope_w.weight1 * dot[3])};
+}
+template <class Real>
 DCNV3_HD Sample<Real> chain(Real at_h, Real at_w, const Extent<Real>& height, const Extent<Real>& width,
                             const Real* dot) {
-  const Axis<Real> h = locate(at_h, height), w = locate(at_w, width);
-  const Slopes<Real> slope_h = slopes(at_h, h, height), slope_w = slopes(at_w, w, width);
-  const Real upper = w.weight0 * dot[0] + w.weight1 * dot[1];
-  const Real lower = w.weight0 * dot[2] + w.weight1 * dot[3];
-  return {h.weight0 * upper + h.weight1 * lower, slope_h.weight0 * upper + slope_h.weight1 * lower,
-          h.weight0 * (slope_w.weight0 * dot[0] + slope_w.weight1 * dot[1]) +
-              h.weight1 * (slope_w.weight0 * dot[2] + slope_w.weight1 * dot[3])};
+  return chain_in_cell(at_h - first_pixel(at_h, height), at_w - first_pixel(at_w, width), height, width, dot);
 }
 
 // exp(x) for x <= 0 to 1e-7 relative, without branches, so that a compiler can vectorise it; exactly

@@ -4,34 +4,13 @@
 // and from them come, within the thread, the gradients of the point's offset and weight. The gradient of
 // x is in dcnv3_cuda_spread.cu.
 #include "dcnv3_cuda.h"
+#include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"
+#include "dcnv3_cuda_dots.h"
 #include "dcnv3_cuda_nine.h"
 
 namespace dcnv3::cuda {
 namespace {
-
-// <dy, sample> and its derivatives by the definition, where something is not finite.
-template <class T, class Real>
-__device__ __noinline__ Sample<Real> chain_by_definition(const Call& call, int64_t input, int64_t output,
-                                                         Real h, Real w) {
-  const Problem& s = call.problem;
-  Sample<Real> total = {0, 0, 0};
-  if (!is_inside(h, w, s.height, s.width)) {
-    for (int64_t c = 0; c < s.depth; ++c)
-      total.value += to_real(static_cast<const T*>(call.dy)[output + c]) * 0;
-    return total;  // the location has no gradient, whatever dy is
-  }
-  for (int64_t c = 0; c < s.depth; ++c) {
-    const T* x = static_cast<const T*>(call.x) + input + c;
-    const auto pixel = [&](int64_t i, int64_t j) { return to_real(x[(i * s.width + j) * s.channels()]); };
-    const Sample<Real> sample = sample_exactly(h, w, s.height, s.width, pixel);
-    const Real g = to_real(static_cast<const T*>(call.dy)[output + c]);
-    total.value += g * sample.value;
-    total.slope_h += g * sample.slope_h;
-    total.slope_w += g * sample.slope_w;
-  }
-  return total;
-}
 
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 4)
@@ -225,6 +204,27 @@ cudaError_t launch_nine_points(cudaStream_t stream, const Call& call) {
                 uint32_t(each), shift);
 }
 
+template <class T>
+cudaError_t launch_dots(cudaStream_t stream, const Call& call, const Device& device, const Maps& maps) {
+  const bool wide = call.points_type == Type::kFloat32;
+  auto kernel = wide ? dots_kernel<T, float, 1> : dots_kernel<T, T, 1>;
+  if (call.problem.depth == 32) kernel = wide ? dots_kernel<T, float, 2> : dots_kernel<T, T, 2>;
+  return launch_with_maps(stream, call, device, kernel, kDotWords, maps);
+}
+
+// By the nine points' form that serves the call.
+template <class T>
+cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
+  if constexpr (sizeof(T) == 2) {
+    Device device;
+    Maps maps;
+    if (cudaError_t error = find_device(&device)) return error;
+    if (cudaError_t error = share_out(call, device, dots_kernel<T, T, 1>, kDotWords, &maps)) return error;
+    if (maps.groups > 0) return launch_dots<T>(stream, call, device, maps);
+  }
+  return launch_nine_points<T>(stream, call);
+}
+
 }  // namespace
 
 cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch) {
@@ -235,7 +235,7 @@ cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch) {
     auto points = depth % kPiece<T> == 0 ? launch_points<T, kPiece<T>> : launch_points<T, 1>;
     if constexpr (sizeof(T) <= 4) {
       if (depth % 16 == 0) points = launch_points<T, 16>;
-      if (has_nine(call) && depth > 1) points = launch_nine_points<T>;
+      if (has_nine(call) && depth > 1) points = launch_nine<T>;
     }
     if (cudaError_t error = points(stream, call)) return error;
     return spread(stream, call, scratch);

@@ -10,9 +10,9 @@
 #pragma once
 
 #include "dcnv3_cuda_columns.h"
+#include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"
 #include "dcnv3_cuda_nine.h"
-#include "dcnv3_cuda_spread.h"
 
 namespace dcnv3::cuda {
 
@@ -42,9 +42,10 @@ __device__ __forceinline__ int product(uint32_t fixed_weight, int dy) {
   return int((int64_t(int(fixed_weight)) * dy + (int64_t{1} << 31)) >> 32);
 }
 
-// The cells of a warp's positions, as the threads that make them lie: element 3 * position + column has the
-// three points of a column. Its pixels are bytes from the plane's start; the fourth is, in the first column,
-// the pixel at the position, in the second its blend. The weights, in fixed point, are those of pixel k.
+// The cells of a warp's positions, as the threads that make them lie: element column * kSlicePositions +
+// position has the three points of a column. Its pixels are bytes from the plane's start; the fourth is, in
+// the first column, the pixel at the position, in the second its blend. The weights, in fixed point, are
+// those of pixel k.
 struct WarpCells {
   static constexpr int kCount = 3 * kSlicePositions;
   uint4 pixels[kCount];
@@ -54,14 +55,23 @@ struct WarpCells {
   static __device__ __forceinline__ uint32_t bytes(int i, int j, int row) {
     return uint32_t(i * row + j * kSlice) * uint32_t(sizeof(int));
   }
-  __device__ __forceinline__ void set(int i, const PlacedCell (&cells)[3], int row, uint32_t fourth) {
-    const auto pixel = [=](const PlacedCell& c) { return bytes(c.row, c.column, row); };
-    pixels[i] = {pixel(cells[0]), pixel(cells[1]), pixel(cells[2]), fourth};
+  // The places of the column's three, and the fourth word.
+  __device__ __forceinline__ void set(int i, const ColumnOfPoints& points, const Extent<float>& height,
+                                      const Extent<float>& width, int row, uint32_t fourth) {
+    uint32_t pixel[3], weight[3][4];
+    const float share = 1 - points.blend;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      two[k][i] = {fixed_weight(cells[0].weight[k]), fixed_weight(cells[1].weight[k])};
-      third[k][i] = fixed_weight(cells[2].weight[k]);
+    for (int p = 0; p < 3; ++p) {
+      const Axis<float> h = locate(points.h[p], height), w = locate(points.w[p], width);
+      const float of_point = points.weight[p] * share;
+      const float upper = of_point * h.weight0, lower = of_point * h.weight1;
+      pixel[p] = bytes(int(h.first), int(w.first), row);
+      weight[p][0] = fixed_weight(upper * w.weight0), weight[p][1] = fixed_weight(upper * w.weight1);
+      weight[p][2] = fixed_weight(lower * w.weight0), weight[p][3] = fixed_weight(lower * w.weight1);
     }
+    pixels[i] = {pixel[0], pixel[1], pixel[2], fourth};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) two[k][i] = {weight[0][k], weight[1][k]}, third[k][i] = weight[2][k];
   }
 };
 
@@ -168,7 +178,10 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
   __syncthreads();
 
   {
-    PointColumns<N, kSlicePositions> columns(call, image, first / int(s.depth));
+    const PointColumns<kSlicePositions> columns(call);
+    ColumnOfRecord<N> record(static_cast<const N*>(call.offset.data) + image * positions * call.offset.row +
+                                 first / int(s.depth) * kNumbers,
+                             columns.column);
     hold(k);
     hold(lane);
     hold(warp);
@@ -200,17 +213,24 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
     uint32_t ahead[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) ahead[u] = fetch();
-    columns.fetch(start);
+    Walk at(s, 1, start + columns.slot, kSlicePositions);
+    const auto read = [&] {
+      if (at.pair < positions && columns.counts())
+        record.read(at.position() * uint32_t(call.offset.row), call.centre);
+    };
+    read();
 #pragma unroll 1
     for (; start < end; start += kSlicePositions) {
-      PlacedCell three[3];
-      if (!columns.make(three)) *memory.spoilt = 1;
+      const ColumnOfPoints points = columns.make(record, at);
+      if (!is_finite(points.share + points.blend)) *memory.spoilt = 1;
       __syncwarp();  // with what it read before
       if (columns.counts()) {
-        const uint32_t at = WarpCells::bytes(columns.i, columns.j, row);
-        cells.set(lane, three, row, columns.column == 0 ? at : fixed_weight(columns.blend));
+        const uint32_t own_pixel = WarpCells::bytes(at.i, at.j, row);
+        cells.set(lane, points, columns.height, columns.width, row,
+                  columns.column == 0 ? own_pixel : fixed_weight(points.blend));
       }
-      columns.fetch(start + kSlicePositions);
+      at.next();
+      read();
       __syncwarp();
       const int count = end - start < kSlicePositions ? end - start : kSlicePositions;
 #pragma unroll 1
@@ -228,7 +248,7 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
           uint32_t third[3];
 #pragma unroll
           for (int column = 0; column < 3; ++column) {
-            const int i = 3 * (q + u) + column;
+            const int i = column * kSlicePositions + q + u;
             pixels[column] = cells.pixels[i];
             two[column] = cells.two[k][i];
             third[column] = cells.third[k][i];

@@ -1,6 +1,6 @@
-// The fused form's nine points, made by three threads of a warp for each position: a thread has a column of
-// three points, and reads its share of the record where it is. So a warp makes the cells of up to ten
-// positions of a group at once, each cell once, for whoever spreads or gathers the channels.
+// The fused form's nine points by columns of the kernel. Three threads of a warp own a pair (position,
+// group), a column of three points each: a record is read where it is, and a point's location and weight are
+// made once, for whoever spreads or gathers the channels.
 #pragma once
 
 #include "dcnv3_cuda_device.h"
@@ -8,116 +8,151 @@
 
 namespace dcnv3::cuda {
 
-// A point's cell: row and column of its first pixel, and the weights of its four pixels.
-struct PlacedCell {
-  int row, column;
-  float weight[4];
+// What a thread reads of records of N: its column's three offsets and logits, and the last number.
+template <class N>
+struct ColumnOfRecord {
+  __device__ __forceinline__ ColumnOfRecord(const N* records, int column)
+      : column(column), offsets(records + 6 * column), logits(records + 18 + 3 * column / 2 * 2) {
+    hold(offsets);
+    hold(logits);
+  }
+  // Half precision: three words of offsets, two that the logits are in.
+  __device__ __forceinline__ void read(uint32_t element, bool) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) word[i] = reinterpret_cast<const uint32_t*>(offsets + element)[i];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) word[3 + i] = reinterpret_cast<const uint32_t*>(logits + element)[i];
+  }
+  __device__ __forceinline__ void values(float* offset, float* logit, float* centre) const {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) unpack(word[i], N(), offset + 2 * i);
+    float v[4];
+    unpack(word[3], N(), v);
+    unpack(word[4], N(), v + 2);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) logit[i] = column == 1 ? v[i + 1] : v[i];
+    *centre = v[3];  // the last column's
+  }
+  int column;
+  const N *offsets, *logits;
+  uint32_t word[5] = {};
+};
+template <>
+struct ColumnOfRecord<float> {
+  __device__ __forceinline__ ColumnOfRecord(const float* records, int column)
+      : column(column), records(records) {
+    hold(this->records);
+  }
+  __device__ __forceinline__ void read(uint32_t element, bool with_centre) {
+    const float* record = records + element;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) load<2>(record + 6 * column + 2 * i, number + 2 * i);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) number[6 + i] = record[18 + 3 * column + i];
+    if (with_centre) number[9] = record[27];
+  }
+  __device__ __forceinline__ void values(float* offset, float* logit, float* centre) const {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) offset[i] = number[i];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) logit[i] = number[6 + i];
+    *centre = number[9];
+  }
+  int column;
+  const float* records;
+  float number[10] = {};
 };
 
-// The records' numbers are N: of x's dtype, or float32. A warp has kPositions at once; the threads that are
-// left over do what some others do.
-template <class N, int kPositions>
+// Pairs count positions, of each the groups; a thread's next is always as far.
+struct Walk {
+  __device__ __forceinline__ Walk(const Problem& s, int groups, int first, int step)
+      : groups(groups), width(int(s.out_width)), pair(first), step(step) {
+    const auto split = [&](int n, int* group, int* i, int* j) {
+      const int position = n / groups;
+      *group = n - position * groups;
+      *i = position / width;
+      *j = position - *i * width;
+    };
+    split(first, &group, &i, &j);
+    split(step, &step_group, &step_i, &step_j);
+    // hold(step_group), hold(step_i), hold(step_j);
+  }
+  __device__ __forceinline__ void next() {
+    pair += step, group += step_group, i += step_i, j += step_j;
+    if (group >= groups) group -= groups, ++j;
+    if (j >= width) j -= width, ++i;
+  }
+  __device__ __forceinline__ uint32_t position() const { return uint32_t(i * width + j); }
+  int groups, width;
+  int pair, group, i, j;  // the group counts from the block's first
+  int step, step_group, step_i, step_j;
+};
+
+// A column of a pair's points: their locations, the softmax, and the share of the pixel at the position.
+struct ColumnOfPoints {
+  float h[3], w[3], weight[3];
+  float share;  // what times an exponential is a weight
+  float blend;  // the softmax's share is the rest
+};
+
+// Makes them; a warp has kPairs at once. Threads of a column lie side by side: so what they write to shared
+// memory is in different banks.
+template <int kPairs>
 struct PointColumns {
-  static_assert(3 * kPositions <= 32, "");
-  __device__ __forceinline__ PointColumns(const Call& c, int64_t image, int group)
-      : call(c),
-        height(extent<float>(c.problem.height)),
-        width(extent<float>(c.problem.width)),
-        scale(float(c.problem.offset_scale)),
-        row(uint32_t(c.offset.row)),
-        positions(int(c.problem.positions())),
-        out_width(int(c.problem.out_width)) {
-    const Problem& s = c.problem;
-    const int lane = int(threadIdx.x % 32);
-    slot = lane / 3 < kPositions ? lane / 3 : kPositions - 1;
-    column = lane % 3;
-    first_h = int(grid(0, s.stride_h, s.pad_h, 3, s.dilation_h));
-    first_w = int(grid(0, s.stride_w, s.pad_w, 3, s.dilation_w));
-    dilation_h = float(int(s.dilation_h));
-    step_w = float(int(s.dilation_w) * (column - 1));
-    records = static_cast<const N*>(c.offset.data) + image * s.positions() * c.offset.row + group * kNumbers;
-    hold(records);
-    hold(scale);
-    hold(height.end);
-    hold(width.end);
-    hold(dilation_h);
-    hold(step_w);
+  static_assert(3 * kPairs <= 32, "");
+  __device__ __forceinline__ explicit PointColumns(const Call& call)
+      : slot(threadIdx.x % 32 % kPairs),
+        column(threadIdx.x % 32 / kPairs),
+        scale(float(call.problem.offset_scale)),
+        with_centre(call.centre) {
+    const Problem& s = call.problem;
+    height = extent<float>(s.height), width = extent<float>(s.width);
+    dilation_h = float(int(s.dilation_h)), step_w = float(int(s.dilation_w)) * float(column - 1);
+    stride_h = int(s.stride_h), stride_w = int(s.stride_w);
+    start_h = int(grid(0, s.stride_h, s.pad_h, 3, s.dilation_h));
+    start_w = int(grid(0, s.stride_w, s.pad_w, 3, s.dilation_w));
+    hold(scale), hold(dilation_h), hold(step_w);
+    hold(height.last), hold(height.end), hold(width.last), hold(width.end);
+    hold(start_h), hold(start_w), hold(slot), hold(column);
   }
 
-  // Whether this thread is not one that is left over.
-  __device__ __forceinline__ bool counts() const { return threadIdx.x % 32 < 3 * kPositions; }
+  // Whether this thread is not one that is left over: those have a column of no pair.
+  __device__ __forceinline__ bool counts() const { return column < 3; }
 
-  // Starts to read the records of the positions from `start` on. Beyond the last it reads the last again.
-  __device__ __forceinline__ void fetch(int start) {
-    position = start + slot < positions ? start + slot : positions - 1;
-    const N* record = records + uint32_t(position) * row;
-    const Word<N, 2>* pairs = reinterpret_cast<const Word<N, 2>*>(record) + 3 * column;
+  // All threads of the warp take part.
+  template <class N>
+  __device__ __forceinline__ ColumnOfPoints make(const ColumnOfRecord<N>& record, const Walk& at) const {
+    ColumnOfPoints points;
+    float offset[6], logit[3], centre;
+    record.values(offset, logit, &centre);
+    float top = larger(larger(logit[0], logit[1]), logit[2]);
+    top = larger(larger(of(top, 0), of(top, 1)), of(top, 2));
 #pragma unroll
-    for (int k = 0; k < 3; ++k) offsets[k] = pairs[k];
+    for (int row = 0; row < 3; ++row) points.weight[row] = exp_of(logit[row] - top);
+    const float sum = points.weight[0] + points.weight[1] + points.weight[2];
+    points.share = 1 / (of(sum, 0) + of(sum, 1) + of(sum, 2));
+    points.blend = with_centre ? sigmoid(of(centre, 2)) : 0.0f;
+
+    const float grid_h = float(at.i * stride_h + start_h), grid_w = float(at.j * stride_w + start_w);
 #pragma unroll
-    for (int k = 0; k < 3; ++k) logits[k] = record[18 + 3 * column + k];
-    if (call.centre) centre = record[27];
+    for (int row = 0; row < 3; ++row) {
+      points.weight[row] *= points.share;
+      points.h[row] = grid_h + (dilation_h * float(row - 1) + offset[2 * row + 1]) * scale;
+      points.w[row] = grid_w + (step_w + offset[2 * row]) * scale;
+    }
+    return points;
   }
 
-  // Makes what was fetched into the cells of the column's points, whose weights have the softmax and the
-  // blend in them. Afterwards i, j and blend are the position's. Whether all is finite. All threads of the
-  // warp take part.
-  __device__ __forceinline__ bool make(PlacedCell (&cells)[3]) {
-    float weight[3], top = -INFINITY, total = 0;
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      weight[k] = to_real(logits[k]);
-      top = larger(top, weight[k]);
-    }
-    const int first = slot * 3;
-    const float tops[3] = {from(top, first), from(top, first + 1), from(top, first + 2)};
-    top = larger(larger(tops[0], tops[1]), tops[2]);
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      weight[k] = exp_of(weight[k] - top);
-      total += weight[k];
-    }
-    const float totals[3] = {from(total, first), from(total, first + 1), from(total, first + 2)};
-    float share = 1 / (totals[0] + totals[1] + totals[2]);
-    blend = 0;
-    if (call.centre) {
-      blend = sigmoid(to_real(centre));
-      share *= 1 - blend;
-    }
-    i = position / out_width;
-    j = position - i * out_width;
-    const float grid_h = float(first_h + i * int(call.problem.stride_h));
-    const float grid_w = float(first_w + j * int(call.problem.stride_w));
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      float offset[2];
-      unpack_word<N>(offsets[k], offset);
-      const Axis<float> h = locate(grid_h + (dilation_h * float(k - 1) + offset[1]) * scale, height);
-      const Axis<float> w = locate(grid_w + (step_w + offset[0]) * scale, width);
-      const float upper = weight[k] * share * h.weight0, lower = weight[k] * share * h.weight1;
-      cells[k] = {int(h.first),
-                  int(w.first),
-                  {upper * w.weight0, upper * w.weight1, lower * w.weight0, lower * w.weight1}};
-    }
-    return is_finite(share + blend);
+  // v of another column of the pair.
+  __device__ __forceinline__ float of(float v, int column) const {
+    return __shfl_sync(~0u, v, slot + column * kPairs);
   }
 
-  static __device__ __forceinline__ float from(float v, int lane) {
-    return __shfl_sync(0xffffffffu, v, lane);
-  }
-
-  const Call& call;
-  Extent<float> height, width;
-  const N* records;  // from the image's first on
+  int slot, column;  // which of the pairs, and of the three columns
   float scale, dilation_h, step_w;
-  uint32_t row;
-  int positions, out_width, first_h, first_w;
-  int slot, column;  // which of the positions, and of the three columns
-  int position;      // and what was fetched of it
-  Word<N, 2> offsets[3];
-  N logits[3], centre;
-  int i, j;
-  float blend;
+  bool with_centre;
+  Extent<float> height, width;
+  int stride_h, stride_w, start_h, start_w;
 };
 
 }  // namespace dcnv3::cuda

@@ -255,37 +255,6 @@ struct Points {
   Real h, w;        // location of the point at hand
 };
 
-// One channel of y by the definition, for operands that are not finite. Rare, so kept out of the way.
-template <class T, class Real = RealOf<T>>
-__device__ __noinline__ Real sample_by_definition(const Call& call, const Place& at, int64_t input) {
-  const Problem& s = call.problem;
-  const T* x = static_cast<const T*>(call.x) + input;
-  const auto pixel = [&](int64_t i, int64_t j) { return to_real(x[(i * s.width + j) * s.channels()]); };
-  Points<T> points(call, at);
-  const Real share = points.share() * points.keep;
-  Real sum = 0;
-  for (int p = 0; p < points.count(); ++p) {
-    points.next(p, 0);
-    sum += points.weight(p) * share * sample_exactly(points.h, points.w, s.height, s.width, pixel).value;
-  }
-  return call.centre ? sum + points.blend * pixel(at.i, at.j) : sum;
-}
-
-// One of them by its place in y.
-template <class T>
-__device__ __noinline__ RealOf<T> sample_by_definition(const Call& call, int64_t image, const T* place_in_y) {
-  const Problem& s = call.problem;
-  const uint32_t channels = uint32_t(s.channels());
-  const uint32_t element =
-      uint32_t(place_in_y - static_cast<const T*>(call.y) - image * s.positions() * channels);
-  const uint32_t position = element / channels;
-  const int channel = int(element - position * channels), group = channel / int(s.depth);
-  const int i = int(position / uint32_t(s.out_width)),
-            j = int(position - uint32_t(i) * uint32_t(s.out_width));
-  const Place at = {image, i, j, group, channel - group * int(s.depth)};
-  return sample_by_definition<T>(call, at, at.input(s));
-}
-
 // Whether the environment variable INTERNIMAGE_CUDA_FORM keeps to the plain forms, which need no shared
 // memory for records or sums, where it can: to compare.
 inline bool only_global() {

@@ -6,6 +6,7 @@
 //
 // Pixels are read where they are: caches serve what neighbours share.
 #include "dcnv3_cuda.h"
+#include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"
 #include "dcnv3_cuda_nine.h"
 #include "dcnv3_cuda_tensor.h"
@@ -105,37 +106,17 @@ cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
                 nine_forward_kernel<T, C, U>, call, uint32_t(each), shift);
 }
 
-// The maps of a block, if the form on tensor cores serves the call.
-cudaError_t share_out(const Call& call, const Device& device, Maps* maps) {
-  *maps = {};
-  if (call.problem.depth != 16 && call.problem.depth != 32) return cudaSuccess;
-  if (std::getenv("NO_TENSOR")) return cudaSuccess;
-  bool serves;
-  if (cudaError_t error = has_tensor_cores(tensor_forward_kernel<BFloat16, BFloat16, 1>, &serves))
-    return error;
-  if (serves) *maps = shared_out(call.problem, device);
-  return cudaSuccess;
-}
-
-template <class T, class N, int S>
-cudaError_t launch_tensor(cudaStream_t stream, const Call& call, const Device& device, const Maps& maps) {
-  const auto kernel = tensor_forward_kernel<T, N, S>;
-  // The same for all calls: others may be launching this kernel.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
-  if (error) return error;
-  const int64_t bytes =
-      int64_t{maps.groups} * maps.bytes + maps.warps * kTeamWords * int64_t{sizeof(uint32_t)};
-  return launch(stream, call.problem.batch * maps.blocks_an_image, maps.warps * 32, bytes, kernel, call,
-                maps);
+template <class T, int S, bool centre>
+auto* tensor_kernel(const Call& call) {
+  const bool wide = call.points_type == Type::kFloat32;
+  return wide ? tensor_forward_kernel<T, float, S, centre> : tensor_forward_kernel<T, T, S, centre>;
 }
 template <class T>
 cudaError_t launch_tensor(cudaStream_t stream, const Call& call, const Device& device, const Maps& maps) {
-  const bool wide = call.points_type == Type::kFloat32;
-  if (call.problem.depth == 16) {
-    return (wide ? launch_tensor<T, float, 1> : launch_tensor<T, T, 1>)(stream, call, device, maps);
-  }
-  return (wide ? launch_tensor<T, float, 2> : launch_tensor<T, T, 2>)(stream, call, device, maps);
+  const bool one = call.problem.depth == 16;
+  auto* const kernel = call.centre ? (one ? tensor_kernel<T, 1, true> : tensor_kernel<T, 2, true>)(call)
+                                   : (one ? tensor_kernel<T, 1, false> : tensor_kernel<T, 2, false>)(call);
+  return launch_with_maps(stream, call, device, kernel, kCellWords, maps);
 }
 
 }  // namespace
@@ -168,7 +149,8 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
         if (cudaError_t error = find_device(&device)) return error;
         if constexpr (sizeof(T) == 2) {
           Maps maps;
-          if (cudaError_t error = share_out(call, device, &maps)) return error;
+          const auto kernel = tensor_forward_kernel<T, T, 1, false>;
+          if (cudaError_t error = share_out(call, device, kernel, kCellWords, &maps)) return error;
           if (maps.groups > 0) return launch_tensor<T>(stream, call, device, maps);
         }
         // Few threads have to wait for as little as can be, one after the other.

@@ -14,9 +14,9 @@
 
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_channels.h"
+#include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"
 #include "dcnv3_cuda_nine.h"
-#include "dcnv3_cuda_spread.h"
 
 namespace dcnv3::cuda {
 namespace {

@@ -194,9 +194,9 @@ def test_a_program_for_cuda_has_the_kernel_where_it_serves(cuda_serves: None) ->
         assert (CALL in text) != ("stablehlo.dot_general" in text)
         return CALL in text
 
-    assert has_it("bfloat16", 64) and has_it("float16", 512)
+    assert has_it("bfloat16", 64) and has_it("float16", 256)
     assert not has_it("float32", 64)
-    assert not has_it("bfloat16", 520)  # wide: the product's form matters more
+    assert not has_it("bfloat16", 264)  # wide: the product's form matters more
     assert not has_it("bfloat16", 20) and not has_it("bfloat16", 64, 20)
 
 

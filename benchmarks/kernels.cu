@@ -160,8 +160,11 @@ void time(const char* name, const Shape& s, const std::vector<Launch>& turns, cu
 int main(int argc, char** argv) {
   const std::string part = argc > 1 ? argv[1] : "";
   const bool small = part == "--small";
-  const std::vector<Shape> few = {
-      {"a", 2, 9, 32, 2}, {"b", 1, 14, 64, 4}, {"c", 3, 7, 112, 7}, {"d", 40, 28, 64, 4}};
+  const std::vector<Shape> few = {{"a", 2, 9, 32, 2},
+                                  {"b", 1, 14, 64, 4},
+                                  {"c", 3, 7, 112, 7},
+                                  {"d", 40, 28, 64, 4},
+                                  {"e", 50, 9, 96, 3}};
   const std::vector<Shape> all = {
       {"T1", 64, 56, 64, 4},  {"T2", 64, 28, 128, 8},        {"T3", 64, 14, 256, 16}, {"T4", 64, 7, 512, 32},
       {"T1", 1, 56, 64, 4},   {"T2", 1, 28, 128, 8},         {"T3", 1, 14, 256, 16},  {"T4", 1, 7, 512, 32},

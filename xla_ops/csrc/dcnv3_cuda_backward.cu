@@ -1,8 +1,12 @@
-// DCNv3's backward on CUDA: the gradients of the learned numbers, and the launcher of all of it.
+// DCNv3's backward on CUDA: the gradients of the learned numbers, and the launcher of all of it. Three forms:
 //
-// A thread owns a (position, group) and all its channels: it takes the dots <dy, pixel> of each point,
-// and from them come, within the thread, the gradients of the point's offset and weight. The gradient of
-// x is in dcnv3_cuda_spread.cu.
+//   plain              any geometry, any dtype: a thread owns a (position, group) and all its channels; it
+//                      takes the dots <dy, pixel> of each point, and from them come, within the thread, the
+//                      gradients of the point's offset and weight
+//   nine points        of the fused form: some threads own a pair, and records go through shared memory
+//   on tensor cores    these in half precision, where shared memory holds whole maps: dcnv3_cuda_dots.h
+//
+// The gradient of x is in dcnv3_cuda_spread.cu.
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"

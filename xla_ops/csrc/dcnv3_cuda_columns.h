@@ -75,7 +75,6 @@ struct Walk {
     };
     split(first, &group, &i, &j);
     split(step, &step_group, &step_i, &step_j);
-    // hold(step_group), hold(step_i), hold(step_j);
   }
   __device__ __forceinline__ void next() {
     pair += step, group += step_group, i += step_i, j += step_j;

@@ -63,7 +63,6 @@ struct PlaceMaker {
       const float y = first_pixel(points.h[row], points_of.height);
       const float x = first_pixel(points.w[row], points_of.width);
       pending.t_h[row] = points.h[row] - y, pending.t_w[row] = points.w[row] - x;
-      hold(pending.t_h[row]), hold(pending.t_w[row]);
       pending.weight[row] = points.weight[row];
       place[row] = place_of(of_group, y, x);
     }
@@ -117,7 +116,7 @@ struct Dots {
     later = (lane % 2) ^ second;
     to = shared_address(team + dots_of(other_pair) + later * 8 + second * 4 + pixel);
     from[0] = cells.from, from[1] = cells.from ^ 16;
-    hold(to), hold(from[0]), hold(from[1]), hold(other_pair), hold(later);
+    hold(to), hold(from[0]), hold(from[1]);
   }
 
   __device__ __forceinline__ void compute(int pair, const uint32_t (&dy)[S][2]) const {
@@ -147,7 +146,7 @@ struct Dots {
   uint32_t from[2];
   // Of the results that mean something a thread has those of one pair, in the earlier or the later of two
   // times; and where they go.
-  int other_pair, later;
+  bool other_pair, later;
   uint32_t to;
 };
 
@@ -262,6 +261,18 @@ __device__ __noinline__ void repair_gradients(const Call& call, const Maps& maps
   }
 }
 
+// Clears what follows the last group's numbers in a row.
+template <class N>
+__device__ __forceinline__ void clear_padding(const Call& call, const BlockOfMaps& block) {
+  const Problem& s = call.problem;
+  const int row = int(call.offset.row), padding = row - int(s.group) * kNumbers;
+  if (padding == 0 || block.first_group + block.groups < int(s.group)) return;
+  N* const after = block.records<N>(call, call.doffset) + block.groups * kNumbers;
+  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
+    for (int i = 0; i < padding; ++i) to_storage(0.0f, after + uint32_t(position) * uint32_t(row) + i);
+  }
+}
+
 #endif
 
 // T of x and dy, N of records, S slices of 16 channels.
@@ -270,6 +281,7 @@ __global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_const
 #if KERNEL_HAS_TENSOR_CORES
   const Problem& s = call.problem;
   const BlockOfMaps block(s, maps);
+  clear_padding<N>(call, block);
   uint32_t* const team = block.team(maps, kDotWords);
   const PlaceMaker<S> maker(call, maps, team);
   Walk at(s, block.groups, block.first_pair() + maker.points_of.slot, block.step());
@@ -311,13 +323,6 @@ __global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_const
   }
   __syncwarp();
   if (__any_sync(~0u, poison != 0)) repair_gradients<T, N>(call, maps);
-  // Padding, after the last group.
-  if (block.first_group + block.groups < int(s.group)) return;
-  N* const after = block.records<N>(call, call.doffset) + block.groups * kNumbers;
-  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
-    for (int i = 0; i < int(row) - int(s.group) * kNumbers; ++i)
-      to_storage(0.0f, after + uint32_t(position) * row + i);
-  }
 #endif
 }
 

@@ -4,7 +4,8 @@
 //   in shared memory   the nine points of the fused form; a warp copies its records there, which lie
 //                      together, where each thread on its own would read a piece of many lines of memory
 //
-// Pixels are read where they are: caches serve what neighbours share.
+// Pixels are read where they are: caches serve what neighbours share. A third form, on tensor cores, has
+// whole maps in shared memory: dcnv3_cuda_tensor.h.
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"

@@ -99,7 +99,8 @@ def operands(stage: Stage, spread: float) -> tuple[Any, ...]:
     normal = lambda width: np.resize(drawn, (*shape, width))  # noqa: E731
     widths = stage.channels, stage.group * POINTS * 2, stage.group * POINTS, stage.channels
     x, offset, logits, dy = map(normal, widths)
-    return x, spread * offset, logits[:, ::-1], dy[:, :, ::-1]
+    # Not those of x and offset in the same order.
+    return x, spread * offset, logits[:, ::-1].copy(), dy[:, :, ::-1].copy()
 
 
 FEW, MANY = 8, 32  # applications in a program; of fewer than five launches XLA makes no graph

@@ -9,10 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import gpu_check, gpu_model, gpu_target, page
+import xla_ops
+from benchmarks import gpu_check, gpu_model, gpu_op, gpu_target, page
 from benchmarks.gpu_check import Check, Section, serve, summary_of
 from benchmarks.growth import SMALL
 from benchmarks.model import DRAWN, random_values
@@ -182,3 +186,19 @@ def test_steps_are_counted_within_command_buffers() -> None:
     assert some == {
         "steps": 3, "command_buffers": 1, "outside": 1, "products": 2, "convolutions": 1
     }  # fmt: skip
+
+
+def test_a_peer_gets_what_ours_gets() -> None:
+    torch = pytest.importorskip("torch")
+
+    def peer(x: Any, offset: Any, mask: Any, group: int) -> Any:
+        ours = xla_ops.dcnv3(
+            *(jnp.asarray(a.detach().numpy()) for a in (x, offset, mask)), group=group
+        )
+        return torch.from_numpy(np.array(ours)) + 0 * (x.sum() + offset.sum() + mask.sum())
+
+    (stage,) = gpu_op.TINY
+    found = gpu_op.time_peer(peer, stage, "float32", 1.0, "cpu")
+    assert found["difference"] == 0 and found["forward_us"] > 0 and found["backward_us"] > 0
+    with pytest.raises(RuntimeError, match="differs from ours"):
+        gpu_op.time_peer(lambda *a: 2 * peer(*a), stage, "float32", 1.0, "cpu")

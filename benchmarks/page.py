@@ -148,19 +148,24 @@ def _ratio(peer: str, direction: str) -> Callable[[Row], str]:
     return cell
 
 
+def _far(row: Row, name: str) -> str:
+    return _number(row["far"][name]) if name in row["far"] else ""
+
+
 GPU_OPERATOR: Columns = {
     "shape": lambda row: (
         f"{row['name']}: {row['batch']}x{row['side']}x{row['side']}x{row['channels']}, "
         f"{row['group']} groups"
     ),
     "dtype": _cell("dtype"),
-    "offsets, pixels": _cell("spread"),
     "forward, us": lambda row: _number(row["fused"]["forward_us"]),
+    "offsets of 20 pixels, us": lambda row: _far(row, "forward_us"),
     "floor, us": lambda row: _number(max(row["taps_us"], row.get("dram_us", 0))),
     "official": _ratio("official", "forward"),
     "DCNv4": _ratio("dcnv4", "forward"),
     "deformops": _ratio("deformops", "forward"),
     "backward, us": lambda row: _number(row["fused"]["backward_us"]),
+    "20 pixels, us": lambda row: _far(row, "backward_us"),
     "official ": _ratio("official", "backward"),
     "DCNv4 ": _ratio("dcnv4", "backward"),
     "deformops ": _ratio("deformops", "backward"),
@@ -224,6 +229,20 @@ def by_shape(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
+def by_spread(rows: Sequence[Row]) -> list[Row]:
+    """Rows of offsets of a pixel, each with what the same takes with offsets far apart."""
+    near, far = (
+        [row for row in rows if row.get("spread") == spread and "fused" in row]
+        for spread in (1.0, 20.0)
+    )
+    key = lambda row: tuple(row[k] for k in ("name", "batch", "side", "channels", "dtype"))  # noqa: E731
+    found = {key(row): row["fused"] for row in far}
+    return [row | {"far": found.get(key(row), {})} for row in near]
+
+
+JOINED = {"gpu kernels": by_shape, "gpu operator": by_spread}
+
+
 def plot(rows: Sequence[Row]) -> None:
     """Draws time an image against batch size and against pixels."""
     import matplotlib
@@ -256,7 +275,8 @@ def with_tables(page: str, rows: Sequence[Row]) -> str:
         chosen = [row for row in rows if wanted(row)]
         if not chosen:
             continue
-        made = table(columns, by_shape(chosen) if columns is GPU_KERNELS else chosen)
+        joined = JOINED.get(name)
+        made = table(columns, joined(chosen) if joined else chosen)
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         page, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], page, flags=re.S)
         if count != 1:

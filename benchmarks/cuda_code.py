@@ -6,8 +6,9 @@
 Compiles each .cu file for each architecture, and reads what ptxas reports and the disassembly
 (nvdisasm on the path or in CUDA_HOME; without it there are no counts of instructions).
 Instructions are those of DCNv3's loop over points: of one point, and of the 9 points and 16
-channels of a (position, group), which takes 16 / C threads of C channels. A multiprocessor issues
-for 128 threads a clock, so an 128th of them is a bound in clocks.
+channels of a (position, group), which takes 16 / C threads of C channels; of the forms on tensor
+cores those of a warp's loop over ten pairs. Cold paths count. A multiprocessor issues for 128
+threads a clock, so an 128th of them is a bound in clocks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[1] / "xla_ops" / "csrc"
 POINTS, CHANNELS = 9, 16
+TEAM, WARP = 10, 32  # pairs that a warp does at once on tensor cores, and its threads
 
 
 class Kernel(NamedTuple):
@@ -62,6 +64,24 @@ def short(symbol: str) -> str:
 
 def instructions(listing: str) -> int | None:
     """For a point, of the loop in a kernel's disassembly that rounds both coordinates down."""
+    loops = loops_with(listing, "FLOOR")
+    inner = [a for a in loops if not any(inside(b, a) for b in loops)]
+    return max((each(loop) for _, loop in inner), default=None)
+
+
+def of_a_team(listing: str) -> int | None:
+    """Of the loop that multiplies on tensor cores."""
+    return max((len(loop) for _, loop in loops_with(listing, "HMMA")), default=None)
+
+
+Loop = tuple[tuple[int, int], list[str]]  # its first and last place, and what is there
+
+
+def inside(a: Loop, b: Loop) -> bool:
+    return a[0] != b[0] and b[0][0] <= a[0][0] and a[0][1] <= b[0][1]
+
+
+def loops_with(listing: str, wanted: str) -> list[Loop]:
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -75,10 +95,9 @@ def instructions(listing: str) -> int | None:
     for i, operation in enumerate(code[:end]):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", operation)
         first = labels.get(target[1], end) if target else end
-        if first < i and any("FLOOR" in inside for inside in code[first:i]):
-            loops.append((first, i))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max((each(code[first : last + 1]) for first, last in inner), default=None)
+        if first < i and any(wanted in other for other in code[first:i]):
+            loops.append(((first, i), code[first : i + 1]))
+    return loops
 
 
 def each(loop: list[str]) -> int:
@@ -108,10 +127,14 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
     found = []
     for symbol, spilled, registers in report:
         name = short(symbol)
-        point = instructions(listings.get(symbol, ""))
+        listing = listings.get(symbol, "")
         channels = re.search(r", (\d+)", name)
-        threads = CHANNELS / int(channels[1]) if point and channels else 1
-        group = round(point * POINTS * threads) if point else None
+        point = group = None
+        if name.startswith(("tensor_forward<", "dots<")):
+            if channels and (loop := of_a_team(listing)):
+                group = round(loop * WARP / TEAM / int(channels[1]))
+        elif not name.startswith("channels<") and (point := instructions(listing)):
+            group = round(point * POINTS * (CHANNELS / int(channels[1]) if channels else 1))
         found.append(Kernel(name, arch, int(registers), int(spilled), point, group))
     return found
 

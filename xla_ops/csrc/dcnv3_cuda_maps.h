@@ -164,10 +164,10 @@ __device__ __forceinline__ void wait_for_maps() {
 // Where a cell's first pixel is, in units from the first of the block's maps. Found in float32, of a number
 // that is 2^23 and more: its last bits are an integer's, the place in the last 16.
 //
-// Points are multiplied two at once: the first two of each column of the kernel, then the third of the first two
-// columns, then that of the last and the tenth point, the pixel at the position. In shared memory a pair has
-// the places of those that are first of two, of each column two in a word, and then of those that are second,
-// the last column's before the others'.
+// Points are multiplied two at once: the first two of each column of the kernel, then the third of the first
+// two columns, then that of the last and the tenth point, the pixel at the position. In shared memory a pair
+// has the places of those that are first of two, of each column two in a word, and then of those that are
+// second, the last column's before the others'.
 template <int S>
 struct Places {
   static constexpr float kInteger = 8388608;

@@ -22,9 +22,9 @@
 
 namespace dcnv3::cuda {
 
-// The cells of a pair in shared memory, in words. A stream is a row of the cells, leading or remaining bits of
-// the weights of its two pixels, of ten points in the order in which they are multiplied (see Places). Four
-// streams, then the places. So two pairs' streams lie in different banks.
+// The cells of a pair in shared memory, in words. A stream is a row of the cells, leading or remaining bits
+// of the weights of its two pixels, of ten points in the order in which they are multiplied (see Places).
+// Four streams, then the places. So two pairs' streams lie in different banks.
 constexpr int kStream = 10, kCells = 4 * kStream + kPlaces, kCellWords = kTeam * kCells;
 
 #if KERNEL_HAS_TENSOR_CORES
@@ -33,9 +33,7 @@ constexpr int kStream = 10, kCells = 4 * kStream + kPlaces, kCellWords = kTeam *
 template <class T, int S>
 struct CellMaker {
   __device__ __forceinline__ CellMaker(const Call& call, const Maps& maps, uint32_t* team)
-      : points_of(call),
-        place_of(maps),
-        cells(shared_address(team + points_of.slot * kCells)) {
+      : points_of(call), place_of(maps), cells(shared_address(team + points_of.slot * kCells)) {
     hold(cells);
   }
 

@@ -259,24 +259,25 @@ def test_a_slice_with_one_large_term_is_exact(
 
 # The forward and the gradients of the records on tensor cores, dcnv3_cuda_tensor.h and
 # dcnv3_cuda_dots.h.
-@pytest.mark.parametrize("dtypes", HALVES, ids="-".join)
-@pytest.mark.parametrize(
-    ("size", "group", "depth", "changes"),
-    [
-        ((3, 5, 7), 2, 16, {}),
-        ((2, 9, 11), 5, 16, {}),  # blocks of three groups and of two; rows have padding
-        ((1, 13, 19), 4, 32, {"offset_scale": 2.0}),
-        ((4, 9, 6), 1, 32, {"stride": 2}),
-        ((2, 8, 9), 2, 16, {"dilation": 2, "pad": 0}),
-        ((3, 6, 5), 1, 32, {"stride": 2, "dilation": 3, "pad": 4}),
-        ((4, 1, 1), 1, 16, {}),
-        ((4, 1, 23), 1, 32, {}),
-        ((4, 23, 1), 1, 16, {}),
-        ((4, 23, 1), 1, 32, {}),
-        ((3, 2, 2), 1, 32, {}),
-    ],
-    ids=str,
-)
+MAPS = [
+    ((3, 5, 7), 2, 16, {}),
+    ((2, 9, 11), 5, 16, {}),  # blocks of three groups and of two; rows have padding
+    ((1, 13, 19), 4, 32, {"offset_scale": 2.0}),
+    ((4, 9, 6), 1, 32, {"stride": 2}),
+    ((2, 8, 9), 2, 16, {"dilation": 2, "pad": 0}),
+    ((3, 6, 5), 1, 32, {"stride": 2, "dilation": 3, "pad": 4}),
+    ((4, 1, 1), 1, 16, {}),
+    ((4, 1, 23), 1, 32, {}),
+    ((4, 23, 1), 1, 16, {}),
+    ((4, 23, 1), 1, 32, {}),
+    ((3, 2, 2), 1, 32, {}),
+]
+# All dtypes with the first, one with each other.
+OF_MAPS = [(*MAPS[0], dtypes) for dtypes in HALVES]
+OF_MAPS += [(*maps, HALVES[i % len(HALVES)]) for i, maps in enumerate(MAPS[1:])]
+
+
+@pytest.mark.parametrize(("size", "group", "depth", "changes", "dtypes"), OF_MAPS, ids=str)
 def test_maps_in_shared_memory(
     program: Path,
     size: tuple[int, int, int],

@@ -36,8 +36,9 @@ inline Maps maps_of(const Problem& s) {
   return maps;
 }
 
-// How many groups a block should have and how many warps: 16, or half as many where two blocks fit. Each has
-// `team_words` besides. No groups where this form is not for the call.
+// How many groups a block should have and how many warps: 16, or half as many where two blocks fit; beside
+// one group's map that leaves little room, as many as there is room for, 8 at least. Each has `team_words`
+// besides. No groups where this form is not for the call.
 inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
   constexpr int64_t kReserved = 1 << 10;
   const int64_t team_bytes = team_words * int64_t{sizeof(uint32_t)};

@@ -11,7 +11,8 @@
 //             for the rest of them; a weight counts in its own pair's columns and its own 8 channels' depth
 //
 // so half of the results mean nothing, and of the others two add up to a channel of y. Weights are sums of
-// two numbers in half precision, good to 2^-17 (bfloat16) or 2^-22; sums are float32.
+// two numbers in half precision, good to 2^-17 (bfloat16) or 2^-22 (float16; 2^-25 of one, where small); sums
+// are float32.
 //
 // A warp alternates: its threads make the cells of ten pairs, three threads a pair and a column of the
 // kernel each, and put them into shared memory; then it multiplies.

@@ -47,6 +47,7 @@ inline ffi::Error describe(Geometry geometry, double offset_scale, Buffer x, Buf
   s.height = xs[0], s.width = xs[1], s.out_height = ps[0], s.out_width = ps[1];
   if (s.group < 1 || s.height < 1 || s.width < 1 || xs[2] % s.group)
     return invalid("group does not divide channels");
+  if (s.out_height < 1 || s.out_width < 1) return invalid("no positions");
   if (s.height * s.width > INT32_MAX) return invalid("a map of more than 2^31 pixels");
   s.depth = xs[2] / s.group;
   s.points = s.kernel_h * s.kernel_w - (s.remove_center ? 1 : 0);

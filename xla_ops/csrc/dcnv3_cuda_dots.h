@@ -28,6 +28,7 @@ namespace dcnv3::cuda {
 // are multiplied (see Places). Two pairs written at once are 16 banks apart, and no two of the eight that are
 // read at once, 16 bytes each, meet. Later the gradients are there. Then the places.
 constexpr int kDotPairs = 92, kDots = kTeam / 2 * kDotPairs, kDotWords = kDots + kTeam * kPlaces;
+constexpr uint32_t kNone = ~0u;  // where no pair has its numbers
 __device__ __forceinline__ int dots_of(int pair) {
   return pair / 2 * kDotPairs + pair % 2 * 48;
 }

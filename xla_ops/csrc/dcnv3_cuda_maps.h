@@ -15,7 +15,6 @@ namespace dcnv3::cuda {
 constexpr int kTensorThreads = 512;  // of a block at most
 constexpr int kTeam = 10;            // pairs of a warp at once
 constexpr int kPlaces = 6;           // words of the places of a pair's cells: see Places
-constexpr uint32_t kNone = ~0u;      // for no pair
 
 constexpr int kUnit = 32;  // bytes; what places count
 

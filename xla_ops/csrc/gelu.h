@@ -12,12 +12,36 @@ struct Normal {
   V density;  // exp(-z^2 / 2)
 };
 
-// Where |z| > 13, float32 has no normal numbers left for Phi(-|z|): it stays that of 13.
+template <class V>
+GELU_FN V absolute(V z) {
+  return z < 0 ? -z : z;
+}
+template <class V>
+GELU_FN V positive_part(V z) {
+  return z < 0 ? V{} : z;  // NaN stays NaN
+}
+
+// |z| as far out as Phi(-|z|) is told from zero; beyond, it stays as it is there. For float32 that is 2e-38:
+// smaller numbers are denormal, with which a CPU takes ten times as long.
+template <class V>
+GELU_FN V bounded(V t) {
+  return t < 12.9f ? t : V{} + 12.9f;
+}
+template <int W>
+GELU_FN Vec<float, W> magnitude(Vec<float, W> z) {
+  return bounded(absolute(z));
+}
+template <int W>
+GELU_FN Vec<double, W> magnitude(Vec<double, W> z) {
+  const Vec<double, W> t = absolute(z);
+  return t < 40. ? t : Vec<double, W>{} + 40.;
+}
+
+// For t from `magnitude`.
 template <int W>
 GELU_FN Normal<Vec<float, W>> normal(Vec<float, W> t) {
   using V = Vec<float, W>;
   using U = Vec<uint32_t, W>;
-  t = t < 13.f ? t : V{} + 13.f;
   // t^2 would lose the digits that the exponential needs: `high` is t cut to 12 bits, its square exact.
   const V high = bits<V>(bits<U>(t) & 0xfffff000u);
   const V a = -0.5f * high * high, rest = -0.5f * (t - high) * (t + high);
@@ -58,41 +82,27 @@ GELU_FN Normal<Vec<double, W>> normal(Vec<double, W> t) {
   return {load_raw<Vec<double, W>>(tail), load_raw<Vec<double, W>>(density)};
 }
 
-template <class V>
-GELU_FN V absolute(V z) {
-  return z < 0 ? -z : z;
-}
-template <class V>
-GELU_FN V positive_part(V z) {
-  return z < 0 ? V{} : z;  // NaN stays NaN
-}
-
-template <class Real, class V>
-GELU_FN V gelu_from(V z, const Normal<V>& at) {
-  const V t = absolute(z), bounded = t < Real(40) ? t : V{} + Real(40);  // infinity times zero is NaN
-  return positive_part(z) - bounded * at.tail;
-}
 template <class Real, int W>
 GELU_FN Vec<Real, W> gelu(Vec<Real, W> z) {
-  return gelu_from<Real>(z, normal<W>(absolute(z)));
+  const Vec<Real, W> t = magnitude<W>(z);
+  return positive_part(z) - t * normal<W>(t).tail;
 }
 
 // The derivative: Phi(z) + z * exp(-z^2 / 2) / sqrt(2 pi).
 template <class Real, class V>
 GELU_FN V gelu_slope_from(V z, const Normal<V>& at) {
-  const V bounded = z < Real(-40) ? V{} - Real(40) : z > Real(40) ? V{} + Real(40) : z;
-  return (z < 0 ? at.tail : 1 - at.tail) + bounded * at.density * Real(0.39894228040143267794);
+  constexpr Real far = sizeof(Real) == 4 ? 13 : 40;
+  const V x = z < -far ? V{} - far : z > far ? V{} + far : z;  // NaN stays NaN
+  return (z < 0 ? at.tail : 1 - at.tail) + x * at.density * Real(0.39894228040143267794);
 }
 template <class Real, int W>
 GELU_FN Vec<Real, W> gelu_slope(Vec<Real, W> z) {
-  return gelu_slope_from<Real>(z, normal<W>(absolute(z)));
+  return gelu_slope_from<Real>(z, normal<W>(magnitude<W>(z)));
 }
 
-// |z| for results in half precision, bounded: what is beyond makes no difference that they tell.
 template <class V>
 GELU_FN V magnitude_for_half(V z) {
-  const V t = absolute(z);
-  return t < 13.f ? t : V{} + 13.f;
+  return bounded(absolute(z));
 }
 
 // `normal` for these: relative error below 2e-5, far out too, where rounding to float16 makes 5e-4, for a

@@ -31,7 +31,7 @@ bool norm_call(const layer_norm::Call& s) {
 }
 
 bool linear_call(const linear::Call& s) {
-  const linear::cpu::Tiles tiles = linear::cpu::tiles_of(s, integer(0, 12));
+  const linear::cpu::Tiles tiles = linear::cpu::tiles_of(s, integer(0, 12), integer(1, 5));
   for (int64_t i = tiles.down * tiles.across; i-- > 0;) {
     linear::cpu::forward(s, tiles, i / tiles.across, i % tiles.across);
   }

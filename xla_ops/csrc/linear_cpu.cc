@@ -51,10 +51,10 @@ struct Tile {
 
 }  // namespace
 
-Tiles tiles_of(const Call& call, int64_t wanted) {
+Tiles tiles_of(const Call& call, int64_t wanted, [[maybe_unused]] int64_t threads) {
   const int64_t units = rounded_up(call.outputs, kUnit);
 #if CPU_AMX
-  if (amx::takes_float32(call)) return amx::tiles_of_float32(call, wanted);
+  if (amx::takes_float32(call)) return amx::tiles_of_float32(call, wanted, threads);
 #endif
   Tiles tiles = {rounded_up(call.rows, most_rows(call)), rounded_up(units, kMostUnits)};
   if (tiles.down * tiles.across >= wanted || tiles.down == 0) return tiles;

@@ -14,7 +14,7 @@ struct Tiles {
 
 // The fewest tiles that fit the caches, or about `wanted` of them, half as many at least, if there are so
 // many.
-Tiles tiles_of(const Call& call, int64_t wanted);
+Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads);
 
 // Computes a tile.
 void forward(const Call& call, const Tiles& tiles, int64_t row, int64_t column);

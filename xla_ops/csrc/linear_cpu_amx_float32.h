@@ -18,7 +18,6 @@ constexpr int kPieces = 3;
 constexpr int64_t kPiece = kStep * kPanel;  // numbers of a strip or a panel, over a step
 constexpr int64_t kStepSize = kPieces * kPiece;
 constexpr int64_t kDepth = 512;  // numbers of a row whose pieces are made at once
-constexpr int kGroup = 4;        // panels that are made at once
 
 struct Pieces {
   __m512i of[kPieces];  // floats whose lower halves are zero
@@ -46,34 +45,104 @@ AMX_TARGET inline __mmask16 first_of(int64_t n) {  // of 16
   return __mmask16(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
 }
 
-// Of a row of x, to each step's row in the strip.
-AMX_TARGET void split_row(const float* x, int64_t inputs, BFloat16* to) {
-  for (int64_t k = 0; k < inputs; k += kStep, to += kStepSize) {
-    const __m512 a = _mm512_maskz_loadu_ps(first_of(inputs - k), x + k);
-    const __m512 b = _mm512_maskz_loadu_ps(first_of(inputs - k - 16), x + k + 16);
-    store_pairs(pieces(a), pieces(b), to);
-  }
-}
+// What the vector units do while the tile unit multiplies, which runs beside them: results of the sums of the
+// strip before, pieces of the rows and of the panel to come. Each is cut into units of a few dozen
+// instructions, some of which follow each four products.
 
-// Up to kGroup panels of the kernel; zero where it has no more rows or columns. They are made together
-// because longer stretches of the kernel's rows come faster.
-AMX_TARGET void split_panels(const float* kernel, int64_t stride, int64_t inputs, int64_t columns,
-                             int64_t size, BFloat16* to) {
-  for (int64_t k = 0; k < inputs; k += kStep, to += kStepSize) {
-    for (int64_t i = 0; i < 16; ++i) {
-      const float* const from = kernel + (k + i) * stride;
-      for (int64_t c = 0; c < rounded_up(columns, kPanel) * kPanel; c += 16) {
-        const __mmask16 mask = first_of(columns - c);
-        const __mmask16 a = k + i < inputs ? mask : 0, b = k + i + 16 < inputs ? mask : 0;
-        __builtin_prefetch(from + 32 * stride + c);
-        __builtin_prefetch(from + 48 * stride + c);
-        store_pairs(pieces(_mm512_maskz_loadu_ps(a, from + c)),
-                    pieces(_mm512_maskz_loadu_ps(b, from + 16 * stride + c)),
-                    to + c / kPanel * size + c / 16 % 2 * (kPiece / 2) + i * kStep);
-      }
-    }
+// y of a strip's sums; a unit is a vector of a row.
+struct Results {
+  Tile tile = {};  // of y
+  const float *sums = nullptr, *bias = nullptr;
+  float* y = nullptr;  // of the first row, `stride` numbers apart
+  int64_t stride = 0, unit = 0, units = 0;
+  bool finite = true;
+
+  template <bool with_gelu>
+  AMX_TARGET inline __attribute__((always_inline)) void next() {
+    const int64_t row = unit / 2, column = unit % 2 * 16;
+    ++unit;
+    const __mmask16 mask = first_of(tile.columns - column);
+    const __m512 sum = _mm512_load_ps(sums + row * kPanel + column);
+    const __m512 z = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias + column));
+    constexpr int kNotANumberOrInfinite = 0x99;
+    finite &= !_mm512_fpclass_ps_mask(sum, kNotANumberOrInfinite);
+    using V = avx512::Vec<float, 16>;
+    const V result = with_gelu ? avx512::gelu_for<float, 16>(avx512::bits<V>(z)) : avx512::bits<V>(z);
+    _mm512_mask_storeu_ps(y + row * stride + column, mask, avx512::bits<__m512>(result));
   }
-}
+};
+
+// Pieces of a strip's rows; a unit is a step of a row.
+struct Rows {
+  const float* x = nullptr;  // of the first row and number, `stride` numbers apart
+  int64_t stride = 0, depth = 0;
+  BFloat16* to = nullptr;
+  int64_t row = 0, rows = 0, k = 0;
+  // Of a convolution the rows are put together here first.
+  const Call* convolution = nullptr;
+  float* pixels = nullptr;
+  int64_t first_row = 0, at = 0;
+
+  AMX_TARGET inline __attribute__((always_inline)) void next() {
+    const float* from = x + row * stride;
+    if (convolution) {
+      from = pixels;
+      if (k == 0) put_together();
+    }
+    const __m512 a = _mm512_maskz_loadu_ps(first_of(depth - k), from + k);
+    const __m512 b = _mm512_maskz_loadu_ps(first_of(depth - k - 16), from + k + 16);
+    store_pairs(pieces(a), pieces(b), to + k / kStep * kStepSize + row * kStep);
+    k += kStep;
+    if (k >= depth) k = 0, ++row;
+  }
+  AMX_TARGET __attribute__((noinline)) void put_together() const {
+    const float* map = static_cast<const float*>(convolution->x);
+    avx512::copy_pixels(map, convolution->map, first_row + row, 1, at, depth, pixels, 0);
+  }
+  AMX_TARGET void all() {
+    while (row < rows) next();
+  }
+};
+
+// Pieces of a panel; a unit is 16 columns of two rows of the kernel. Zero where it has no more.
+struct Panel {
+  const float* kernel = nullptr;  // of the panel's first row and column
+  int64_t stride = 0, depth = 0, columns = 0;
+  BFloat16* to = nullptr;
+  int64_t unit = 0, units = 0;
+
+  AMX_TARGET inline __attribute__((always_inline)) void next() {
+    const int64_t k = unit / 32 * kStep, row = unit / 2 % 16, column = unit % 2 * 16;
+    ++unit;
+    const float* const from = kernel + (k + row) * stride + column;
+    const __mmask16 mask = first_of(columns - column);
+    const __mmask16 a = k + row < depth ? mask : 0, b = k + row + 16 < depth ? mask : 0;
+    __builtin_prefetch(from + 32 * stride);
+    __builtin_prefetch(from + 48 * stride);
+    store_pairs(pieces(_mm512_maskz_loadu_ps(a, from)),
+                pieces(_mm512_maskz_loadu_ps(b, from + 16 * stride)),
+                to + k / kStep * kStepSize + column / 16 * (kPiece / 2) + row * kStep);
+  }
+  AMX_TARGET void all() {
+    while (unit < units) next();
+  }
+};
+
+struct Aside {
+  Results results;
+  Rows rows;
+  Panel panel;
+  int64_t each_results = 0, each_rows = 0, each_panel = 0;  // units after four products
+
+  template <bool with_gelu>
+  AMX_TARGET inline __attribute__((always_inline)) void some() {
+    for (int64_t n = std::min(each_results, results.units - results.unit); n > 0; --n) {
+      results.next<with_gelu>();
+    }
+    for (int64_t n = each_rows; n > 0 && rows.row < rows.rows; --n) rows.next();
+    for (int64_t n = std::min(each_panel, panel.units - panel.unit); n > 0; --n) panel.next();
+  }
+};
 
 // Adds products of the loaded pieces: tiles 4 and 5 are of x, 6 and 7 of the kernel.
 template <bool two>
@@ -86,13 +155,13 @@ AMX_TARGET inline __attribute__((always_inline)) void multiply() {
   }
 }
 
-// Sums of a strip's rows, up to 16 or, with `two`, more; with `further` they are added to those there.
-template <bool two>
+// Sums of a strip's rows, up to 16 or, with `two`, more, over `steps`; with `further` they are added to those
+// there. Beside them what is in `given` goes on.
+template <bool two, bool with_gelu>
 AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_t steps, bool further,
-                                float* sums) {
+                                float* sums, Aside* given) {
   constexpr int64_t kRow = 2 * kStep, kSumsRow = 4 * kPanel, kLower = 16 * kPanel;  // bytes, bytes, numbers
-  written(x);
-  written(panel);
+  Aside aside = *given;
   written(sums);
   if (further) {
     _tile_loadd(0, sums, kSumsRow);
@@ -115,29 +184,35 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
 #define LOAD_PANEL(i)                         \
   _tile_loadd(6, panel + (i) * kPiece, kRow); \
   _tile_loadd(7, panel + (i) * kPiece + kPiece / 2, kRow)
+#define MULTIPLY   \
+  multiply<two>(); \
+  aside.some<with_gelu>()
   for (int64_t i = 0; i < steps; ++i, x += kStepSize, panel += kStepSize) {
     LOAD_X(0);
     LOAD_PANEL(2);
-    multiply<two>();
+    MULTIPLY;
     LOAD_PANEL(1);
-    multiply<two>();
+    MULTIPLY;
     LOAD_X(1);
-    multiply<two>();
+    MULTIPLY;
     LOAD_PANEL(0);
-    multiply<two>();
+    MULTIPLY;
     LOAD_X(2);
-    multiply<two>();
+    MULTIPLY;
     LOAD_X(0);
-    multiply<two>();
+    MULTIPLY;
   }
 #undef LOAD_X
 #undef LOAD_PANEL
+#undef MULTIPLY
   _tile_stored(0, sums, kSumsRow);
   _tile_stored(1, sums + 16, kSumsRow);
   if constexpr (two) {
     _tile_stored(2, sums + kLower, kSumsRow);
     _tile_stored(3, sums + kLower + 16, kSumsRow);
   }
+  written(sums);
+  *given = aside;
 }
 
 // Whether a row's sums over a panel are finite.
@@ -162,79 +237,114 @@ AMX_TARGET void redo(const Call& s, Tile tile, const float* sums) {
 
 // With fewer inputs, or fewer rows, making the pieces takes as long as is won.
 bool takes_float32(const Call& call) {
-  return call.type == Type::kFloat32 && call.inputs >= 128 && call.image_rows >= 48 && has_amx();
+  return call.type == Type::kFloat32 && call.inputs >= 64 && call.image_rows >= 48 && has_amx();
 }
 
-// At least half of the tiles wanted, such that the least is split: rows of x once for each column of tiles,
-// the kernel once for each row of them. What of x and of the kernel is split at once fits the second cache,
-// of 2 MB.
-Tiles tiles_of_float32(const Call& call, int64_t wanted) {
+// Half of the tiles wanted, or more, as many for each thread, such that the least is split: rows of x once
+// for each column of tiles, the kernel once for each row of them. What of x and of the kernel is split at
+// once fits the second cache, of 2 MB.
+Tiles tiles_of_float32(const Call& call, int64_t wanted, int64_t threads) {
   if (call.rows == 0) return {};
   const int64_t units = rounded_up(call.outputs, kUnit);
-  const int64_t most = 250000 / std::min(call.inputs, kDepth) - kGroup * kPanel;  // rows: 1.5 MB of pieces
+  const int64_t most = 170000 / std::min(call.inputs, kDepth) - 2 * kPanel;  // rows: 1 MB of pieces
   wanted = std::clamp<int64_t>(wanted / 2, 1, units * rounded_up(call.rows, kStrip));
+  if (wanted > threads) wanted -= wanted % threads;
   const auto split = [&](const Tiles& t) { return t.across * call.rows + t.down * call.outputs; };
   Tiles best = {};
   for (int64_t across = 1; across <= units; ++across) {
-    const Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across};
+    Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across};
+    while (wanted >= threads && tiles.down * across % threads) ++tiles.down;
     if (!best.down || split(tiles) < split(best)) best = tiles;
   }
   return best;
 }
 
+// Finishes what is left of a strip's results.
+template <bool with_gelu>
+AMX_TARGET void complete(const Call& s, Results* results) {
+  while (results->unit < results->units) results->next<with_gelu>();
+  if (!results->finite) redo(s, results->tile, results->sums);
+  *results = {};
+}
+
+template <bool with_gelu>
 AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
-  const float* x = static_cast<const float*>(s.x);
-  const float* kernel = static_cast<const float*>(s.kernel) + tile.column;
-  const float* bias = static_cast<const float*>(s.bias) + tile.column;
-  float* y = static_cast<float*>(s.y) + tile.row * s.outputs + tile.column;
-  const int64_t strips = rounded_up(tile.rows, kStrip), depths = rounded_up(s.inputs, kDepth);
-  // Numbers of a strip's pieces or a panel's, and of sums: one strip's are enough where no more are added to
-  // them.
+  const float* const kernel = static_cast<const float*>(s.kernel) + tile.column;
+  const float* const bias = static_cast<const float*>(s.bias) + tile.column;
+  float* const y = static_cast<float*>(s.y) + tile.row * s.outputs + tile.column;
+  const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
+  const int64_t strips = rounded_up(tile.rows, kStrip);
+  // Numbers of a strip's pieces or a panel's, and of a strip's sums. Two panels are there, one to come, and
+  // the sums of two strips, or of all where more are added to them.
   const int64_t size = rounded_up(std::min(s.inputs, kDepth), kStep) * kStepSize;
-  const int64_t strip_sums = kStrip * kPanel;
-  const int64_t all_sums = depths > 1 ? rounded_up(tile.columns, kPanel) * strips * strip_sums : strip_sums;
-  const Scratch scratch((kGroup + strips) * size / 2 + all_sums + kDepth);
-  BFloat16* const panels = reinterpret_cast<BFloat16*>(scratch.data);
-  BFloat16* const rows = panels + kGroup * size;
-  float* const first_sums = scratch.data + (kGroup + strips) * size / 2;
-  float* const pixels = first_sums + all_sums;
+  const int64_t strip_sums = kStrip * kPanel, sums_kept = depths > 1 ? panels * strips : 2;
+  const Scratch scratch((2 + strips) * size / 2 + sums_kept * strip_sums + kDepth);
+  BFloat16* const panel_pieces = reinterpret_cast<BFloat16*>(scratch.data);
+  BFloat16* const row_pieces = panel_pieces + 2 * size;
+  float* const first_sums = scratch.data + (2 + strips) * size / 2;
   const auto first_row = [&](int64_t strip) { return strip * tile.rows / strips; };
-  const auto write = s.gelu ? avx512::finish<true, float, float> : avx512::finish<false, float, float>;
+  const auto depth_from = [&](int64_t at) { return std::min(s.inputs - at, kDepth); };
+  const auto rows_of = [&](int64_t strip, int64_t at) {
+    Rows rows;
+    rows.stride = s.inputs, rows.depth = depth_from(at), rows.to = row_pieces + strip * size;
+    rows.rows = first_row(strip + 1) - first_row(strip);
+    rows.first_row = tile.row + first_row(strip), rows.at = at;
+    rows.x = static_cast<const float*>(s.x) + rows.first_row * s.inputs + at;
+    if (s.map.channels) rows.convolution = &s, rows.pixels = first_sums + sums_kept * strip_sums;
+    return rows;
+  };
+  // Panels follow one another over all columns, and then over further numbers of the rows.
+  const auto panel_of = [&](int64_t i) {
+    Panel panel;
+    const int64_t at = i / panels * kDepth, column = i % panels * kPanel;
+    panel.kernel = kernel + at * s.outputs + column, panel.stride = s.outputs;
+    panel.depth = depth_from(at), panel.columns = std::min<int64_t>(tile.columns - column, kPanel);
+    panel.to = panel_pieces + i % 2 * size;
+    panel.units = rounded_up(panel.depth, kStep) * 32;
+    return panel;
+  };
+  Aside aside;
+  aside.panel = panel_of(0);
+  aside.panel.all();
   int64_t configured = 0;
-  for (int64_t at = 0; at < s.inputs; at += kDepth) {
-    const int64_t depth = std::min(s.inputs - at, kDepth);
+  for (int64_t p = 0; p < panels * depths; ++p) {
+    const int64_t at = p / panels * kDepth, steps = rounded_up(depth_from(at), kStep), slots = 6 * steps;
+    const int64_t column = p % panels * kPanel, columns = std::min<int64_t>(tile.columns - column, kPanel);
+    aside.panel = p + 1 < panels * depths ? panel_of(p + 1) : Panel();
+    if (column == 0) {
+      aside.rows = rows_of(0, at);
+      aside.rows.all();
+    }
     for (int64_t i = 0; i < strips; ++i) {
-      for (int64_t r = first_row(i); r < first_row(i + 1); ++r) {
-        const float* row = x + (tile.row + r) * s.inputs + at;
-        if (s.map.channels) {
-          avx512::copy_pixels(x, s.map, tile.row + r, 1, at, depth, pixels, 0);
-          row = pixels;
-        }
-        split_row(row, depth, rows + i * size + (r - first_row(i)) * kStep);
+      const int64_t begin = first_row(i), count = first_row(i + 1) - begin;
+      if (count != configured) {
+        configure(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
+        configured = count;
       }
+      if (column == 0 && i + 1 < strips) aside.rows = rows_of(i + 1, at);
+      aside.each_results = rounded_up(aside.results.units, slots);
+      aside.each_rows = rounded_up(aside.rows.rows, 6);
+      aside.each_panel = rounded_up(aside.panel.units - aside.panel.unit, (strips - i) * slots);
+      const int64_t sums_at = depths > 1 ? p % panels * strips + i : (p * strips + i) % 2;
+      float* const sums = first_sums + sums_at * strip_sums;
+      const auto compute = count > 16 ? strip_of_pieces<true, with_gelu> : strip_of_pieces<false, with_gelu>;
+      compute(row_pieces + i * size, panel_pieces + p % 2 * size, steps, at > 0, sums, &aside);
+      aside.rows.all();
+      complete<with_gelu>(s, &aside.results);
+      if (at + kDepth < s.inputs) continue;
+      Results& results = aside.results;
+      results.tile = {tile.row + begin, count, tile.column + column, columns};
+      results.sums = sums, results.bias = bias + column;
+      results.y = y + begin * s.outputs + column, results.stride = s.outputs, results.units = 2 * count;
     }
-    for (int64_t column = 0; column < tile.columns; column += kPanel) {
-      const int64_t p = column / kPanel, columns = std::min<int64_t>(tile.columns - column, kPanel);
-      if (p % kGroup == 0) {
-        const int64_t group = std::min<int64_t>(tile.columns - column, kGroup * kPanel);
-        split_panels(kernel + at * s.outputs + column, s.outputs, depth, group, size, panels);
-      }
-      for (int64_t i = 0; i < strips; ++i) {
-        const int64_t begin = first_row(i), count = first_row(i + 1) - begin;
-        if (count != configured) {
-          configure(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
-          configured = count;
-        }
-        float* const sums = first_sums + (depths > 1 ? (p * strips + i) * strip_sums : 0);
-        const auto compute = count > 16 ? strip_of_pieces<true> : strip_of_pieces<false>;
-        compute(rows + i * size, panels + p % kGroup * size, rounded_up(depth, kStep), at > 0, sums);
-        if (at + depth < s.inputs) continue;
-        write(sums, count, columns, bias + column, y + begin * s.outputs + column, s.outputs);
-        redo(s, {tile.row + begin, count, tile.column + column, columns}, sums);
-      }
-    }
+    aside.panel.all();
   }
+  complete<with_gelu>(s, &aside.results);
   _tile_release();
+}
+
+void forward_float32(const Call& call, const Tile& tile) {
+  (call.gelu ? forward_float32<true> : forward_float32<false>)(call, tile);
 }
 
 }  // namespace amx

@@ -19,9 +19,9 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   ffi::Error error = describe(x, kernel, bias, y, version, form, &call, &sets);
   if (error.failure()) return failed(error);
   const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
-  const double threads = static_cast<double>(std::max<int64_t>(pool.num_threads(), 1));
-  const double wanted = std::min(cost / kFew, 4 * threads) / double(std::max<int64_t>(sets, 1));
-  const Tiles tiles = tiles_of(call, static_cast<int64_t>(wanted));
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const double wanted = std::min(cost / kFew, 4. * double(threads)) / double(std::max<int64_t>(sets, 1));
+  const Tiles tiles = tiles_of(call, static_cast<int64_t>(wanted), threads);
   const int64_t each = tiles.down * tiles.across;
   return run(pool, sets * each, [call, tiles, each](int64_t i) {
     const int64_t tile = i % each;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -27,14 +28,37 @@ int64_t rounded_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Memory for a tile's parts, aligned to cache lines.
-struct Scratch {
-  explicit Scratch(int64_t floats)
-      : data(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete[](data, std::align_val_t{64}); }
+// Memory for a tile's parts, aligned to cache lines. A thread keeps it for its next tile: asked for a
+// megabyte each time, malloc may go to the system each time, which takes as long as the tile does.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : size(std::exchange(kept_size, 0)), memory(std::move(kept)) {
+    if (size < floats) {
+      memory.reset();
+      memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kAlignment)));
+      size = floats;
+    }
+    data = memory.get();
+  }
+  ~Scratch() {
+    if (size <= kept_size) return;
+    kept = std::move(memory);
+    kept_size = size;
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  float* const data;
+  float* data;
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
+  };
+  using Memory = std::unique_ptr<float[], Delete>;
+  static inline thread_local Memory kept;
+  static inline thread_local int64_t kept_size = 0;
+  int64_t size;
+  Memory memory;
 };
 
 // The part of a call that a tile is.

@@ -10,7 +10,8 @@ namespace {
 using namespace ::cpu;
 
 ffi::Future start(ffi::ThreadPool& pool, const Call& s) {
-  const int64_t pieces = pieces_of(pool, s.rows, 2.0 * double(s.rows) * double(s.channels));
+  constexpr double kCost = 6;  // of a number: mostly of its way from memory and back
+  const int64_t pieces = pieces_of(pool, s.rows, kCost * double(s.rows) * double(s.channels));
   return run(pool, pieces,
              [s, pieces](int64_t i) { forward(s, i * s.rows / pieces, (i + 1) * s.rows / pieces); });
 }

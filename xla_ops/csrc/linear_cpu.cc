@@ -90,9 +90,11 @@ Tiles tiles_of(const Call& call, int64_t wanted, [[maybe_unused]] int64_t thread
 
 void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   const int64_t units = rounded_up(call.outputs, kUnit);
-  const int64_t row = i * call.rows / tiles.down, column = j * units / tiles.across * kUnit;
+  const int64_t units_down = rounded_up(call.rows, tiles.unit);
+  const int64_t row = i * units_down / tiles.down * tiles.unit, column = j * units / tiles.across * kUnit;
   const int64_t end = std::min((j + 1) * units / tiles.across * kUnit, call.outputs);
-  const Tile tile = {row, (i + 1) * call.rows / tiles.down - row, column, end - column};
+  const int64_t end_row = std::min((i + 1) * units_down / tiles.down * tiles.unit, call.rows);
+  const Tile tile = {row, end_row - row, column, end - column};
 #if CPU_AMX
   if (call.type == Type::kBFloat16 && has_amx()) return amx::forward(call, tile);
   if (amx::takes_float32(call)) return amx::forward_float32(call, tile);

@@ -10,6 +10,7 @@ namespace linear::cpu {
 // the tiles are.
 struct Tiles {
   int64_t down, across;
+  int64_t unit = 1;  // rows that stay together
 };
 
 // The fewest tiles that fit the caches, or about `wanted` of them, half as many at least, if there are so

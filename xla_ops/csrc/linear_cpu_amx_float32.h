@@ -252,7 +252,7 @@ Tiles tiles_of_float32(const Call& call, int64_t wanted, int64_t threads) {
   const auto split = [&](const Tiles& t) { return t.across * call.rows + t.down * call.outputs; };
   Tiles best = {};
   for (int64_t across = 1; across <= units; ++across) {
-    Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across};
+    Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across, kStrip};
     while (wanted >= threads && tiles.down * across % threads) ++tiles.down;
     if (!best.down || split(tiles) < split(best)) best = tiles;
   }
@@ -282,7 +282,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   BFloat16* const panel_pieces = reinterpret_cast<BFloat16*>(scratch.data);
   BFloat16* const row_pieces = panel_pieces + 2 * size;
   float* const first_sums = scratch.data + (2 + strips) * size / 2;
-  const auto first_row = [&](int64_t strip) { return strip * tile.rows / strips; };
+  const auto first_row = [&](int64_t strip) { return std::min(strip * kStrip, tile.rows); };
   const auto depth_from = [&](int64_t at) { return std::min(s.inputs - at, kDepth); };
   const auto rows_of = [&](int64_t strip, int64_t at) {
     Rows rows;

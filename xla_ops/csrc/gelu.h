@@ -21,8 +21,8 @@ GELU_FN V positive_part(V z) {
   return z < 0 ? V{} : z;  // NaN stays NaN
 }
 
-// |z| as far out as Phi(-|z|) is told from zero; beyond, it stays as it is there. For float32 that is 2e-38:
-// smaller numbers are denormal, with which a CPU takes ten times as long.
+// |z|, at most so large that Phi(-|z|) is a normal number: for float32 12.9, 2e-38. With denormal ones a CPU
+// takes ten times as long.
 template <class V>
 GELU_FN V bounded(V t) {
   return t < 12.9f ? t : V{} + 12.9f;
@@ -91,7 +91,7 @@ GELU_FN Vec<Real, W> gelu(Vec<Real, W> z) {
 // The derivative: Phi(z) + z * exp(-z^2 / 2) / sqrt(2 pi).
 template <class Real, class V>
 GELU_FN V gelu_slope_from(V z, const Normal<V>& at) {
-  constexpr Real far = sizeof(Real) == 4 ? 13 : 40;
+  constexpr Real far = sizeof(Real) == 4 ? 12.9 : 40;
   const V x = z < -far ? V{} - far : z > far ? V{} + far : z;  // NaN stays NaN
   return (z < 0 ? at.tail : 1 - at.tail) + x * at.density * Real(0.39894228040143267794);
 }
@@ -100,13 +100,14 @@ GELU_FN Vec<Real, W> gelu_slope(Vec<Real, W> z) {
   return gelu_slope_from<Real>(z, normal<W>(magnitude<W>(z)));
 }
 
+// `magnitude` for results in half precision, for which a GPU has another.
 template <class V>
 GELU_FN V magnitude_for_half(V z) {
   return bounded(absolute(z));
 }
 
-// `normal` for these: relative error below 2e-5, far out too, where rounding to float16 makes 5e-4, for a
-// third of the instructions.
+// `normal` for t from there and results in half precision: relative error below 2e-5, far out too, where
+// rounding to float16 makes 5e-4, for a third of the instructions.
 template <int W>
 GELU_FN Normal<Vec<float, W>> normal_for_half(Vec<float, W> t) {
   using V = Vec<float, W>;

@@ -28,8 +28,8 @@ int64_t rounded_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Memory for a tile's parts, aligned to cache lines. A thread keeps it for its next tile: asked for a
-// megabyte each time, malloc may go to the system each time, which takes as long as the tile does.
+// Memory for a tile's parts, aligned to cache lines. A thread keeps it for its next tile, up to kMost: asked
+// for a megabyte each time, malloc may go to the system each time, which takes as long as the tile does.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) : size(std::exchange(kept_size, 0)), memory(std::move(kept)) {
@@ -41,7 +41,7 @@ class Scratch {
     data = memory.get();
   }
   ~Scratch() {
-    if (size <= kept_size) return;
+    if (size <= kept_size || size > kMost) return;
     kept = std::move(memory);
     kept_size = size;
   }
@@ -51,6 +51,7 @@ class Scratch {
 
  private:
   static constexpr std::align_val_t kAlignment{64};
+  static constexpr int64_t kMost = int64_t{1} << 21;  // 8 MB
   struct Delete {
     void operator()(float* p) const { ::operator delete[](p, kAlignment); }
   };
@@ -96,7 +97,7 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   const int64_t end_row = std::min((i + 1) * units_down / tiles.down * tiles.unit, call.rows);
   const Tile tile = {row, end_row - row, column, end - column};
 #if CPU_AMX
-  if (call.type == Type::kBFloat16 && has_amx()) return amx::forward(call, tile);
+  if (call.type == Type::kBFloat16 && call.inputs > 0 && has_amx()) return amx::forward(call, tile);
   if (amx::takes_float32(call)) return amx::forward_float32(call, tile);
 #endif
   CPU_CALL(forward, call, tile);

@@ -32,12 +32,140 @@ AMX_TARGET void configure(int64_t top, int64_t bottom) {
   _tile_loadconfig(&config);
 }
 
-// Sums of a strip's rows, up to 16 or, with `two`, more, over `steps` of kStep numbers.
-template <bool two>
-AMX_TARGET void strip(const BFloat16* x, int64_t stride, const BFloat16* panel, int64_t steps, float* sums) {
+// What the vector units do while the tile unit multiplies, which runs beside them: results of the sums of the
+// strip before, and what the products to come are of. Each is cut into units of a few dozen instructions,
+// some of which follow each step's products, or each piece's.
+
+AMX_TARGET inline __mmask16 first_of(int64_t n) {  // of 16
+  return __mmask16(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
+}
+
+template <class T>
+AMX_TARGET inline __m512 load_first(const T* from, __mmask16 mask) {
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_maskz_loadu_ps(mask, from);
+  } else {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+  }
+}
+template <class T>
+AMX_TARGET inline void store_first(avx512::Vec<float, 16> v, __mmask16 mask, T* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(to, mask, avx512::bits<__m512>(v));
+  } else {
+    T rounded[16];
+    avx512::Memory<T, float, 16>::store(rounded, v);
+    _mm256_mask_storeu_epi16(to, mask, avx512::load_raw<__m256i>(rounded));
+  }
+}
+
+AMX_TARGET inline __mmask16 not_finite(__m512 v) {
+  constexpr int kNotANumberOrInfinite = 0x99;
+  return _mm512_fpclass_ps_mask(v, kNotANumberOrInfinite);
+}
+
+// y, of type T, of a strip's sums; a unit is a vector of a row.
+template <class T, class P>
+struct Results {
+  Results() = default;
+  Results(const Tile& tile, const float* sums, const P* bias, T* y, int64_t stride)
+      : tile(tile),
+        masks{first_of(tile.columns), first_of(tile.columns - 16)},
+        sums(sums),
+        bias(bias),
+        y(y),
+        stride(stride),
+        units(2 * tile.rows) {}
+
+  Tile tile = {};           // of y
+  __mmask16 masks[2] = {};  // of its vectors
+  const float* sums = nullptr;
+  const P* bias = nullptr;
+  T* y = nullptr;  // of the first row, `stride` numbers apart
+  int64_t stride = 0, unit = 0, units = 0;
+  bool finite = true;  // all sums so far
+
+  template <bool with_gelu>
+  AMX_TARGET inline __attribute__((always_inline)) void next() {
+    const int64_t row = unit / 2, column = unit % 2 * 16;
+    ++unit;
+    const __mmask16 mask = masks[column / 16];
+    const __m512 sum = _mm512_load_ps(sums + row * kPanel + column);
+    if constexpr (std::is_same_v<T, float>) finite &= !not_finite(sum);
+    const auto z = avx512::bits<avx512::Vec<float, 16>>(_mm512_add_ps(sum, load_first(bias + column, mask)));
+    store_first(with_gelu ? avx512::gelu_for<T, 16>(z) : z, mask, y + row * stride + column);
+  }
+  template <bool with_gelu>
+  AMX_TARGET void all() {
+    while (unit < units) next<with_gelu>();
+  }
+};
+
+template <class Results, class Rows, class Panel>
+struct Aside {
+  Results results;
+  Rows rows;
+  Panel panel;
+  int64_t each_results = 0, each_rows = 0, each_panel = 0;  // units at once
+
+  template <bool with_gelu>
+  AMX_TARGET inline __attribute__((always_inline)) void some() {
+    for (int64_t n = std::min(each_results, results.units - results.unit); n > 0; --n) {
+      results.template next<with_gelu>();
+    }
+    for (int64_t n = std::min(each_rows, rows.units - rows.unit); n > 0; --n) rows.next();
+    for (int64_t n = std::min(each_panel, panel.units - panel.unit); n > 0; --n) panel.next();
+  }
+};
+
+// In bfloat16 rows are multiplied as they are, or copied before.
+struct NoRows {
+  static constexpr int64_t unit = 0, units = 0;
+  void next() {}
+};
+
+// A panel in pairs of rows interleaved, zero where the kernel has no more rows or columns; a unit is a pair.
+struct Pairs {
+  const BFloat16* kernel = nullptr;  // of the panel's first row and column
+  int64_t stride = 0, inputs = 0, columns = 0;
+  BFloat16* to = nullptr;
+  int64_t unit = 0, units = 0;
+
+  AMX_TARGET inline __attribute__((always_inline)) void next() {
+    alignas(64) static constexpr struct Order {
+      uint16_t of[2][32] = {};
+      constexpr Order() {
+        for (int i = 0; i < 32; ++i) {
+          of[0][i] = uint16_t(i / 2 + i % 2 * 32), of[1][i] = uint16_t(16 + i / 2 + i % 2 * 32);
+        }
+      }
+    } kOrder;
+    const int64_t k = 2 * unit;
+    BFloat16* const pair = to + unit * 2 * kPanel;
+    ++unit;
+    const __mmask32 mask = columns >= 32 ? ~__mmask32{0} : (__mmask32{1} << columns) - 1;
+    const BFloat16* const from = kernel + k * stride;
+    __builtin_prefetch(from + 16 * stride);
+    __builtin_prefetch(from + 17 * stride);
+    const __m512i a = _mm512_maskz_loadu_epi16(k < inputs ? mask : 0, from);
+    const __m512i b = _mm512_maskz_loadu_epi16(k + 1 < inputs ? mask : 0, from + stride);
+    _mm512_store_si512(pair, _mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder.of[0]), b));
+    _mm512_store_si512(pair + kPanel, _mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder.of[1]), b));
+  }
+  AMX_TARGET void all() {
+    while (unit < units) next();
+  }
+};
+
+// Sums of a strip's rows, up to 16 or, with `two`, more, over `steps` of kStep numbers. Beside them what is
+// in `given` goes on.
+template <bool two, bool with_gelu, class Aside>
+AMX_TARGET void strip(const BFloat16* x, int64_t stride, const BFloat16* panel, int64_t steps, float* sums,
+                      Aside* given) {
   const int64_t bytes = stride * 2;
-  written(x);
-  written(panel);
+  Aside aside = *given;
+  written(sums);  // and all else, the panel too
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (two) {
@@ -55,6 +183,7 @@ AMX_TARGET void strip(const BFloat16* x, int64_t stride, const BFloat16* panel, 
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    aside.template some<with_gelu>();
   }
   _tile_stored(0, sums, 4 * kPanel);
   _tile_stored(1, sums + 16, 4 * kPanel);
@@ -62,27 +191,10 @@ AMX_TARGET void strip(const BFloat16* x, int64_t stride, const BFloat16* panel, 
     _tile_stored(2, sums + 16 * kPanel, 4 * kPanel);
     _tile_stored(3, sums + 16 * kPanel + 16, 4 * kPanel);
   }
+  *given = aside;
 }
 
-// Copies a panel: pairs of rows interleaved, zero where the kernel has no more rows or columns.
-AMX_TARGET void pack(const BFloat16* kernel, int64_t stride, int64_t inputs, int64_t columns,
-                     BFloat16* panel) {
-  alignas(64) uint16_t order[2][32];
-  for (int i = 0; i < 32; ++i) {
-    order[0][i] = uint16_t(i / 2 + i % 2 * 32), order[1][i] = uint16_t(16 + i / 2 + i % 2 * 32);
-  }
-  const __m512i left = _mm512_load_si512(order[0]), right = _mm512_load_si512(order[1]);
-  const __mmask32 mask = columns >= 32 ? ~__mmask32{0} : (__mmask32{1} << columns) - 1;
-  for (int64_t k = 0; k < rounded_up(inputs, kStep) * kStep; k += 2, panel += 2 * kPanel) {
-    const __m512i zero = _mm512_setzero_si512();
-    const __m512i a = k < inputs ? _mm512_maskz_loadu_epi16(mask, kernel + k * stride) : zero;
-    const __m512i b = k + 1 < inputs ? _mm512_maskz_loadu_epi16(mask, kernel + (k + 1) * stride) : zero;
-    _mm512_store_si512(panel, _mm512_permutex2var_epi16(a, left, b));
-    _mm512_store_si512(panel + kPanel, _mm512_permutex2var_epi16(a, right, b));
-  }
-}
-
-template <class P>
+template <bool with_gelu, class P>
 AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
   const BFloat16* x = static_cast<const BFloat16*>(s.x);
   const BFloat16* kernel = static_cast<const BFloat16*>(s.kernel) + tile.column;
@@ -90,12 +202,13 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
   BFloat16* y = static_cast<BFloat16*>(s.y) + tile.row * s.outputs + tile.column;
   const int64_t steps = rounded_up(s.inputs, kStep), padded = steps * kStep;
   const bool copied = s.map.channels || padded != s.inputs;
-  const Scratch scratch(padded * kPanel / 2 + kStrip * kPanel + (copied ? tile.rows * padded / 2 : 0));
-  BFloat16* const panel = reinterpret_cast<BFloat16*>(scratch.data);
-  float* const sums = scratch.data + padded * kPanel / 2;
+  // Two panels, one to come, the sums of two strips, and maybe rows.
+  const Scratch scratch(padded * kPanel + 2 * kStrip * kPanel + (copied ? tile.rows * padded / 2 : 0));
+  BFloat16* const panels = reinterpret_cast<BFloat16*>(scratch.data);
+  float* const sums = scratch.data + padded * kPanel;
   const BFloat16* rows = x + tile.row * s.inputs;
   if (copied) {
-    BFloat16* const copy = reinterpret_cast<BFloat16*>(sums + kStrip * kPanel);
+    BFloat16* const copy = reinterpret_cast<BFloat16*>(sums + 2 * kStrip * kPanel);
     for (int64_t r = 0; r < tile.rows; ++r) {
       std::fill(copy + r * padded + s.inputs, copy + (r + 1) * padded, BFloat16{0});
     }
@@ -106,29 +219,49 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
     }
     rows = copy;
   }
-  const int64_t strips = rounded_up(tile.rows, kStrip);
-  for (int64_t p = 0; p * kPanel < tile.columns; ++p) {
-    const int64_t columns = std::min<int64_t>(tile.columns - p * kPanel, kPanel);
-    pack(kernel + p * kPanel, s.outputs, s.inputs, columns, panel);
-    int64_t configured = 0;
+  const int64_t strips = rounded_up(tile.rows, kStrip), all_panels = rounded_up(tile.columns, kPanel);
+  const auto columns_of = [&](int64_t p) { return std::min<int64_t>(tile.columns - p * kPanel, kPanel); };
+  const auto panel_of = [&](int64_t p) {
+    Pairs panel;
+    panel.kernel = kernel + p * kPanel, panel.stride = s.outputs, panel.inputs = s.inputs;
+    panel.columns = columns_of(p), panel.to = panels + p % 2 * padded * kPanel, panel.units = padded / 2;
+    return panel;
+  };
+  Aside<Results<BFloat16, P>, NoRows, Pairs> aside;
+  using All = decltype(aside);
+  aside.panel = panel_of(0);
+  aside.panel.all();
+  int64_t configured = 0;
+  for (int64_t p = 0; p < all_panels; ++p) {
+    aside.panel = p + 1 < all_panels ? panel_of(p + 1) : Pairs();
     for (int64_t i = 0; i < strips; ++i) {
       const int64_t begin = i * tile.rows / strips, count = (i + 1) * tile.rows / strips - begin;
       if (count != configured) {
         configure(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
         configured = count;
       }
-      (count > 16 ? strip<true> : strip<false>)(rows + begin * padded, padded, panel, steps, sums);
-      BFloat16* const result = y + begin * s.outputs + p * kPanel;
-      const auto write = s.gelu ? avx512::finish<true, BFloat16, P> : avx512::finish<false, BFloat16, P>;
-      write(sums, count, columns, bias + p * kPanel, result, s.outputs);
+      aside.each_results = rounded_up(aside.results.units, steps);
+      aside.each_panel = rounded_up(aside.panel.units - aside.panel.unit, (strips - i) * steps);
+      float* const its_sums = sums + (p * strips + i) % 2 * kStrip * kPanel;
+      const auto compute = count > 16 ? strip<true, with_gelu, All> : strip<false, with_gelu, All>;
+      compute(rows + begin * padded, padded, panels + p % 2 * padded * kPanel, steps, its_sums, &aside);
+      aside.results.template all<with_gelu>();
+      aside.results = {{tile.row + begin, count, tile.column + p * kPanel, columns_of(p)},
+                       its_sums,
+                       bias + p * kPanel,
+                       y + begin * s.outputs + p * kPanel,
+                       s.outputs};
     }
+    aside.panel.all();
   }
+  aside.results.template all<with_gelu>();
   _tile_release();
 }
 
 void forward(const Call& call, const Tile& tile) {
-  if (call.bias_type == Type::kFloat32) return forward_of<float>(call, tile);
-  forward_of<BFloat16>(call, tile);
+  const bool wide = call.bias_type == Type::kFloat32;
+  if (call.gelu) return wide ? forward_of<true, float>(call, tile) : forward_of<true, BFloat16>(call, tile);
+  wide ? forward_of<false, float>(call, tile) : forward_of<false, BFloat16>(call, tile);
 }
 
 }  // namespace amx

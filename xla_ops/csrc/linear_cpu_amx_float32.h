@@ -6,7 +6,7 @@
 // square, where rounding a product to float32 loses 2^-24 and 2^-25.2. The sums are in float32, as anywhere.
 // XLA knows the scheme as BF16_BF16_F32_X6 (Henry, Tang and Heinecke, Leveraging the bfloat16 artificial
 // intelligence datatype for higher-precision computations, arXiv 1904.06376). Six products at 16 times the
-// rate of AVX-512's are 2.7 times that; making the pieces takes back half of it.
+// rate of AVX-512's are 2.7 times that, less what is lost to making the pieces beside them.
 //
 // Denormal pieces and products count as zero: numbers below 2^-103 lose their last bits, and products below
 // 2^-102. A number that is infinite, not a number, or so large that a0 is infinite, makes sums that are not
@@ -41,54 +41,20 @@ AMX_TARGET inline void store_pairs(const Pieces& a, const Pieces& b, BFloat16* t
   }
 }
 
-AMX_TARGET inline __mmask16 first_of(int64_t n) {  // of 16
-  return __mmask16(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
-}
-
-// What the vector units do while the tile unit multiplies, which runs beside them: results of the sums of the
-// strip before, pieces of the rows and of the panel to come. Each is cut into units of a few dozen
-// instructions, some of which follow each four products.
-
-// y of a strip's sums; a unit is a vector of a row.
-struct Results {
-  Tile tile = {};  // of y
-  const float *sums = nullptr, *bias = nullptr;
-  float* y = nullptr;  // of the first row, `stride` numbers apart
-  int64_t stride = 0, unit = 0, units = 0;
-  bool finite = true;
-
-  template <bool with_gelu>
-  AMX_TARGET inline __attribute__((always_inline)) void next() {
-    const int64_t row = unit / 2, column = unit % 2 * 16;
-    ++unit;
-    const __mmask16 mask = first_of(tile.columns - column);
-    const __m512 sum = _mm512_load_ps(sums + row * kPanel + column);
-    const __m512 z = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias + column));
-    constexpr int kNotANumberOrInfinite = 0x99;
-    finite &= !_mm512_fpclass_ps_mask(sum, kNotANumberOrInfinite);
-    using V = avx512::Vec<float, 16>;
-    const V result = with_gelu ? avx512::gelu_for<float, 16>(avx512::bits<V>(z)) : avx512::bits<V>(z);
-    _mm512_mask_storeu_ps(y + row * stride + column, mask, avx512::bits<__m512>(result));
-  }
-};
-
 // Pieces of a strip's rows; a unit is a step of a row.
 struct Rows {
   const float* x = nullptr;  // of the first row and number, `stride` numbers apart
   int64_t stride = 0, depth = 0;
   BFloat16* to = nullptr;
-  int64_t row = 0, rows = 0, k = 0;
-  // Of a convolution the rows are put together here first.
+  int64_t row = 0, k = 0, unit = 0, units = 0;
   const Call* convolution = nullptr;
-  float* pixels = nullptr;
+  float* pixels = nullptr;  // a convolution's row, put together
   int64_t first_row = 0, at = 0;
 
   AMX_TARGET inline __attribute__((always_inline)) void next() {
-    const float* from = x + row * stride;
-    if (convolution) {
-      from = pixels;
-      if (k == 0) put_together();
-    }
+    ++unit;
+    if (convolution && k == 0) put_together();
+    const float* const from = convolution ? pixels : x + row * stride;
     const __m512 a = _mm512_maskz_loadu_ps(first_of(depth - k), from + k);
     const __m512 b = _mm512_maskz_loadu_ps(first_of(depth - k - 16), from + k + 16);
     store_pairs(pieces(a), pieces(b), to + k / kStep * kStepSize + row * kStep);
@@ -100,7 +66,7 @@ struct Rows {
     avx512::copy_pixels(map, convolution->map, first_row + row, 1, at, depth, pixels, 0);
   }
   AMX_TARGET void all() {
-    while (row < rows) next();
+    while (unit < units) next();
   }
 };
 
@@ -119,8 +85,7 @@ struct Panel {
     const __mmask16 a = k + row < depth ? mask : 0, b = k + row + 16 < depth ? mask : 0;
     __builtin_prefetch(from + 32 * stride);
     __builtin_prefetch(from + 48 * stride);
-    store_pairs(pieces(_mm512_maskz_loadu_ps(a, from)),
-                pieces(_mm512_maskz_loadu_ps(b, from + 16 * stride)),
+    store_pairs(pieces(_mm512_maskz_loadu_ps(a, from)), pieces(_mm512_maskz_loadu_ps(b, from + 16 * stride)),
                 to + k / kStep * kStepSize + column / 16 * (kPiece / 2) + row * kStep);
   }
   AMX_TARGET void all() {
@@ -128,21 +93,8 @@ struct Panel {
   }
 };
 
-struct Aside {
-  Results results;
-  Rows rows;
-  Panel panel;
-  int64_t each_results = 0, each_rows = 0, each_panel = 0;  // units after four products
-
-  template <bool with_gelu>
-  AMX_TARGET inline __attribute__((always_inline)) void some() {
-    for (int64_t n = std::min(each_results, results.units - results.unit); n > 0; --n) {
-      results.next<with_gelu>();
-    }
-    for (int64_t n = each_rows; n > 0 && rows.row < rows.rows; --n) rows.next();
-    for (int64_t n = std::min(each_panel, panel.units - panel.unit); n > 0; --n) panel.next();
-  }
-};
+using FloatResults = Results<float, float>;
+using AllAside = Aside<FloatResults, Rows, Panel>;
 
 // Adds products of the loaded pieces: tiles 4 and 5 are of x, 6 and 7 of the kernel.
 template <bool two>
@@ -159,10 +111,10 @@ AMX_TARGET inline __attribute__((always_inline)) void multiply() {
 // there. Beside them what is in `given` goes on.
 template <bool two, bool with_gelu>
 AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_t steps, bool further,
-                                float* sums, Aside* given) {
+                                float* sums, AllAside* given) {
   constexpr int64_t kRow = 2 * kStep, kSumsRow = 4 * kPanel, kLower = 16 * kPanel;  // bytes, bytes, numbers
-  Aside aside = *given;
-  written(sums);
+  AllAside aside = *given;
+  written(sums);  // and all else, x's and the panel's pieces too
   if (further) {
     _tile_loadd(0, sums, kSumsRow);
     _tile_loadd(1, sums + 16, kSumsRow);
@@ -211,16 +163,12 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
     _tile_stored(2, sums + kLower, kSumsRow);
     _tile_stored(3, sums + kLower + 16, kSumsRow);
   }
-  written(sums);
   *given = aside;
 }
 
 // Whether a row's sums over a panel are finite.
 AMX_TARGET inline bool finite(const float* sums) {
-  constexpr int kNotANumberOrInfinite = 0x99;
-  const __mmask16 left = _mm512_fpclass_ps_mask(_mm512_load_ps(sums), kNotANumberOrInfinite);
-  const __mmask16 right = _mm512_fpclass_ps_mask(_mm512_load_ps(sums + 16), kNotANumberOrInfinite);
-  return !(left | right);
+  return !(not_finite(_mm512_load_ps(sums)) | not_finite(_mm512_load_ps(sums + 16)));
 }
 
 // Computes by AVX-512 those of a strip's rows, over a panel's columns, whose sums are not finite.
@@ -240,31 +188,24 @@ bool takes_float32(const Call& call) {
   return call.type == Type::kFloat32 && call.inputs >= 64 && call.image_rows >= 48 && has_amx();
 }
 
-// Half of the tiles wanted, or more, as many for each thread, such that the least is split: rows of x once
-// for each column of tiles, the kernel once for each row of them. What of x and of the kernel is split at
-// once fits the second cache, of 2 MB.
+// About half of the tiles wanted; where that is one for each thread or more, a multiple of the threads. Of
+// such divisions the one that splits least: rows of x once for each column of tiles, the kernel once for each
+// row of them. The pieces that are there at once take half of the second cache, of 2 MB.
 Tiles tiles_of_float32(const Call& call, int64_t wanted, int64_t threads) {
   if (call.rows == 0) return {};
-  const int64_t units = rounded_up(call.outputs, kUnit);
+  const int64_t units = rounded_up(call.outputs, kUnit), strips = rounded_up(call.rows, kStrip);
   const int64_t most = 170000 / std::min(call.inputs, kDepth) - 2 * kPanel;  // rows: 1 MB of pieces
-  wanted = std::clamp<int64_t>(wanted / 2, 1, units * rounded_up(call.rows, kStrip));
+  wanted = std::clamp<int64_t>(wanted / 2, 1, units * strips);
   if (wanted > threads) wanted -= wanted % threads;
   const auto split = [&](const Tiles& t) { return t.across * call.rows + t.down * call.outputs; };
   Tiles best = {};
   for (int64_t across = 1; across <= units; ++across) {
     Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across, kStrip};
-    while (wanted >= threads && tiles.down * across % threads) ++tiles.down;
+    while (wanted >= threads && tiles.down < strips && tiles.down * across % threads) ++tiles.down;
+    if (tiles.down > strips) continue;
     if (!best.down || split(tiles) < split(best)) best = tiles;
   }
   return best;
-}
-
-// Finishes what is left of a strip's results.
-template <bool with_gelu>
-AMX_TARGET void complete(const Call& s, Results* results) {
-  while (results->unit < results->units) results->next<with_gelu>();
-  if (!results->finite) redo(s, results->tile, results->sums);
-  *results = {};
 }
 
 template <bool with_gelu>
@@ -274,8 +215,9 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   float* const y = static_cast<float*>(s.y) + tile.row * s.outputs + tile.column;
   const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
   const int64_t strips = rounded_up(tile.rows, kStrip);
-  // Numbers of a strip's pieces or a panel's, and of a strip's sums. Two panels are there, one to come, and
-  // the sums of two strips, or of all where more are added to them.
+  // Numbers of a strip's pieces or a panel's, and of a strip's sums. There are two panels, the one in use and
+  // the next; and sums of two strips, in use and before, or of all strips and panels where further depths are
+  // added.
   const int64_t size = rounded_up(std::min(s.inputs, kDepth), kStep) * kStepSize;
   const int64_t strip_sums = kStrip * kPanel, sums_kept = depths > 1 ? panels * strips : 2;
   const Scratch scratch((2 + strips) * size / 2 + sums_kept * strip_sums + kDepth);
@@ -287,10 +229,13 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   const auto rows_of = [&](int64_t strip, int64_t at) {
     Rows rows;
     rows.stride = s.inputs, rows.depth = depth_from(at), rows.to = row_pieces + strip * size;
-    rows.rows = first_row(strip + 1) - first_row(strip);
+    rows.units = (first_row(strip + 1) - first_row(strip)) * rounded_up(rows.depth, kStep);
     rows.first_row = tile.row + first_row(strip), rows.at = at;
-    rows.x = static_cast<const float*>(s.x) + rows.first_row * s.inputs + at;
-    if (s.map.channels) rows.convolution = &s, rows.pixels = first_sums + sums_kept * strip_sums;
+    if (s.map.channels) {
+      rows.convolution = &s, rows.pixels = first_sums + sums_kept * strip_sums;
+    } else {
+      rows.x = static_cast<const float*>(s.x) + rows.first_row * s.inputs + at;
+    }
     return rows;
   };
   // Panels follow one another over all columns, and then over further numbers of the rows.
@@ -303,7 +248,13 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
     panel.units = rounded_up(panel.depth, kStep) * 32;
     return panel;
   };
-  Aside aside;
+  AllAside aside;
+  const auto complete = [&]() AMX_TARGET {
+    FloatResults& results = aside.results;
+    results.all<with_gelu>();
+    if (!results.finite) redo(s, results.tile, results.sums);
+    results = {};
+  };
   aside.panel = panel_of(0);
   aside.panel.all();
   int64_t configured = 0;
@@ -323,23 +274,24 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
       }
       if (column == 0 && i + 1 < strips) aside.rows = rows_of(i + 1, at);
       aside.each_results = rounded_up(aside.results.units, slots);
-      aside.each_rows = rounded_up(aside.rows.rows, 6);
+      aside.each_rows = rounded_up(aside.rows.units, slots);
       aside.each_panel = rounded_up(aside.panel.units - aside.panel.unit, (strips - i) * slots);
       const int64_t sums_at = depths > 1 ? p % panels * strips + i : (p * strips + i) % 2;
       float* const sums = first_sums + sums_at * strip_sums;
       const auto compute = count > 16 ? strip_of_pieces<true, with_gelu> : strip_of_pieces<false, with_gelu>;
       compute(row_pieces + i * size, panel_pieces + p % 2 * size, steps, at > 0, sums, &aside);
       aside.rows.all();
-      complete<with_gelu>(s, &aside.results);
+      complete();
       if (at + kDepth < s.inputs) continue;
-      Results& results = aside.results;
-      results.tile = {tile.row + begin, count, tile.column + column, columns};
-      results.sums = sums, results.bias = bias + column;
-      results.y = y + begin * s.outputs + column, results.stride = s.outputs, results.units = 2 * count;
+      aside.results = {{tile.row + begin, count, tile.column + column, columns},
+                       sums,
+                       bias + column,
+                       y + begin * s.outputs + column,
+                       s.outputs};
     }
     aside.panel.all();
   }
-  complete<with_gelu>(s, &aside.results);
+  complete();
   _tile_release();
 }
 

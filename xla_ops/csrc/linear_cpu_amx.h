@@ -146,8 +146,8 @@ struct Pairs {
     ++unit;
     const __mmask32 mask = columns >= 32 ? ~__mmask32{0} : (__mmask32{1} << columns) - 1;
     const BFloat16* const from = kernel + k * stride;
-    __builtin_prefetch(from + 16 * stride);
-    __builtin_prefetch(from + 17 * stride);
+    __builtin_prefetch(from + 64 * stride);
+    __builtin_prefetch(from + 65 * stride);
     const __m512i a = _mm512_maskz_loadu_epi16(k < inputs ? mask : 0, from);
     const __m512i b = _mm512_maskz_loadu_epi16(k + 1 < inputs ? mask : 0, from + stride);
     _mm512_store_si512(pair, _mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder.of[0]), b));
@@ -246,11 +246,16 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
       const auto compute = count > 16 ? strip<true, with_gelu, All> : strip<false, with_gelu, All>;
       compute(rows + begin * padded, padded, panels + p % 2 * padded * kPanel, steps, its_sums, &aside);
       aside.results.template all<with_gelu>();
-      aside.results = {{tile.row + begin, count, tile.column + p * kPanel, columns_of(p)},
-                       its_sums,
-                       bias + p * kPanel,
-                       y + begin * s.outputs + p * kPanel,
-                       s.outputs};
+      BFloat16* const result = y + begin * s.outputs + p * kPanel;
+      if constexpr (with_gelu) {
+        aside.results = {{tile.row + begin, count, tile.column + p * kPanel, columns_of(p)},
+                         its_sums,
+                         bias + p * kPanel,
+                         result,
+                         s.outputs};
+      } else {  // little to do: done at once it takes less than cut into units
+        avx512::finish<false>(its_sums, count, columns_of(p), bias + p * kPanel, result, s.outputs);
+      }
     }
     aside.panel.all();
   }

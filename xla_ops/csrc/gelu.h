@@ -91,7 +91,7 @@ GELU_FN Vec<Real, W> gelu(Vec<Real, W> z) {
 // The derivative: Phi(z) + z * exp(-z^2 / 2) / sqrt(2 pi).
 template <class Real, class V>
 GELU_FN V gelu_slope_from(V z, const Normal<V>& at) {
-  constexpr Real far = sizeof(Real) == 4 ? 12.9 : 40;
+  constexpr Real far = sizeof(Real) == 4 ? 15 : 40;            // where the density is as good as zero
   const V x = z < -far ? V{} - far : z > far ? V{} + far : z;  // NaN stays NaN
   return (z < 0 ? at.tail : 1 - at.tail) + x * at.density * Real(0.39894228040143267794);
 }

@@ -119,6 +119,22 @@ def apply(
     return xla_ops.linear(x, kernel, bias, gelu=gelu, implementation=implementation)
 
 
+def apply_mlp(
+    layer1: nnx.Linear,
+    layer2: nnx.Linear,
+    x: jax.Array,
+    implementation: Literal["jnp"] | None = None,
+) -> jax.Array:
+    """Applies two linear layers with GELU between them to `x` (N, H, W, C) by `xla_ops.mlp`."""
+    x = x.astype(layer1.dtype)
+    parameters = [
+        parameter
+        for layer in (layer1, layer2)
+        for parameter in (layer.kernel[...].astype(x.dtype), operand(x, layer.bias))
+    ]
+    return xla_ops.mlp(x, *parameters, implementation=implementation)
+
+
 def convolve(
     conv: nnx.Conv, x: jax.Array, implementation: Literal["jnp"] | None = None
 ) -> jax.Array:

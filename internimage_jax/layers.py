@@ -19,6 +19,7 @@ from internimage_jax.common import (
     add_normalize,
     along_channels,
     apply,
+    apply_mlp,
     convolve,
     drop_path,
     dropout,
@@ -83,6 +84,8 @@ class MLPLayer(nnx.Module):
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        if self.fused and (key is None or self.drop_rate == 0):
+            return apply_mlp(self.fc1, self.fc2, x, self.implementation)
         key1, key2 = split(key, 2)
         if self.fused:  # bias and activation, and maybe the product, in one pass
             x = apply(self.fc1, x, self.implementation, gelu=True)

@@ -1,6 +1,6 @@
-// Random calls of dwconv_norm_gelu, bias_gelu, layer_norm, add_norm and linear, held against the definition,
-// written out plainly in double. Every buffer has exactly its size, so that a sanitizer sees any access
-// beyond it. How a call is computed is the includer's.
+// Random calls of dwconv_norm_gelu, bias_gelu, layer_norm, add_norm, linear and mlp, held against the
+// definition, written out plainly in double. Every buffer has exactly its size, so that a sanitizer sees any
+// access beyond it. How a call is computed is the includer's.
 #pragma once
 
 #include <algorithm>
@@ -89,12 +89,13 @@ double tolerance(Type type) {
   return 0;
 }
 
-bool close(const char* name, Type type, const std::vector<char>& got, const Values& wanted) {
+bool close(const char* name, Type type, const std::vector<char>& got, const Values& wanted,
+           double factor = 1) {
   double scale = 1e-3;
   for (double w : wanted) scale = std::max(scale, std::fabs(w));
   for (size_t i = 0; i < wanted.size(); ++i) {
     const double value = value_of(type, &got[size_of(type) * i]);
-    if (std::fabs(value - wanted[i]) <= tolerance(type) * scale) continue;
+    if (std::fabs(value - wanted[i]) <= factor * tolerance(type) * scale) continue;
     return std::printf("%s[%zu] of dtype %d: got %g, expected %g\n", name, i, int(type), value, wanted[i]),
            false;
   }
@@ -295,6 +296,44 @@ bool linear_case(bool cuda, Compute compute) {
     }
   }
   return close("a product", s.type, y, wanted);
+}
+
+// `compute` does two calls, the second on the rows that the first gives.
+template <class Compute>
+bool mlp_case(Compute compute) {
+  linear::Call first = {}, second = {};
+  const Type types[] = {Type::kFloat32, Type::kFloat32, Type::kBFloat16, Type::kFloat16};
+  const int64_t inputs[] = {1, 17, 64, 100, 256, 300, 1030}, rows = integer(1, integer(0, 1) ? 40 : 120);
+  first.type = types[integer(0, 3)], first.rows = rows, first.inputs = inputs[integer(0, 6)];
+  first.outputs = integer(1, integer(0, 1) ? 100 : 600), first.gelu = true;
+  first.image_rows = integer(0, 1) ? 1 : 1000;
+  first.bias_type = size_of(first.type) == 2 && integer(0, 1) ? Type::kFloat32 : first.type;
+  second = first, second.gelu = false, second.inputs = first.outputs, second.outputs = integer(1, 100);
+  const int64_t n = first.inputs, between = first.outputs, m = second.outputs;
+  const Values x = normal(rows * n), bias1 = normal(between), bias2 = normal(m);
+  Values kernel1 = normal(n * between), kernel2 = normal(between * m);
+  for (double& v : kernel1) v = std::round(v * 2) / 16;
+  for (double& v : kernel2) v = std::round(v * 2) / 16;
+  const auto bx = stored(first.type, x), bk1 = stored(first.type, kernel1), bk2 = stored(first.type, kernel2);
+  const auto bb1 = stored(first.bias_type, bias1), bb2 = stored(first.bias_type, bias2);
+  std::vector<char> y(rows * m * size_of(first.type));
+  first.x = bx.data(), first.kernel = bk1.data(), first.bias = bb1.data();
+  second.kernel = bk2.data(), second.bias = bb2.data(), second.y = y.data();
+  if (!compute(first, second)) return false;
+  Values hidden(rows * between), wanted(rows * m);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < between; ++j) {
+      double z = bias1[j];
+      for (int64_t k = 0; k < n; ++k) z += x[i * n + k] * kernel1[k * between + j];
+      hidden[i * between + j] = z * phi(z);
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      double z = bias2[j];
+      for (int64_t k = 0; k < between; ++k) z += hidden[i * between + k] * kernel2[k * m + j];
+      wanted[i * m + j] = z;
+    }
+  }
+  return close("an MLP", first.type, y, wanted, 4);  // what is between the products is rounded too
 }
 
 // Runs `one` for each of COUNT seeds from SEED on, the arguments of a program.

@@ -38,12 +38,18 @@ bool linear_call(const linear::Call& s) {
   return true;
 }
 
+bool mlp_call(const linear::Call& first, const linear::Call& second) {
+  const int64_t tiles = linear::cpu::mlp_tiles(first, integer(1, 5));
+  for (int64_t i = tiles; i-- > 0;) linear::cpu::mlp(first, second, tiles, i);
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   return fuzz(count, seed, [] {
     return dwconv_case(false, dwconv_call) && gelu_case(gelu_call) && norm_case(norm_call) &&
-           linear_case(false, linear_call);
+           linear_case(false, linear_call) && mlp_case(mlp_call);
   });
 }

@@ -163,6 +163,9 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
             ("test_linear.py", "a_bias_in_float32"),
             ("test_linear.py", "each_product_is_as_exact_as_float32"),
             ("test_convolution.py", "agrees_with_float64"),
+            ("test_mlp.py", "agrees_with_float64"),
+            ("test_mlp.py", "the_same_bits_as_two_products"),
+            ("test_mlp.py", "what_is_not_finite"),
         )
     ]
     command = [
@@ -172,7 +175,7 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
         "-q",
         "-x",
         "-k",
-        "kernel or finite or bias or exact",
+        "kernel or finite or bias or exact or bits",
         *tests,
     ]
     environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name, "PYTEST_ADDOPTS": ""}

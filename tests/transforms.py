@@ -16,11 +16,12 @@ from tests.test_dwconv import assert_close, mesh
 
 
 def check_transforms(
-    operator: Callable[..., Any], arrays: Sequence[jax.Array], target: str
+    operator: Callable[..., Any], arrays: Sequence[jax.Array], target: str, shared: int = 2
 ) -> None:
     """Holds the kernel's values and gradients to the jnp form's under jit, vmap and sharding.
 
-    Of the operands the last two have no batch, the others one of 4 or another multiple of the mesh.
+    Of the operands the last `shared` have no batch, the others one of 4 or another multiple of the
+    mesh.
     """
     count = len(arrays)
 
@@ -39,12 +40,12 @@ def check_transforms(
     wanted = jax.jit(by_jnp)(*arrays)
     assert_close(jax.jit(by_kernel)(*arrays), wanted)
     stacked = [jnp.stack([a, 2 * a, a + 1]) for a in arrays]
-    for mapped in ((0,), (count - 2,), range(count)):
+    for mapped in ((0,), (count - shared,), range(count)):
         axes = tuple(0 if i in mapped else None for i in range(count))
         each = [b if axis == 0 else a for a, b, axis in zip(arrays, stacked, axes, strict=True)]
         got, by_map = (jax.jit(jax.vmap(f, axes))(*each) for f in (by_kernel, by_jnp))
         assert_close(got, by_map)
-    specs = (*[P("data")] * (count - 2), P(), P())
+    specs = (*[P("data")] * (count - shared), *[P()] * shared)
     results = (*[P("data")] * (len(wanted) - count), *specs)
     mapped = jax.shard_map(by_kernel, mesh=mesh(), in_specs=specs, out_specs=results)
     assert_close(jax.jit(mapped)(*arrays), wanted)

@@ -9,6 +9,7 @@ from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
 from xla_ops.layer_norm import add_norm, layer_norm, norm_add
 from xla_ops.linear import linear
+from xla_ops.mlp import mlp
 
 __all__ = [
     "Implementation",
@@ -23,6 +24,7 @@ __all__ = [
     "dwconv_norm_gelu",
     "layer_norm",
     "linear",
+    "mlp",
     "norm_add",
     "status",
 ]

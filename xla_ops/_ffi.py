@@ -35,6 +35,7 @@ NORM_ADD_FORWARD = "internimage_norm_add_forward"
 LINEAR_FORWARD = "internimage_linear_forward"
 LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
 CONVOLUTION_FORWARD = "internimage_convolution_forward"
+MLP_FORWARD = "internimage_mlp_forward"
 
 # As JAX names them; the module with a platform's handlers is `_cpu` or `_cuda`.
 PLATFORMS = ("cpu", "cuda")
@@ -156,6 +157,10 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
     gelu: dict[str, Any] = {"version": np.int64(VERSION)}
     dwconv = gelu | {"epsilon": np.float64(1e-6)}
     product, products = _product()
+    # Two products: the second's kernel takes every other column of what the first gives.
+    second = np.eye(72)[:, ::2].astype(jnp.bfloat16), np.arange(36).astype(jnp.bfloat16)
+    mlp = tuple(a.astype(np.float32) for a in (*product, *second))
+    mlp_result = products[..., ::2].astype(np.float32) + np.arange(36, dtype=np.float32)
     cuda = platform == "cuda"  # its backward calls have scratch as one result more
     scratch = (np.zeros((1, 1, 1, 1), np.uint32),) if cuda else ()
     dv = (one,) if cuda else ()
@@ -213,6 +218,7 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
             [5.0, 5.0],
         ),
         LINEAR_GELU_FORWARD: (product, gelu, (products,), [products]),
+        MLP_FORWARD: (mlp, gelu, (mlp_result,), [mlp_result]),
     }
     missing = _extension(platform).missing(device.local_hardware_id) if cuda else []
     set_aside = dict.fromkeys(missing, "the GPU is too old, or no code is built for it")

@@ -53,7 +53,7 @@ def linear(
 
     Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
     """
-    _check(x, kernel, bias)
+    check_operands(x, kernel, bias)
     operator = Linear(gelu, "jnp" if implementation == "jnp" else None)
     serving = _ffi.serving(operator.name)
     taken = tuple(platform for platform in serving if _takes(platform, kernel))
@@ -102,21 +102,27 @@ def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
     return [((*x.shape[:-1], kernel.shape[-1]), x.dtype)]
 
 
-def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> None:
-    if x.ndim != 4 or x.shape[-1] < 1:
+def check_operands(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    kernel: jax.Array,
+    bias: jax.Array,
+    names: tuple[str, str] = ("kernel", "bias"),
+) -> None:
+    """Raises a `ValueError` about the operand that does not fit; `names` are the last two's."""
+    if len(x.shape) != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
     shape = kernel.shape
     if len(shape) != 2 or shape[0] != x.shape[-1] or shape[1] < 1 or kernel.dtype != x.dtype:
         raise ValueError(
-            f"kernel: expected shape ({x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
+            f"{names[0]}: expected shape ({x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
             f"got {kernel.shape} and {kernel.dtype}"
         )
     real = at_least_float32(x.dtype)
     if bias.shape != kernel.shape[1:] or bias.dtype not in (x.dtype, real):
         also = f" or {real}" if real != x.dtype else ""
         raise ValueError(
-            f"bias: expected shape {kernel.shape[1:]} and dtype {x.dtype}{also}, "
+            f"{names[1]}: expected shape {kernel.shape[1:]} and dtype {x.dtype}{also}, "
             f"got {bias.shape} and {bias.dtype}"
         )

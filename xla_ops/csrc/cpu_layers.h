@@ -17,6 +17,7 @@ namespace linear::cpu {
 XLA_FFI_Handler* forward_handler();
 XLA_FFI_Handler* gelu_forward_handler();
 XLA_FFI_Handler* convolution_handler();
+XLA_FFI_Handler* mlp_handler();
 }  // namespace linear::cpu
 
 namespace layer_norm::cpu {

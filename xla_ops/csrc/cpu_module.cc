@@ -137,6 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
       targets["internimage_linear_forward"] = capsule(linear::cpu::forward_handler());
       targets["internimage_linear_gelu_forward"] = capsule(linear::cpu::gelu_forward_handler());
       targets["internimage_convolution_forward"] = capsule(linear::cpu::convolution_handler());
+      targets["internimage_mlp_forward"] = capsule(linear::cpu::mlp_handler());
     }
     return targets;
   });

@@ -230,7 +230,7 @@ ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand kernel, Opera
                            int64_t version) {
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe(x, kernel, bias, y, version, Form::kGelu, &call, &sets);
+  ffi::Error error = describe(x, kernel, bias, *y, version, Form::kGelu, &call, &sets);
   if (error.failure()) return error;
   bool serving = false;
   if (cudaError_t error = serves(&serving)) return check("internimage_linear_gelu", error);

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace linear::cpu {
 namespace {
@@ -23,13 +25,20 @@ int64_t most_rows([[maybe_unused]] const Call& call) {
   return 16 * 14;
 }
 constexpr int64_t kMostUnits = 8;  // 256 columns
+// Of `mlp` a tile has up to so many rows, in strips that stay together: many, because each takes the whole
+// kernels, and few enough for what is between the products to stay in the second cache.
+constexpr int64_t kMlpRows = 416, kMlpUnit = 32;
 
 int64_t rounded_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Memory for a tile's parts, aligned to cache lines. A thread keeps it for its next tile, up to kMost: asked
-// for a megabyte each time, malloc may go to the system each time, which takes as long as the tile does.
+enum class Use { kProduct, kHidden };
+
+// Memory for a tile's parts, aligned to cache lines. A thread keeps that of each use for its next tile, up to
+// kMost: asked for a megabyte each time, malloc may go to the system each time, which takes as long as the
+// tile does.
+template <Use>
 class Scratch {
  public:
   explicit Scratch(int64_t floats) : size(std::exchange(kept_size, 0)), memory(std::move(kept)) {
@@ -72,6 +81,7 @@ struct Tile {
 #if CPU_AMX
 #include "linear_cpu_amx.h"
 #include "linear_cpu_amx_float32.h"
+#include "linear_cpu_amx_mlp.h"
 #endif
 
 }  // namespace
@@ -101,6 +111,32 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   if (amx::takes_float32(call)) return amx::forward_float32(call, tile);
 #endif
   CPU_CALL(forward, call, tile);
+}
+
+int64_t mlp_tiles(const Call& first, int64_t threads) {
+  const int64_t strips = rounded_up(first.rows, kMlpUnit);
+  const int64_t tiles = rounded_up(rounded_up(first.rows, kMlpRows), threads) * threads;
+  return std::min(tiles, strips);
+}
+
+void mlp(Call first, Call second, int64_t tiles, int64_t i) {
+  const int64_t strips = rounded_up(first.rows, kMlpUnit);
+  const int64_t row = i * strips / tiles * kMlpUnit;
+  const int64_t rows = std::min((i + 1) * strips / tiles * kMlpUnit, first.rows) - row;
+#if CPU_AMX
+  if (amx::takes_mlp(first, second)) return amx::Mlp(first, second, row, rows).compute();
+#endif
+  const int64_t bytes = first.type == Type::kFloat32 ? 4 : 2;
+  const Scratch<Use::kHidden> hidden(rounded_up(rows * first.outputs * bytes, 4));
+  first.x = static_cast<const char*>(first.x) + row * first.inputs * bytes, first.y = hidden.data;
+  second.x = hidden.data, second.y = static_cast<char*>(second.y) + row * second.outputs * bytes;
+  for (Call* call : {&first, &second}) {
+    call->rows = rows;
+    const Tiles parts = tiles_of(*call, 1, 1);
+    for (int64_t j = 0; j < parts.down * parts.across; ++j) {
+      forward(*call, parts, j / parts.across, j % parts.across);
+    }
+  }
 }
 
 }  // namespace linear::cpu

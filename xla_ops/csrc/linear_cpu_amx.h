@@ -123,6 +123,7 @@ struct Aside {
 struct NoRows {
   static constexpr int64_t unit = 0, units = 0;
   void next() {}
+  void all() {}
 };
 
 // A panel in pairs of rows interleaved, zero where the kernel has no more rows or columns; a unit is a pair.
@@ -203,7 +204,8 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
   const int64_t steps = rounded_up(s.inputs, kStep), padded = steps * kStep;
   const bool copied = s.map.channels || padded != s.inputs;
   // Two panels, one to come, the sums of two strips, and maybe rows.
-  const Scratch scratch(padded * kPanel + 2 * kStrip * kPanel + (copied ? tile.rows * padded / 2 : 0));
+  const Scratch<Use::kProduct> scratch(padded * kPanel + 2 * kStrip * kPanel +
+                                       (copied ? tile.rows * padded / 2 : 0));
   BFloat16* const panels = reinterpret_cast<BFloat16*>(scratch.data);
   float* const sums = scratch.data + padded * kPanel;
   const BFloat16* rows = x + tile.row * s.inputs;

@@ -94,7 +94,6 @@ struct Panel {
 };
 
 using FloatResults = Results<float, float>;
-using AllAside = Aside<FloatResults, Rows, Panel>;
 
 // Adds products of the loaded pieces: tiles 4 and 5 are of x, 6 and 7 of the kernel.
 template <bool two>
@@ -109,11 +108,11 @@ AMX_TARGET inline __attribute__((always_inline)) void multiply() {
 
 // Sums of a strip's rows, up to 16 or, with `two`, more, over `steps`; with `further` they are added to those
 // there. Beside them what is in `given` goes on.
-template <bool two, bool with_gelu>
+template <bool two, bool with_gelu, class Aside>
 AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_t steps, bool further,
-                                float* sums, AllAside* given) {
+                                float* sums, Aside* given) {
   constexpr int64_t kRow = 2 * kStep, kSumsRow = 4 * kPanel, kLower = 16 * kPanel;  // bytes, bytes, numbers
-  AllAside aside = *given;
+  Aside aside = *given;
   written(sums);  // and all else, x's and the panel's pieces too
   if (further) {
     _tile_loadd(0, sums, kSumsRow);
@@ -138,7 +137,7 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
   _tile_loadd(7, panel + (i) * kPiece + kPiece / 2, kRow)
 #define MULTIPLY   \
   multiply<two>(); \
-  aside.some<with_gelu>()
+  aside.template some<with_gelu>()
   for (int64_t i = 0; i < steps; ++i, x += kStepSize, panel += kStepSize) {
     LOAD_X(0);
     LOAD_PANEL(2);
@@ -164,6 +163,50 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
     _tile_stored(3, sums + kLower + 16, kSumsRow);
   }
   *given = aside;
+}
+
+// The strips that a tile's rows are.
+struct Strips {
+  int64_t rows, count = rounded_up(rows, kStrip);
+
+  int64_t first(int64_t i) const { return std::min(i * kStrip, rows); }  // row
+  int64_t size(int64_t i) const { return first(i + 1) - first(i); }
+};
+
+// Pieces of all strips, each `size` numbers after the one before, and of a panel.
+struct Factors {
+  const BFloat16* x;
+  int64_t size;
+  const BFloat16* panel;
+  int64_t depth;
+  bool further;  // the products are added to the sums there
+};
+
+// Multiplies strips by a panel; the sums of strip i go to sums_of(i). Beside that goes on what is in `aside`,
+// to which prepare(i) may add. Then complete() takes its results, and follow(i) says which are next.
+template <bool with_gelu, class Aside, class SumsOf, class Prepare, class Complete, class Follow>
+AMX_TARGET void multiply_strips(const Strips& strips, const Factors& s, SumsOf sums_of, Aside* aside,
+                                Prepare prepare, Complete complete, Follow follow) {
+  const int64_t steps = rounded_up(s.depth, kStep), slots = 6 * steps;
+  int64_t configured = 0;
+  for (int64_t i = 0; i < strips.count; ++i) {
+    const int64_t size = strips.size(i);
+    if (size != configured) {
+      configure(std::min<int64_t>(size, 16), std::max<int64_t>(size - 16, 0));
+      configured = size;
+    }
+    prepare(i);
+    aside->each_results = rounded_up(aside->results.units, slots);
+    aside->each_rows = rounded_up(aside->rows.units, slots);
+    aside->each_panel = rounded_up(aside->panel.units - aside->panel.unit, (strips.count - i) * slots);
+    const auto compute =
+        size > 16 ? strip_of_pieces<true, with_gelu, Aside> : strip_of_pieces<false, with_gelu, Aside>;
+    compute(s.x + i * s.size, s.panel, steps, s.further, sums_of(i), aside);
+    aside->rows.all();
+    complete();
+    follow(i);
+  }
+  aside->panel.all();
 }
 
 // Whether a row's sums over a panel are finite.
@@ -214,23 +257,22 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   const float* const bias = static_cast<const float*>(s.bias) + tile.column;
   float* const y = static_cast<float*>(s.y) + tile.row * s.outputs + tile.column;
   const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
-  const int64_t strips = rounded_up(tile.rows, kStrip);
+  const Strips strips{tile.rows};
   // Numbers of a strip's pieces or a panel's, and of a strip's sums. There are two panels, the one in use and
   // the next; and sums of two strips, in use and before, or of all strips and panels where further depths are
   // added.
   const int64_t size = rounded_up(std::min(s.inputs, kDepth), kStep) * kStepSize;
-  const int64_t strip_sums = kStrip * kPanel, sums_kept = depths > 1 ? panels * strips : 2;
-  const Scratch scratch((2 + strips) * size / 2 + sums_kept * strip_sums + kDepth);
+  const int64_t strip_sums = kStrip * kPanel, sums_kept = depths > 1 ? panels * strips.count : 2;
+  const Scratch<Use::kProduct> scratch((2 + strips.count) * size / 2 + sums_kept * strip_sums + kDepth);
   BFloat16* const panel_pieces = reinterpret_cast<BFloat16*>(scratch.data);
   BFloat16* const row_pieces = panel_pieces + 2 * size;
-  float* const first_sums = scratch.data + (2 + strips) * size / 2;
-  const auto first_row = [&](int64_t strip) { return std::min(strip * kStrip, tile.rows); };
+  float* const first_sums = scratch.data + (2 + strips.count) * size / 2;
   const auto depth_from = [&](int64_t at) { return std::min(s.inputs - at, kDepth); };
   const auto rows_of = [&](int64_t strip, int64_t at) {
     Rows rows;
     rows.stride = s.inputs, rows.depth = depth_from(at), rows.to = row_pieces + strip * size;
-    rows.units = (first_row(strip + 1) - first_row(strip)) * rounded_up(rows.depth, kStep);
-    rows.first_row = tile.row + first_row(strip), rows.at = at;
+    rows.units = strips.size(strip) * rounded_up(rows.depth, kStep);
+    rows.first_row = tile.row + strips.first(strip), rows.at = at;
     if (s.map.channels) {
       rows.convolution = &s, rows.pixels = first_sums + sums_kept * strip_sums;
     } else {
@@ -248,7 +290,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
     panel.units = rounded_up(panel.depth, kStep) * 32;
     return panel;
   };
-  AllAside aside;
+  Aside<FloatResults, Rows, Panel> aside;
   const auto complete = [&]() AMX_TARGET {
     FloatResults& results = aside.results;
     results.all<with_gelu>();
@@ -257,39 +299,32 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   };
   aside.panel = panel_of(0);
   aside.panel.all();
-  int64_t configured = 0;
   for (int64_t p = 0; p < panels * depths; ++p) {
-    const int64_t at = p / panels * kDepth, steps = rounded_up(depth_from(at), kStep), slots = 6 * steps;
-    const int64_t column = p % panels * kPanel, columns = std::min<int64_t>(tile.columns - column, kPanel);
+    const int64_t at = p / panels * kDepth, column = p % panels * kPanel;
+    const int64_t columns = std::min<int64_t>(tile.columns - column, kPanel);
     aside.panel = p + 1 < panels * depths ? panel_of(p + 1) : Panel();
     if (column == 0) {
       aside.rows = rows_of(0, at);
       aside.rows.all();
     }
-    for (int64_t i = 0; i < strips; ++i) {
-      const int64_t begin = first_row(i), count = first_row(i + 1) - begin;
-      if (count != configured) {
-        configure(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
-        configured = count;
-      }
-      if (column == 0 && i + 1 < strips) aside.rows = rows_of(i + 1, at);
-      aside.each_results = rounded_up(aside.results.units, slots);
-      aside.each_rows = rounded_up(aside.rows.units, slots);
-      aside.each_panel = rounded_up(aside.panel.units - aside.panel.unit, (strips - i) * slots);
-      const int64_t sums_at = depths > 1 ? p % panels * strips + i : (p * strips + i) % 2;
-      float* const sums = first_sums + sums_at * strip_sums;
-      const auto compute = count > 16 ? strip_of_pieces<true, with_gelu> : strip_of_pieces<false, with_gelu>;
-      compute(row_pieces + i * size, panel_pieces + p % 2 * size, steps, at > 0, sums, &aside);
-      aside.rows.all();
-      complete();
-      if (at + kDepth < s.inputs) continue;
-      aside.results = {{tile.row + begin, count, tile.column + column, columns},
-                       sums,
+    const auto sums_of = [&](int64_t i) {
+      const int64_t n = depths > 1 ? p % panels * strips.count + i : (p * strips.count + i) % 2;
+      return first_sums + n * strip_sums;
+    };
+    const auto prepare = [&](int64_t i) AMX_TARGET {
+      if (column == 0 && i + 1 < strips.count) aside.rows = rows_of(i + 1, at);
+    };
+    const auto follow = [&](int64_t i) AMX_TARGET {
+      if (at + kDepth < s.inputs) return;
+      const int64_t begin = strips.first(i);
+      aside.results = {{tile.row + begin, strips.size(i), tile.column + column, columns},
+                       sums_of(i),
                        bias + column,
                        y + begin * s.outputs + column,
                        s.outputs};
-    }
-    aside.panel.all();
+    };
+    const Factors factors = {row_pieces, size, panel_pieces + p % 2 * size, depth_from(at), at > 0};
+    multiply_strips<with_gelu>(strips, factors, sums_of, &aside, prepare, complete, follow);
   }
   complete();
   _tile_release();

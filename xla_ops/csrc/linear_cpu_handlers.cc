@@ -1,4 +1,4 @@
-// The CPU handlers of XLA's foreign function interface for `linear` and `convolution`.
+// The CPU handlers of XLA's foreign function interface for `linear`, `convolution` and `mlp`.
 #include "cpu_handlers.h"
 #include "cpu_layers.h"
 #include "linear_cpu.h"
@@ -16,7 +16,7 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
                          int64_t version) {
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe(x, kernel, bias, y, version, form, &call, &sets);
+  ffi::Error error = describe(x, kernel, bias, *y, version, form, &call, &sets);
   if (error.failure()) return failed(error);
   const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -26,6 +26,20 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   return run(pool, sets * each, [call, tiles, each](int64_t i) {
     const int64_t tile = i % each;
     forward(of_set(call, i / each), tiles, tile / tiles.across, tile % tiles.across);
+  });
+}
+
+ffi::Future mlp_call(ffi::ThreadPool pool, Operand x, Operand kernel1, Operand bias1, Operand kernel2,
+                     Operand bias2, Result y, int64_t version) {
+  Call first = {}, second = {};
+  int64_t sets;
+  ffi::Error error = describe_mlp(x, kernel1, bias1, kernel2, bias2, y, version, &first, &second, &sets);
+  if (error.failure()) return failed(error);
+  const double cost = double(first.rows) * double(first.outputs) * double(first.inputs + second.outputs);
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t tiles = mlp_tiles(first, std::clamp<int64_t>(static_cast<int64_t>(cost / kFew), 1, threads));
+  return run(pool, sets * tiles, [first, second, tiles](int64_t i) {
+    mlp(of_set(first, i / tiles), of_set(second, i / tiles), tiles, i % tiles);
   });
 }
 
@@ -42,6 +56,16 @@ auto bind() {
 XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
 XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
 XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
+XLA_FFI_DEFINE_HANDLER(kMlp, mlp_call,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // kernel1
+                           .Arg<Operand>()  // bias1
+                           .Arg<Operand>()  // kernel2
+                           .Arg<Operand>()  // bias2
+                           .Ret<Operand>()  // y
+                           .Attr<int64_t>("version"));
 
 }  // namespace
 
@@ -53,6 +77,9 @@ XLA_FFI_Handler* gelu_forward_handler() {
 }
 XLA_FFI_Handler* convolution_handler() {
   return kConvolution;
+}
+XLA_FFI_Handler* mlp_handler() {
+  return kMlp;
 }
 
 }  // namespace linear::cpu

@@ -176,7 +176,7 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
   constexpr int64_t kCopyStride = kDepth + 16;
   const int64_t sums_size = tile.rows * kPanel * (depths > 1 ? panels : 1);
-  const Scratch scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
+  const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
   float* const panel = scratch.data;
   float* const all_sums = panel + kDepth * kPanel;
   float* const copied_rows = all_sums + sums_size;

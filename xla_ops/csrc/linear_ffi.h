@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "ffi_types.h"
 #include "linear_call.h"
@@ -29,9 +30,25 @@ inline ffi::Error invalid(const std::string& message) {
 
 enum class Form { kProduct, kGelu, kConvolution };
 
+// An array that is never written as a whole: between two products.
+struct Hidden {
+  std::vector<int64_t> shape;
+  ffi::DataType dtype;
+
+  ffi::Span<const int64_t> dimensions() const { return {shape.data(), shape.size()}; }
+  ffi::DataType element_type() const { return dtype; }
+  size_t element_count() const {
+    size_t count = 1;
+    for (int64_t size : shape) count *= static_cast<size_t>(size);
+    return count;
+  }
+  void* untyped_data() const { return nullptr; }
+};
+
 // The call of the first set of parameters; there are `sets`, one after the other in all buffers.
-inline ffi::Error describe(Operand x, Operand kernel, Operand bias, Result y, int64_t version, Form form,
-                           Call* call, int64_t* sets) {
+template <class X, class Y>
+ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_t version, Form form,
+                    Call* call, int64_t* sets) {
   if (version != kVersion) return invalid("expected attributes of version " + std::to_string(kVersion));
   const bool convolution = form == Form::kConvolution;
   const auto misfit = [convolution] {
@@ -69,18 +86,32 @@ inline ffi::Error describe(Operand x, Operand kernel, Operand bias, Result y, in
       (s.type != s.bias_type && s.bias_type != Type::kFloat32)) {
     return invalid("expected a kernel of the dtype of x, and a bias of that or float32");
   }
-  if (static_cast<int64_t>(y->element_count()) != rows * s.outputs || y->element_type() != x.element_type()) {
+  if (static_cast<int64_t>(y.element_count()) != rows * s.outputs || y.element_type() != x.element_type()) {
     return invalid("the result does not fit");
   }
   s.x = x.untyped_data(), s.kernel = kernel.untyped_data(), s.bias = bias.untyped_data();
-  s.y = y->untyped_data();
+  s.y = y.untyped_data();
   return ffi::Error::Success();
+}
+
+// The calls of two products with GELU between them.
+inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operand kernel2, Operand bias2,
+                               Result y, int64_t version, Call* first, Call* second, int64_t* sets) {
+  const auto xs = x.dimensions(), ks = kernel1.dimensions();
+  Hidden hidden = {{xs.begin(), xs.end()}, x.element_type()};
+  if (hidden.shape.empty() || ks.size() == 0) return invalid("expected x (..., C) and a kernel (C, K)");
+  hidden.shape.back() = ks.back();
+  ffi::Error error = describe(x, kernel1, bias1, hidden, version, Form::kGelu, first, sets);
+  if (error.failure()) return error;
+  return describe(hidden, kernel2, bias2, *y, version, Form::kProduct, second, sets);
 }
 
 // The call of another set of parameters, by its number.
 inline Call of_set(Call s, int64_t set) {
   const auto bytes = [](Type type) { return type == Type::kFloat32 ? 4 : 2; };
-  const auto after = [set](const void* p, int64_t size) { return static_cast<const char*>(p) + set * size; };
+  const auto after = [set](const void* p, int64_t size) {
+    return p ? static_cast<const char*>(p) + set * size : nullptr;
+  };
   s.x = after(s.x, s.numbers() * bytes(s.type));
   s.kernel = after(s.kernel, s.inputs * s.outputs * bytes(s.type));
   s.bias = after(s.bias, s.outputs * bytes(s.bias_type));

@@ -1,0 +1,167 @@
+"""Two products with GELU between them: the kernel on a CPU, and what serves elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_dwconv import TOLERANCE, assert_close
+from tests.test_linear import for_cuda, kernel, kernel_serves
+from tests.transforms import check_transforms
+from xla_ops import _ffi, linear, mlp
+from xla_ops.mlp import LEAST_PIXELS
+
+CALL = "@internimage_mlp_forward"
+# Channels, and those between the products and of the result.
+SHAPES = [
+    ((4, 5, 3, 16), 24, 8),
+    ((1, 21, 23, 64), 270, 64),  # tiles, strips and parts, some not full
+    ((2, 7, 7, 72), 600, 40),
+    ((1, 9, 13, 1030), 90, 33),  # beyond what a tile of pieces has place for
+    ((1, 1, 1, 1), 1, 1),
+    ((0, 7, 7, 80), 128, 80),
+]
+
+
+def operands(
+    shape: tuple[int, ...] = (4, 5, 3, 16),
+    hidden: int = 24,
+    outputs: int = 8,
+    dtype: str = "float32",
+) -> list[jax.Array]:
+    """x, kernels and biases, in the operator's order."""
+    normal = np.random.RandomState(0).standard_normal
+    kernels = [normal(s) / np.sqrt(s[0]) for s in ((shape[-1], hidden), (hidden, outputs))]
+    arrays = normal(shape), kernels[0], normal(hidden), kernels[1], normal(outputs)
+    return [jnp.asarray(a, dtype) for a in arrays]
+
+
+def apart(x, kernel1, bias1, kernel2, bias2, implementation=None) -> jax.Array:
+    hidden = linear(x, kernel1, bias1, gelu=True, implementation=implementation)
+    return linear(hidden, kernel2, bias2, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["jnp", kernel(), None])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_agrees_with_float64(dtype: str, implementation) -> None:
+    if implementation == "kernel" and dtype == "float64":
+        pytest.skip("the kernel does not take float64")
+    for shape in SHAPES:
+        with jax.enable_x64(True):
+            arrays = operands(*shape, dtype)
+            got = jax.jit(functools.partial(mlp, implementation=implementation))(*arrays)
+            x, kernel1, bias1, kernel2, bias2 = (np.asarray(a, np.float64) for a in arrays)
+            z = jnp.asarray(x @ kernel1 + bias1)
+            wanted = np.asarray(jax.nn.gelu(z, approximate=False)) @ kernel2 + bias2
+        assert got.dtype == dtype
+        assert_close(got, wanted, 8 * TOLERANCE[dtype])
+
+
+@kernel_serves
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_same_bits_as_two_products(dtype: str) -> None:
+    for shape in SHAPES:
+        arrays = operands(*shape, dtype)
+        got, wanted = (f(*arrays, implementation="kernel") for f in (mlp, apart))
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted), str(shape))
+
+
+@kernel_serves
+def test_a_bias_in_float32() -> None:
+    x, kernel1, bias1, kernel2, bias2 = operands(dtype="bfloat16")
+    biases = [bias.astype("float32") + 2.0**-20 for bias in (bias1, bias2)]
+    mixed = (x, kernel1, biases[0], kernel2, biases[1])
+    got, wanted = (f(*mixed, implementation="kernel") for f in (mlp, apart))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+
+
+@kernel_serves
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("inputs", [40, 160])
+def test_what_is_not_finite(inputs: int, dtype: str) -> None:
+    """Each such row comes out as arithmetic has it, and others do not notice."""
+    largest = float(jnp.finfo(dtype).max)
+    x, kernel1, bias1 = np.ones((1, 9, 9, inputs)), np.zeros((inputs, 130)), np.zeros(130)
+    kernel1[:40] = 1 / 32  # the last of the inputs do not count
+    kernel2, bias2 = np.zeros((130, 36)), np.arange(36.0)
+    kernel2[:64] = 1 / 16
+    x[0, 0, 3, 7], x[0, 5, 5, 39] = np.nan, np.inf
+    x[0, 8, 8, 0] = -np.inf  # GELU makes zero of it
+    x[0, 7, 7, 5] = largest  # of which float32's first piece is infinite, but not the sum
+    arrays = [jnp.asarray(a, dtype) for a in (x, kernel1, bias1, kernel2, bias2)]
+    got = np.asarray(mlp(*arrays, implementation="kernel"), np.float64)
+    with np.errstate(invalid="ignore"):
+        z = x @ kernel1
+        hidden = np.where(z == -np.inf, 0, np.asarray(jax.nn.gelu(z, approximate=False)))
+        wanted = hidden.astype(dtype).astype("float64") @ kernel2 + bias2
+    rtol = 0.02 if dtype == "bfloat16" else 1e-6
+    np.testing.assert_allclose(got, wanted, rtol, atol=1e-30)  # GELU's tail ends at -12.9
+    assert np.isfinite(got[0, 7:9, 7:9]).all() and not np.isfinite(got[0, 0, 3]).any()
+
+
+@kernel_serves
+def test_other_rows_do_not_matter() -> None:
+    """Nor do threads and tiles: each sum runs in one order."""
+    x, *parameters = operands((3, 20, 20, 96), 300, 96)
+    x = x.at[0, 3, 4, 5].set(jnp.inf).at[1, 6, 7, 8].set(jnp.nan)
+    run = jax.jit(functools.partial(mlp, implementation="kernel"))
+    whole = np.asarray(run(x, *parameters))
+    finite = np.asarray(run(jnp.nan_to_num(x, posinf=0), *parameters))
+    rows = np.isfinite(x).all(-1)
+    np.testing.assert_array_equal(whole[rows], finite[rows])
+    part = np.asarray(run(x[1:2, 5:], *parameters))
+    np.testing.assert_array_equal(part, whole[1:2, 5:])
+
+
+@kernel_serves
+def test_transforms_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["xla_ops.mlp"], "LEAST_PIXELS", 0)
+    check_transforms(mlp, operands(), _ffi.MLP_FORWARD, shared=4)
+
+
+@kernel_serves
+def test_it_is_two_products_where_there_are_few_pixels_and_on_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def text_of(pixels: int) -> str:
+        return jax.jit(mlp).lower(*operands((1, 1, pixels, 64))).as_text()
+
+    many = LEAST_PIXELS * len(os.sched_getaffinity(0))
+    assert CALL in text_of(many) and "linear" not in text_of(many)
+    assert CALL not in text_of(many - 1) and "@internimage_linear_gelu_forward" in text_of(many - 1)
+    there = {_ffi.MLP_FORWARD: ("cpu",)}
+    monkeypatch.setattr(_ffi, "serving", lambda target: there.get(target, ("cpu", "cuda")))
+    arrays = operands((1, 1, many, 64), 64, 64, "bfloat16")
+    text = for_cuda(mlp, *arrays)
+    assert CALL not in text and "@internimage_linear_gelu_forward" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: jnp.zeros((2, 16))}, r"x: expected shape \(N, H, W, C\)"),
+        ({1: jnp.zeros((8, 24))}, r"kernel1: expected shape \(16, K\)"),
+        ({2: jnp.zeros(32)}, r"bias1: expected shape \(24,\)"),
+        ({3: jnp.zeros((16, 8))}, r"kernel2: expected shape \(24, K\)"),
+        ({3: jnp.zeros((24, 8), "bfloat16")}, "kernel2: .* and bfloat16"),
+        ({4: jnp.zeros(9)}, r"bias2: expected shape \(8,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str) -> None:
+    arrays = [changes.get(i, a) for i, a in enumerate(operands())]
+    with pytest.raises(ValueError, match=message):
+        mlp(*arrays)
+
+
+def test_an_implementation_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="expected 'kernel', 'jnp' or None, got 'cuda'"):
+        mlp(*operands(), implementation="cuda")
+    monkeypatch.setattr(_ffi, "serving", lambda target: ())
+    with pytest.raises(ValueError, match="no 'kernel' to serve here"):
+        mlp(*operands(), implementation="kernel")

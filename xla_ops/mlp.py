@@ -1,0 +1,90 @@
+"""Two matrix products with GELU between them as one operator, where that pays."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xla_ops import _ffi
+from xla_ops.custom_call import Shapes, Target, forward
+from xla_ops.linear import check_operands, linear
+
+# Pixels for each thread of a CPU. With fewer, what each thread does once for all of its pixels,
+# which is to bring both kernels into the order they are multiplied in, takes as long as is won.
+LEAST_PIXELS = 96
+
+
+def mlp(
+    x: jax.Array,
+    kernel1: jax.Array,
+    bias1: jax.Array,
+    kernel2: jax.Array,
+    bias2: jax.Array,
+    *,
+    implementation: Literal["kernel", "jnp"] | None = None,
+) -> jax.Array:
+    """Returns GELU(x @ kernel1 + bias1) @ kernel2 + bias2, GELU in its erf form.
+
+    On x86 processors with AVX2, but for float64, it is one kernel: what is between the products
+    stays in the caches. The results are those of two calls of `xla_ops.linear`, which it is under
+    differentiation and everywhere else.
+
+    Args:
+        x: (N, H, W, C), float32, bfloat16, float16 or float64.
+        kernel1: (C, K), K at least 1, of x's dtype.
+        bias1: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
+        kernel2: (K, L), L at least 1, of x's dtype.
+        bias2: (L,), as bias1.
+        implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
+            takes it where it is known to serve and there are pixels enough for all threads, and
+            elsewhere two calls of `linear`. For `jax.export` the targets to name are
+            "internimage_mlp_forward" and those of `linear`.
+
+    Returns:
+        (N, H, W, L) of x's dtype.
+
+    Raises:
+        ValueError: A shape, dtype or setting does not fit; the message names it.
+    """
+    check_operands(x, kernel1, bias1, ("kernel1", "bias1"))
+    hidden = jax.ShapeDtypeStruct((*x.shape[:-1], kernel1.shape[-1]), x.dtype)
+    check_operands(hidden, kernel2, bias2, ("kernel2", "bias2"))
+    taken = _ffi.serving(_ffi.MLP_FORWARD) if x.dtype != jnp.float64 else ()
+    refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
+    if implementation is None and not _many(x.shape[:-1]):
+        taken = ()
+    operator = MLP("jnp" if implementation == "jnp" else None)
+    return forward(operator, implementation, taken, refusal, x, kernel1, bias1, kernel2, bias2)
+
+
+def _many(pixels: tuple[int, ...]) -> bool:
+    if not all(isinstance(size, int) for size in pixels):  # `jax.export` has symbols too
+        return False
+    return int(np.prod(pixels)) >= LEAST_PIXELS * len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class MLP:
+    """`mlp` as `xla_ops.custom_call` takes it."""
+
+    implementation: Literal["jnp"] | None = None  # of the products, where it is not one kernel
+
+    @property
+    def forward(self) -> Target:
+        attributes = (("version", np.int64(_ffi.VERSION)),)
+        axes = (3, 2, 1, 2, 1)
+        return Target(_ffi.MLP_FORWARD, axes, (3,), _result, attributes, shared=(1, 2, 3, 4))
+
+    def definition(self, *operands: jax.Array) -> jax.Array:
+        x, kernel1, bias1, kernel2, bias2 = operands
+        y = linear(x, kernel1, bias1, gelu=True, implementation=self.implementation)
+        return linear(y, kernel2, bias2, implementation=self.implementation)
+
+
+def _result(x: jax.Array, *parameters: jax.Array) -> Shapes:
+    return [((*x.shape[:-1], parameters[2].shape[-1]), x.dtype)]

@@ -4,8 +4,13 @@
 // itself until none is left, and returns a future that the last piece fulfils, wherever that is done.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <utility>
 
@@ -24,6 +29,22 @@ inline ffi::Future failed(ffi::Error error) {
   ffi::Future future(promise);
   promise.SetError(std::move(error));
   return future;
+}
+
+// Asks Linux for pages of 2 MB under large results, as NumPy does for its arrays. XLA's memory is often new
+// from the system for each call of a program, and else is given page by page of 4 KB as it is written.
+template <class... Results>
+void prefer_large_pages([[maybe_unused]] Results&... results) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto advise = [](const void* data, size_t bytes) {
+    constexpr uintptr_t kLarge = uintptr_t{1} << 21;
+    if (bytes < 2 * kLarge) return;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kLarge * kLarge;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kLarge - 1) / kLarge * kLarge;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  };
+  (advise(results->untyped_data(), results->size_bytes()), ...);
+#endif
 }
 
 // Runs work(i) for i in [0, pieces) on this thread and the pool's.

@@ -13,7 +13,8 @@ namespace {
 
 using namespace ::cpu;
 
-ffi::Future start_forward(ffi::ThreadPool& pool, const Call& call) {
+ffi::Future start_forward(ffi::ThreadPool& pool, const Call& call, Result& y) {
+  prefer_large_pages(y);
   const Problem& s = call.problem;
   const int64_t pairs = s.batch * s.positions() * s.group;
   const int64_t pieces = pieces_of(pool, pairs, 4.0 * pairs * s.points * (s.depth + 8));
@@ -24,7 +25,9 @@ ffi::Future start_forward(ffi::ThreadPool& pool, const Call& call) {
   });
 }
 
-ffi::Future start_backward(ffi::ThreadPool& pool, const Call& call) {
+template <class... Results>
+ffi::Future start_backward(ffi::ThreadPool& pool, const Call& call, Results&... results) {
+  prefer_large_pages(results...);
   const Problem& s = call.problem;
   // Each image in as few parts as keep the threads busy; all of it is one piece where all is small.
   const double cost = 12.0 * s.batch * s.positions() * s.group * s.points * (s.depth + 8);
@@ -43,28 +46,28 @@ ffi::Future forward_handler(ffi::ThreadPool pool, Buffer x, Buffer offset, Buffe
                             Geometry geometry, double offset_scale) {
   Call call = {};
   auto error = forward_call(x, offset, mask, y, geometry, offset_scale, &call);
-  return error.failure() ? failed(error) : start_forward(pool, call);
+  return error.failure() ? failed(error) : start_forward(pool, call, y);
 }
 
 ffi::Future backward_handler(ffi::ThreadPool pool, Buffer x, Buffer offset, Buffer mask, Buffer dy, Result dx,
                              Result doffset, Result dmask, Geometry geometry, double offset_scale) {
   Call call = {};
   auto error = backward_call(x, offset, mask, dy, dx, doffset, dmask, geometry, offset_scale, &call);
-  return error.failure() ? failed(error) : start_backward(pool, call);
+  return error.failure() ? failed(error) : start_backward(pool, call, dx, doffset, dmask);
 }
 
 ffi::Future fused_forward_handler(ffi::ThreadPool pool, Buffer x, Buffer record, Result y, Geometry geometry,
                                   double offset_scale, bool centre) {
   Call call = {};
   auto error = fused_forward_call(x, record, y, geometry, offset_scale, centre, &call);
-  return error.failure() ? failed(error) : start_forward(pool, call);
+  return error.failure() ? failed(error) : start_forward(pool, call, y);
 }
 
 ffi::Future fused_backward_handler(ffi::ThreadPool pool, Buffer x, Buffer record, Buffer dy, Result dx,
                                    Result drecord, Geometry geometry, double offset_scale, bool centre) {
   Call call = {};
   auto error = fused_backward_call(x, record, dy, dx, drecord, geometry, offset_scale, centre, &call);
-  return error.failure() ? failed(error) : start_backward(pool, call);
+  return error.failure() ? failed(error) : start_backward(pool, call, dx, drecord);
 }
 
 auto bind() {

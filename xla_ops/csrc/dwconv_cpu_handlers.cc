@@ -21,6 +21,7 @@ ffi::Future forward_handler_call(ffi::ThreadPool pool, Operand x, Operand kernel
   Call call = {};
   ffi::Error error = forward_call(x, kernel, bias, scale, offset, y, epsilon, version, &call);
   if (error.failure()) return failed(error);
+  prefer_large_pages(y);
   const int64_t rows = call.batch * call.height, pieces = pieces_of(pool, rows, cost_of(call));
   return run(pool, pieces,
              [call, rows, pieces](int64_t i) { forward(call, i * rows / pieces, (i + 1) * rows / pieces); });
@@ -32,6 +33,7 @@ ffi::Future backward_handler_call(ffi::ThreadPool pool, Operand x, Operand kerne
   Call call = {};
   ffi::Error error = backward_call(x, kernel, bias, scale, offset, dy, dx, partial, epsilon, version, &call);
   if (error.failure()) return failed(error);
+  prefer_large_pages(dx, partial);
   // The chunks are the caller's, so that sums do not depend on threads; small ones go together.
   const int64_t units = call.batch * call.chunks, pieces = pieces_of(pool, units, 4 * cost_of(call));
   return run(pool, pieces, [call, units, pieces](int64_t i) {

@@ -14,6 +14,7 @@ ffi::Future start(ffi::ThreadPool pool, Operand x, Operand bias, const Operand* 
   Call s = {};
   ffi::Error error = describe(x, bias, dy, result, version, &s);
   if (error.failure()) return failed(error);
+  prefer_large_pages(result);
   const int64_t pieces = pieces_of(pool, s.rows, 5.0 * double(s.rows) * double(s.channels));
   return run(pool, pieces,
              [s, pieces](int64_t i) { compute(s, i * s.rows / pieces, (i + 1) * s.rows / pieces); });

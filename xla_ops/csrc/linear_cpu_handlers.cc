@@ -18,6 +18,7 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   int64_t sets;
   ffi::Error error = describe(x, kernel, bias, *y, version, form, &call, &sets);
   if (error.failure()) return failed(error);
+  prefer_large_pages(y);
   const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const double wanted = std::min(cost / kFew, 4. * double(threads)) / double(std::max<int64_t>(sets, 1));
@@ -35,6 +36,7 @@ ffi::Future mlp_call(ffi::ThreadPool pool, Operand x, Operand kernel1, Operand b
   int64_t sets;
   ffi::Error error = describe_mlp(x, kernel1, bias1, kernel2, bias2, y, version, &first, &second, &sets);
   if (error.failure()) return failed(error);
+  prefer_large_pages(y);
   const double cost = double(first.rows) * double(first.outputs) * double(first.inputs + second.outputs);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t tiles = mlp_tiles(first, std::clamp<int64_t>(static_cast<int64_t>(cost / kFew), 1, threads));

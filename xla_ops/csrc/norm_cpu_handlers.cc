@@ -9,7 +9,9 @@ namespace {
 
 using namespace ::cpu;
 
-ffi::Future start(ffi::ThreadPool& pool, const Call& s) {
+template <class... Results>
+ffi::Future start(ffi::ThreadPool& pool, const Call& s, Results&... results) {
+  prefer_large_pages(results...);
   constexpr double kCost = 6;  // of a number: mostly of its way from memory and back
   const int64_t pieces = pieces_of(pool, s.rows, kCost * double(s.rows) * double(s.channels));
   return run(pool, pieces,
@@ -20,21 +22,21 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand scale, Operand
                          double epsilon, int64_t version) {
   Call s = {};
   ffi::Error error = describe(x, scale, bias, y, epsilon, version, &s);
-  return error.failure() ? failed(error) : start(pool, s);
+  return error.failure() ? failed(error) : start(pool, s, y);
 }
 
 ffi::Future norm_add_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
                           Result y, double epsilon, int64_t version) {
   Call s = {};
   ffi::Error error = describe(x, residual, scale, bias, y, epsilon, version, &s);
-  return error.failure() ? failed(error) : start(pool, s);
+  return error.failure() ? failed(error) : start(pool, s, y);
 }
 
 ffi::Future add_norm_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
                           Result total, Result y, double epsilon, int64_t version) {
   Call s = {};
   ffi::Error error = describe(x, residual, scale, bias, total, y, epsilon, version, &s);
-  return error.failure() ? failed(error) : start(pool, s);
+  return error.failure() ? failed(error) : start(pool, s, total, y);
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, forward_call,

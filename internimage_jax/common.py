@@ -126,6 +126,8 @@ def apply_mlp(
     implementation: Literal["jnp"] | None = None,
 ) -> jax.Array:
     """Applies two linear layers with GELU between them to `x` (N, H, W, C) by `xla_ops.mlp`."""
+    if layer1.dtype != layer2.dtype:
+        return apply(layer2, apply(layer1, x, implementation, gelu=True), implementation)
     x = x.astype(layer1.dtype)
     parameters = [
         parameter

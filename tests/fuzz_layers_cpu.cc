@@ -39,7 +39,7 @@ bool linear_call(const linear::Call& s) {
 }
 
 bool mlp_call(const linear::Call& first, const linear::Call& second) {
-  const int64_t tiles = linear::cpu::mlp_tiles(first, integer(1, 5));
+  const int64_t tiles = linear::cpu::mlp_tiles(first, second, integer(1, 5));
   for (int64_t i = tiles; i-- > 0;) linear::cpu::mlp(first, second, tiles, i);
   return true;
 }

@@ -23,7 +23,8 @@ SHAPES = [
     ((4, 5, 3, 16), 24, 8),
     ((1, 21, 23, 64), 270, 64),  # tiles, strips and parts, some not full
     ((2, 7, 7, 72), 600, 40),
-    ((1, 9, 13, 1030), 90, 33),  # beyond what a tile of pieces has place for
+    ((1, 20, 21, 520), 64, 33),  # more rows than a tile's, more inputs than `linear` takes at once
+    ((1, 9, 13, 1030), 90, 33),
     ((1, 1, 1, 1), 1, 1),
     ((0, 7, 7, 80), 128, 80),
 ]
@@ -106,6 +107,17 @@ def test_what_is_not_finite(inputs: int, dtype: str) -> None:
 
 
 @kernel_serves
+def test_a_sum_that_is_finite_though_its_pieces_sums_are_not() -> None:
+    """Twice the first piece is minus infinity, and GELU would make zero of that."""
+    x, large = np.zeros((1, 7, 7, 160)), 2.0**127 - 2.0**116
+    x[0, 1, 1, :2], x[0, 1, 1, 32:129:32], x[0, 1, 1, 129:] = -large, large / 2, 1
+    arrays = x, np.ones((160, 64)), np.zeros(64), np.eye(64)[:, :40], np.zeros(40)
+    got = mlp(*(jnp.asarray(a, "float32") for a in arrays), implementation="kernel")
+    np.testing.assert_array_equal(got[0, 1, 1], np.full(40, 31))
+    assert not got[0, 1, 0].any()
+
+
+@kernel_serves
 def test_other_rows_do_not_matter() -> None:
     """Nor do threads and tiles: each sum runs in one order."""
     x, *parameters = operands((3, 20, 20, 96), 300, 96)
@@ -121,7 +133,7 @@ def test_other_rows_do_not_matter() -> None:
 
 @kernel_serves
 def test_transforms_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["xla_ops.mlp"], "LEAST_PIXELS", 0)
+    monkeypatch.setattr(sys.modules["xla_ops.mlp"], "_many", lambda pixels: True)
     check_transforms(mlp, operands(), _ffi.MLP_FORWARD, shared=4)
 
 
@@ -132,7 +144,8 @@ def test_it_is_two_products_where_there_are_few_pixels_and_on_cuda(
     def text_of(pixels: int) -> str:
         return jax.jit(mlp).lower(*operands((1, 1, pixels, 64))).as_text()
 
-    many = LEAST_PIXELS * len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    many = 3 * LEAST_PIXELS
     assert CALL in text_of(many) and "linear" not in text_of(many)
     assert CALL not in text_of(many - 1) and "@internimage_linear_gelu_forward" in text_of(many - 1)
     there = {_ffi.MLP_FORWARD: ("cpu",)}

@@ -14,9 +14,12 @@ from xla_ops import _ffi
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.linear import check_operands, linear
 
-# Pixels for each thread of a CPU. With fewer, what each thread does once for all of its pixels,
-# which is to bring both kernels into the order they are multiplied in, takes as long as is won.
-LEAST_PIXELS = 96
+# Pixels for each thread of a CPU. With fewer, what each does once for all of its pixels, which is to
+# bring both kernels into the form they are multiplied in, takes as long as is won. Two threads gain
+# from 24 on; what more of them would is not measured, but each pays for both kernels.
+LEAST_PIXELS, LEAST_PIXELS_OF_TWO = 96, 24
+# Input channels. With more, what is between the products no longer stays in the caches.
+MOST_CHANNELS = 1280
 
 
 def mlp(
@@ -31,8 +34,9 @@ def mlp(
     """Returns GELU(x @ kernel1 + bias1) @ kernel2 + bias2, GELU in its erf form.
 
     On x86 processors with AVX2, but for float64, it is one kernel: what is between the products
-    stays in the caches. The results are those of two calls of `xla_ops.linear`, which it is under
-    differentiation and everywhere else.
+    stays in the caches. The results are those of two calls of `xla_ops.linear`, to the bit but in
+    rows that are not finite (or within 2^-9 of the largest float32); and it is these two calls
+    under differentiation and everywhere else.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -41,8 +45,9 @@ def mlp(
         kernel2: (K, L), L at least 1, of x's dtype.
         bias2: (L,), as bias1.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
-            takes it where it is known to serve and there are pixels enough for all threads, and
-            elsewhere two calls of `linear`. For `jax.export` the targets to name are
+            takes it where it is known to serve, for up to 1280 channels and from 96 pixels on
+            for each CPU of this process, or 24 where there are two (under `vmap`, of one
+            example), and elsewhere two calls of `linear`. For `jax.export` the targets to name are
             "internimage_mlp_forward" and those of `linear`.
 
     Returns:
@@ -56,7 +61,7 @@ def mlp(
     check_operands(hidden, kernel2, bias2, ("kernel2", "bias2"))
     taken = _ffi.serving(_ffi.MLP_FORWARD) if x.dtype != jnp.float64 else ()
     refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
-    if implementation is None and not _many(x.shape[:-1]):
+    if implementation is None and not (_many(x.shape[:-1]) and x.shape[-1] <= MOST_CHANNELS):
         taken = ()
     operator = MLP("jnp" if implementation == "jnp" else None)
     return forward(operator, implementation, taken, refusal, x, kernel1, bias1, kernel2, bias2)
@@ -65,7 +70,9 @@ def mlp(
 def _many(pixels: tuple[int, ...]) -> bool:
     if not all(isinstance(size, int) for size in pixels):  # `jax.export` has symbols too
         return False
-    return int(np.prod(pixels)) >= LEAST_PIXELS * len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0))
+    least = LEAST_PIXELS_OF_TWO if threads <= 2 else LEAST_PIXELS
+    return int(np.prod(pixels)) >= least * threads
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -37,10 +38,12 @@ template <class... Results>
 void prefer_large_pages([[maybe_unused]] Results&... results) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto advise = [](const void* data, size_t bytes) {
-    constexpr uintptr_t kLarge = uintptr_t{1} << 21;
-    if (bytes < 2 * kLarge) return;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kLarge * kLarge;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kLarge - 1) / kLarge * kLarge;
+    if (bytes < size_t{4} << 20) return;
+    // All pages of the result, the first and last of which others may share: where one result ends and the
+    // next begins there is no gap then.
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   };
   (advise(results->untyped_data(), results->size_bytes()), ...);

@@ -25,8 +25,8 @@ int64_t most_rows([[maybe_unused]] const Call& call) {
   return 16 * 14;
 }
 constexpr int64_t kMostUnits = 8;  // 256 columns
-// Of `mlp` a tile has up to so many rows, in strips that stay together: many, because each takes the whole
-// kernels, and few enough for what is between the products to stay in the second cache.
+// Of `mlp` a tile has up to so many rows, in strips that stay together: many, since each takes both kernels
+// whole, and few enough for what is between the products to stay in the caches.
 constexpr int64_t kMlpRows = 416, kMlpUnit = 32;
 
 int64_t rounded_up(int64_t a, int64_t b) {
@@ -36,8 +36,8 @@ int64_t rounded_up(int64_t a, int64_t b) {
 enum class Use { kProduct, kHidden };
 
 // Memory for a tile's parts, aligned to cache lines. A thread keeps that of each use for its next tile, up to
-// kMost: asked for a megabyte each time, malloc may go to the system each time, which takes as long as the
-// tile does.
+// kMost each: asked for a megabyte each time, malloc may go to the system each time, which takes as long as
+// the tile does.
 template <Use>
 class Scratch {
  public:
@@ -60,7 +60,11 @@ class Scratch {
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  static constexpr int64_t kMost = int64_t{1} << 21;  // 8 MB
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t kMost = 0;  // so that each is as large as its tile asks
+#else
+  static constexpr int64_t kMost = int64_t{10} << 18;  // 10 MB
+#endif
   struct Delete {
     void operator()(float* p) const { ::operator delete[](p, kAlignment); }
   };
@@ -113,16 +117,19 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   CPU_CALL(forward, call, tile);
 }
 
-int64_t mlp_tiles(const Call& first, int64_t threads) {
-  const int64_t strips = rounded_up(first.rows, kMlpUnit);
-  const int64_t tiles = rounded_up(rounded_up(first.rows, kMlpRows), threads) * threads;
-  return std::min(tiles, strips);
+int64_t mlp_tiles(const Call& first, const Call& second, int64_t threads) {
+  int64_t most = kMlpRows;
+#if CPU_AMX
+  if (amx::takes_mlp(first, second)) most = amx::most_mlp_rows(first, second.outputs);
+#endif
+  const int64_t tiles = rounded_up(rounded_up(first.rows, most), threads) * threads;
+  return std::min(tiles, rounded_up(first.rows, kMlpUnit));
 }
 
-void mlp(Call first, Call second, int64_t tiles, int64_t i) {
+void mlp(Call first, Call second, int64_t tiles, int64_t tile) {
   const int64_t strips = rounded_up(first.rows, kMlpUnit);
-  const int64_t row = i * strips / tiles * kMlpUnit;
-  const int64_t rows = std::min((i + 1) * strips / tiles * kMlpUnit, first.rows) - row;
+  const int64_t row = tile * strips / tiles * kMlpUnit;
+  const int64_t rows = std::min((tile + 1) * strips / tiles * kMlpUnit, first.rows) - row;
 #if CPU_AMX
   if (amx::takes_mlp(first, second)) return amx::Mlp(first, second, row, rows).compute();
 #endif

@@ -20,10 +20,12 @@ Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads);
 // Computes a tile.
 void forward(const Call& call, const Tiles& tiles, int64_t row, int64_t column);
 
-// Of two calls, of which the second takes the rows that the first, with GELU, gives: computes both, tile `i`
-// of `tiles` of rows after one another. The first call's y is not used; results are those of `forward`, but
-// for rows that are not finite.
-int64_t mlp_tiles(const Call& first, int64_t threads);
-void mlp(Call first, Call second, int64_t tiles, int64_t i);
+// Of two calls, of which the second takes the rows that the first, with GELU, gives: into how many tiles of
+// rows to cut them, a multiple of `threads` if there are rows enough.
+int64_t mlp_tiles(const Call& first, const Call& second, int64_t threads);
+
+// Computes both calls of a tile; where the first call's y is does not matter. The results are those of
+// `forward`, but for rounding in rows that are not finite.
+void mlp(Call first, Call second, int64_t tiles, int64_t tile);
 
 }  // namespace linear::cpu

@@ -169,8 +169,8 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
 struct Strips {
   int64_t rows, count = rounded_up(rows, kStrip);
 
-  int64_t first(int64_t i) const { return std::min(i * kStrip, rows); }  // row
-  int64_t size(int64_t i) const { return first(i + 1) - first(i); }
+  int64_t first_row(int64_t i) const { return std::min(i * kStrip, rows); }
+  int64_t size(int64_t i) const { return first_row(i + 1) - first_row(i); }
 };
 
 // Pieces of all strips, each `size` numbers after the one before, and of a panel.
@@ -272,7 +272,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
     Rows rows;
     rows.stride = s.inputs, rows.depth = depth_from(at), rows.to = row_pieces + strip * size;
     rows.units = strips.size(strip) * rounded_up(rows.depth, kStep);
-    rows.first_row = tile.row + strips.first(strip), rows.at = at;
+    rows.first_row = tile.row + strips.first_row(strip), rows.at = at;
     if (s.map.channels) {
       rows.convolution = &s, rows.pixels = first_sums + sums_kept * strip_sums;
     } else {
@@ -316,7 +316,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
     };
     const auto follow = [&](int64_t i) AMX_TARGET {
       if (at + kDepth < s.inputs) return;
-      const int64_t begin = strips.first(i);
+      const int64_t begin = strips.first_row(i);
       aside.results = {{tile.row + begin, strips.size(i), tile.column + column, columns},
                        sums_of(i),
                        bias + column,

@@ -1,14 +1,16 @@
 // Two products in float32 by AMX with GELU between them, a tile of rows at a time, which goes from the one to
 // the other as pieces and is written nowhere else. Included by linear_cpu.cc, after linear_cpu_amx_float32.h.
 //
-// The sums run in the same order as those of two calls of `linear`, so the results are theirs to the bit.
-// Only rows with sums that are not finite are all computed by AVX-512, not a panel's columns of them.
+// The sums run in the same order as those of two calls of `linear`, so the results are theirs to the bit. But
+// where `linear` does a panel's columns of a row again by AVX-512, since sums are not finite, here the whole
+// row is done again.
 
 namespace amx {
 
-constexpr int64_t kHidden = 256;  // numbers of a row between the products that are there at once, at most
+constexpr int64_t kPart = 256;  // of a row's numbers between the products, at most so many are there at once
 
-// Pieces of GELU of a strip's sums; a unit is a row of a panel, which is a step of what comes next.
+// Pieces of GELU of a strip's sums; a unit is a row of a panel, which is a step of what comes next. What
+// `Aside` asks about GELU does not matter.
 struct Hidden {
   __mmask16 masks[2] = {};
   const float* sums = nullptr;
@@ -25,7 +27,7 @@ struct Hidden {
     const __m512 sum = _mm512_load_ps(sums + row * kPanel + half * 16);
     const __m512 z = _mm512_add_ps(sum, load_first(bias + half * 16, masks[half]));
     const auto y = avx512::gelu_for<float, 16>(avx512::bits<avx512::Vec<float, 16>>(z));
-    // GELU makes a zero of minus infinity, which the sum may not have been: it has to be seen below.
+    // GELU would make zero of minus infinity, and that the sum may not be: some of its pieces were too large.
     const __m512 spoilt = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
     return pieces(_mm512_mask_mov_ps(avx512::bits<__m512>(y), not_finite(sum), spoilt));
   }
@@ -35,9 +37,16 @@ struct Hidden {
   }
 };
 
-// Whether both products are by AMX, and a tile's pieces and sums stay in the second cache.
 bool takes_mlp(const Call& first, const Call& second) {
-  return takes_float32(first) && takes_float32(second) && first.inputs <= 1024 && second.outputs <= 1024;
+  return takes_float32(first) && takes_float32(second);
+}
+
+// Rows of a tile whose pieces and sums the second cache holds; but not so few that the kernels' pieces, which
+// are made for each tile, take longer.
+int64_t most_mlp_rows(const Call& first, int64_t outputs) {
+  constexpr int64_t kBytes = 1750000;
+  const int64_t each = 2 * kPieces * (first.inputs + std::min(first.outputs, kPart)) + 4 * outputs;
+  return std::clamp<int64_t>(kBytes / each, 208, kMlpRows);
 }
 
 // Computes rows by AVX-512.
@@ -61,7 +70,7 @@ class Mlp {
         x(static_cast<const float*>(first.x) + row * first.inputs),
         y(static_cast<float*>(second.y) + row * second.outputs),
         between(first.outputs),
-        part(rounded_up(rounded_up(between, rounded_up(between, kHidden)), kPanel) * kPanel),
+        part(rounded_up(rounded_up(between, rounded_up(between, kPart)), kPanel) * kPanel),
         x_size(rounded_up(first.inputs, kStep) * kStepSize),
         hidden_size(part / kStep * kStepSize),
         panel_size(std::max(x_size, hidden_size)),
@@ -94,7 +103,8 @@ class Mlp {
   // Pieces of x, once for all parts.
   Rows rows_of(int64_t strip) const {
     Rows rows;
-    rows.x = x + strips.first(strip) * first.inputs, rows.stride = first.inputs, rows.depth = first.inputs;
+    rows.x = x + strips.first_row(strip) * first.inputs, rows.stride = first.inputs,
+    rows.depth = first.inputs;
     rows.to = x_pieces + strip * x_size, rows.units = strips.size(strip) * (x_size / kStepSize);
     return rows;
   }
@@ -157,10 +167,10 @@ class Mlp {
       const auto follow = [&](int64_t i) AMX_TARGET {
         if (!last) return;
         const int64_t columns = std::min<int64_t>(second.outputs - column, kPanel);
-        out.results = {{strips.first(i), strips.size(i), column, columns},
+        out.results = {{strips.first_row(i), strips.size(i), column, columns},
                        sums_of(i),
                        static_cast<const float*>(second.bias) + column,
-                       y + strips.first(i) * second.outputs + column,
+                       y + strips.first_row(i) * second.outputs + column,
                        second.outputs};
       };
       const auto prepare = [](int64_t) {};

@@ -38,8 +38,9 @@ ffi::Future mlp_call(ffi::ThreadPool pool, Operand x, Operand kernel1, Operand b
   if (error.failure()) return failed(error);
   prefer_large_pages(y);
   const double cost = double(first.rows) * double(first.outputs) * double(first.inputs + second.outputs);
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t tiles = mlp_tiles(first, std::clamp<int64_t>(static_cast<int64_t>(cost / kFew), 1, threads));
+  const double wanted = double(std::max<int64_t>(pool.num_threads(), 1)) / double(std::max<int64_t>(sets, 1));
+  const int64_t threads = std::max<int64_t>(static_cast<int64_t>(std::min(wanted, cost / kFew)), 1);
+  const int64_t tiles = mlp_tiles(first, second, threads);
   return run(pool, sets * tiles, [first, second, tiles](int64_t i) {
     mlp(of_set(first, i / tiles), of_set(second, i / tiles), tiles, i % tiles);
   });

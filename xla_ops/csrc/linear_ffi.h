@@ -1,8 +1,8 @@
-// The handlers' part of `linear` that knows no platform: from a custom call's buffers and attributes to
-// checked calls.
+// The handlers' part of `linear`, `convolution` and `mlp` that knows no platform: from a custom call's
+// buffers and attributes to checked calls.
 //
-// Operands: x (..., C), kernel (..., C, K) and bias (..., K), or of a convolution x (..., H, W, C) and kernel
-// (..., 3, 3, C, K). What precedes the parameters' own axes also
+// Operands: x (..., C), kernel (..., C, K) and bias (..., K), of an MLP two kernels and biases, or of a
+// convolution x (..., H, W, C) and kernel (..., 3, 3, C, K). What precedes the parameters' own axes also
 // precedes x's, and says which rows use which parameters: `vmap` over them adds an axis to all.
 #pragma once
 
@@ -30,8 +30,8 @@ inline ffi::Error invalid(const std::string& message) {
 
 enum class Form { kProduct, kGelu, kConvolution };
 
-// An array that is never written as a whole: between two products.
-struct Hidden {
+// An array that is never written as a whole: what is between two products.
+struct Unwritten {
   std::vector<int64_t> shape;
   ffi::DataType dtype;
 
@@ -98,7 +98,7 @@ ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_
 inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operand kernel2, Operand bias2,
                                Result y, int64_t version, Call* first, Call* second, int64_t* sets) {
   const auto xs = x.dimensions(), ks = kernel1.dimensions();
-  Hidden hidden = {{xs.begin(), xs.end()}, x.element_type()};
+  Unwritten hidden = {{xs.begin(), xs.end()}, x.element_type()};
   if (hidden.shape.empty() || ks.size() == 0) return invalid("expected x (..., C) and a kernel (C, K)");
   hidden.shape.back() = ks.back();
   ffi::Error error = describe(x, kernel1, bias1, hidden, version, Form::kGelu, first, sets);

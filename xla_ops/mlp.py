@@ -14,10 +14,9 @@ from xla_ops import _ffi
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.linear import check_operands, linear
 
-# Pixels for each thread of a CPU. With fewer, what each does once for all of its pixels, which is to
-# bring both kernels into the form they are multiplied in, takes as long as is won. Two threads gain
-# from 24 on; what more of them would is not measured, but each pays for both kernels.
-LEAST_PIXELS, LEAST_PIXELS_OF_TWO = 96, 24
+# Pixels for each thread of a CPU. With fewer, what each does once for all of its pixels, which is
+# to bring both kernels into the form they are multiplied in, takes as long as is won.
+LEAST_PIXELS = 96
 # Input channels. With more, what is between the products no longer stays in the caches.
 MOST_CHANNELS = 1280
 
@@ -46,8 +45,8 @@ def mlp(
         bias2: (L,), as bias1.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
             takes it where it is known to serve, for up to 1280 channels and from 96 pixels on
-            for each CPU of this process, or 24 where there are two (under `vmap`, of one
-            example), and elsewhere two calls of `linear`. For `jax.export` the targets to name are
+            for each CPU of this process (under `vmap`, of one example), and elsewhere two calls
+            of `linear`. For `jax.export` the targets to name are
             "internimage_mlp_forward" and those of `linear`.
 
     Returns:
@@ -70,9 +69,7 @@ def mlp(
 def _many(pixels: tuple[int, ...]) -> bool:
     if not all(isinstance(size, int) for size in pixels):  # `jax.export` has symbols too
         return False
-    threads = len(os.sched_getaffinity(0))
-    least = LEAST_PIXELS_OF_TWO if threads <= 2 else LEAST_PIXELS
-    return int(np.prod(pixels)) >= least * threads
+    return int(np.prod(pixels)) >= LEAST_PIXELS * len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)

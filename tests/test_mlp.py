@@ -172,6 +172,17 @@ def test_what_does_not_fit_is_named(changes: dict[int, jax.Array], message: str)
         mlp(*arrays)
 
 
+@kernel_serves
+def test_kernels_for_different_numbers_of_rows_are_refused() -> None:
+    """Only a call by hand has them: `vmap` gives all parameters an axis."""
+    x, *first = operands((2, 3, 3, 16))
+    second = [jnp.zeros((2, 24, 8)), jnp.zeros((2, 8))]
+    result = jax.ShapeDtypeStruct((2, 3, 3, 8), x.dtype)
+    call = jax.ffi.ffi_call(_ffi.MLP_FORWARD, result)
+    with pytest.raises(Exception, match="the leading axes of both kernels differ"):
+        jax.block_until_ready(call(x, *first[:2], *second, version=np.int64(_ffi.VERSION)))
+
+
 def test_an_implementation_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected 'kernel', 'jnp' or None, got 'cuda'"):
         mlp(*operands(), implementation="cuda")

@@ -103,7 +103,11 @@ inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operan
   hidden.shape.back() = ks.back();
   ffi::Error error = describe(x, kernel1, bias1, hidden, version, Form::kGelu, first, sets);
   if (error.failure()) return error;
-  return describe(hidden, kernel2, bias2, *y, version, Form::kProduct, second, sets);
+  error = describe(hidden, kernel2, bias2, *y, version, Form::kProduct, second, sets);
+  if (!error.failure() && first->rows != second->rows) {
+    return invalid("the leading axes of both kernels differ");
+  }
+  return error;
 }
 
 // The call of another set of parameters, by its number.

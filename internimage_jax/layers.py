@@ -28,6 +28,7 @@ from internimage_jax.common import (
     normalize_add,
     on_host,
     operand,
+    put_in_panels,
     scaled,
     split,
 )
@@ -57,6 +58,11 @@ class StemLayer(nnx.Module):
         x = convolve(self.conv2, x, self.implementation)  # (N, H/4, W/4, C)
         return normalize(self.norm2, x, train, self.implementation)
 
+    def fuse(self) -> None:
+        """Brings kernels into their fastest layout, for good."""
+        for conv in (self.conv1, self.conv2):
+            put_in_panels(conv, self.implementation)
+
 
 class DownsampleLayer(nnx.Module):
     """A convolution that halves the sides and doubles the channels."""
@@ -69,6 +75,10 @@ class DownsampleLayer(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = convolve(self.conv, x, self.implementation)  # (N, H/2, W/2, 2C)
         return normalize(self.norm, x, train, self.implementation)
+
+    def fuse(self) -> None:
+        """Brings the kernel into its fastest layout, for good."""
+        put_in_panels(self.conv, self.implementation)
 
 
 class MLPLayer(nnx.Module):
@@ -93,6 +103,11 @@ class MLPLayer(nnx.Module):
             x = self.activation(apply(self.fc1, x, self.implementation))
         x = dropout(x, self.drop_rate, key1)
         return dropout(apply(self.fc2, x, self.implementation), self.drop_rate, key2)
+
+    def fuse(self) -> None:
+        """Brings kernels into their fastest layout, for good."""
+        for layer in (self.fc1, self.fc2):
+            put_in_panels(layer, self.implementation)
 
 
 class DepthwiseLayer(nnx.Module):
@@ -160,13 +175,17 @@ class DCNv3(nnx.Module):
         return product(self.output_proj, y)
 
     def fuse(self) -> None:
-        """Joins the products that offsets, masks and centre scales are made by, for good."""
-        if hasattr(self, "record"):
-            return
-        self.record = self._record()
-        del self.offset, self.mask
-        if self.center_feature_scale:
-            del self.center_feature_scale_proj
+        """Joins the products that offsets, masks and centre scales are made by, for good.
+
+        And brings all kernels into their fastest layout.
+        """
+        if not hasattr(self, "record"):
+            self.record = self._record()
+            del self.offset, self.mask
+            if self.center_feature_scale:
+                del self.center_feature_scale_proj
+        for layer in (self.record, self.input_proj, self.output_proj):
+            put_in_panels(layer, self.implementation_of_products)
 
     def _record(self) -> nnx.Linear:
         """The products that make offsets, mask logits and centre-scale logits, as one."""
@@ -259,8 +278,12 @@ class InternImageLayer(nnx.Module):
         return normalize(norm, x, implementation=self.implementation)
 
     def fuse(self) -> None:
-        """Joins products, and multiplies the norms of branches by their gammas, for good."""
+        """Joins products, and multiplies the norms of branches by their gammas, for good.
+
+        And brings kernels into their fastest layout.
+        """
         self.dcn.fuse()
+        self.mlp.fuse()
         if not self.post_norm or not self.layer_scale:
             return
         for norm, gamma in ((self.norm1, self.gamma1), (self.norm2, self.gamma2)):

@@ -252,6 +252,16 @@ bool norm_case(Compute compute) {
   return close("a norm", s.type, y, wanted);
 }
 
+// A kernel (inputs, outputs) in panels, as a call has it. What is beyond the columns matters to nobody.
+inline Values in_panels(const Values& kernel, int64_t inputs, int64_t outputs) {
+  constexpr int64_t n = linear::kPanelColumns;
+  Values panels((outputs + n - 1) / n * inputs * n, 1e30);
+  for (int64_t k = 0; k < inputs; ++k) {
+    for (int64_t j = 0; j < outputs; ++j) panels[(j / n * inputs + k) * n + j % n] = kernel[k * outputs + j];
+  }
+  return panels;
+}
+
 // `compute` does the call; of a form that CUDA has, or of any.
 template <class Compute>
 bool linear_case(bool cuda, Compute compute) {
@@ -275,7 +285,9 @@ bool linear_case(bool cuda, Compute compute) {
   const Values x = normal(s.numbers()), bias = normal(s.outputs);
   Values kernel = normal(s.inputs * s.outputs);
   for (double& v : kernel) v = std::round(v * 8) / 64;  // products and their sums are exact in float32
-  const auto bx = stored(s.type, x), bk = stored(s.type, kernel), bb = stored(s.bias_type, bias);
+  s.panels = !cuda && integer(0, 1);
+  const auto bk = stored(s.type, s.panels ? in_panels(kernel, s.inputs, s.outputs) : kernel);
+  const auto bx = stored(s.type, x), bb = stored(s.bias_type, bias);
   std::vector<char> y(s.rows * s.outputs * size_of(s.type));
   s.x = bx.data(), s.kernel = bk.data(), s.bias = bb.data(), s.y = y.data();
   if (!compute(s)) return false;
@@ -316,7 +328,10 @@ bool mlp_case(Compute compute) {
   Values kernel1 = normal(n * between), kernel2 = normal(between * m);
   for (double& v : kernel1) v = std::round(v * 2) / 16;
   for (double& v : kernel2) v = std::round(v * 2) / 16;
-  const auto bx = stored(first.type, x), bk1 = stored(first.type, kernel1), bk2 = stored(first.type, kernel2);
+  first.panels = integer(0, 1), second.panels = integer(0, 1);
+  const auto bk1 = stored(first.type, first.panels ? in_panels(kernel1, n, between) : kernel1);
+  const auto bk2 = stored(first.type, second.panels ? in_panels(kernel2, between, m) : kernel2);
+  const auto bx = stored(first.type, x);
   const auto bb1 = stored(first.bias_type, bias1), bb2 = stored(first.bias_type, bias2);
   std::vector<char> y(rows * m * size_of(first.type));
   first.x = bx.data(), first.kernel = bk1.data(), first.bias = bb1.data();

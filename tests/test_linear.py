@@ -166,6 +166,8 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
             ("test_mlp.py", "agrees_with_float64"),
             ("test_mlp.py", "the_same_bits_as_two_products"),
             ("test_mlp.py", "what_is_not_finite"),
+            ("test_panels.py", "the_same_bits_as_rows"),
+            ("test_panels.py", "what_is_not_finite"),
         )
     ]
     command = [

@@ -411,7 +411,9 @@ def test_the_clip_head_names_the_sides_it_needs():
     assert [m.shape[1:3] for m in maps] == [(12, 16), (6, 8), (3, 4), (2, 2)]
 
 
-def test_a_fused_model_shares_all_parameters_but_those_it_joins():
+@pytest.mark.parametrize("panels", [False, True])
+def test_a_fused_model_shares_all_parameters_but_those_it_changes(panels, monkeypatch):
+    monkeypatch.setattr(xla_ops, "reads_panels", lambda platform: panels and platform == "cpu")
     model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
     once, twice = (
         {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(m))}
@@ -423,7 +425,13 @@ def test_a_fused_model_shares_all_parameters_but_those_it_joins():
         "record.kernel",
         "record.bias",
     }
-    assert all(once[path] is mine[path] for path in once.keys() & mine.keys())
+    shared = {path for path in once.keys() & mine.keys() if once[path] is mine[path]}
+    products = r"(conv1|conv2|downsample\.conv|input_proj|output_proj|fc1|fc2)\.kernel"
+    in_panels = {path for path in once.keys() & mine.keys() if re.search(products, path)}
+    assert (once.keys() & mine.keys()) - shared == (in_panels if panels else set())
+    for path in in_panels:
+        wanted = xla_ops.in_panels(mine[path]) if panels else mine[path]
+        np.testing.assert_array_equal(once[path], wanted)
 
 
 @pytest.mark.parametrize(

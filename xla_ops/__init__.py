@@ -10,6 +10,7 @@ from xla_ops.geometry import Record
 from xla_ops.layer_norm import add_norm, layer_norm, norm_add
 from xla_ops.linear import linear
 from xla_ops.mlp import mlp
+from xla_ops.panels import in_panels, reads_panels
 
 __all__ = [
     "Implementation",
@@ -22,9 +23,11 @@ __all__ = [
     "dcnv3_fused",
     "depthwise_convolution",
     "dwconv_norm_gelu",
+    "in_panels",
     "layer_norm",
     "linear",
     "mlp",
     "norm_add",
+    "reads_panels",
     "status",
 ]

@@ -12,7 +12,9 @@ from jax import lax
 
 from xla_ops import _ffi
 from xla_ops.custom_call import Shapes, Target, forward
-from xla_ops.geometry import DTYPES, at_least_float32
+from xla_ops.geometry import DTYPES
+from xla_ops.linear import check_kernel
+from xla_ops.panels import from_panels
 
 # Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
 # cache, 50 MB of an H100, costs no time of its memory, and a little more costs less than the
@@ -36,8 +38,10 @@ def convolution(
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64, H and W at least 1.
-        kernel: (3, 3, C, K), K at least 1, of x's dtype.
-        bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16; None for none.
+        kernel: (3, 3, C, K), K at least 1, of x's dtype, or that in panels, as for
+            `xla_ops.linear`.
+        bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16; None for none, not with
+            panels.
         implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None takes
             it where it is known to serve. For `jax.export` the target to name is
             "internimage_convolution_forward".
@@ -48,12 +52,14 @@ def convolution(
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
+    if bias is None:
+        if kernel.ndim == 3:
+            raise ValueError(f"bias: expected one beside a kernel in panels, {kernel.shape}")
+        bias = jnp.zeros(kernel.shape[-1:], x.dtype)
     _check(x, kernel, bias)
     taken = _ffi.serving(_ffi.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
     refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
-    if bias is None:
-        bias = jnp.zeros(kernel.shape[-1], x.dtype)
-    operator = Convolution(LARGEST_PATCHES)
+    operator = Convolution(LARGEST_PATCHES, kernel.ndim == 3)
     return forward(operator, implementation, taken, refusal, x, kernel, bias)
 
 
@@ -62,15 +68,19 @@ class Convolution:
     """`convolution` as `xla_ops.custom_call` takes it."""
 
     largest_patches: int
+    panels: bool = False  # the kernel's layout
 
     @property
     def forward(self) -> Target:
         attributes = (("version", np.int64(_ffi.VERSION)),)
         target = _ffi.CONVOLUTION_FORWARD
-        return Target(target, (3, 4, 1), (3,), _result, attributes, shared=(1, 2))
+        axes = (3, 3 if self.panels else 4, 1)
+        return Target(target, axes, (3,), _result, attributes, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias = operands
+        if self.panels:
+            kernel = from_panels(kernel, len(bias)).reshape(3, 3, x.shape[-1], len(bias))
         known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
         if not known or 9 / 4 * x.size * x.dtype.itemsize > self.largest_patches:
             y = by_xla(x, kernel)
@@ -99,25 +109,12 @@ def by_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
     *batch, height, width, _ = x.shape
-    return [((*batch, (height + 1) // 2, (width + 1) // 2, kernel.shape[-1]), x.dtype)]
+    return [((*batch, (height + 1) // 2, (width + 1) // 2, bias.shape[-1]), x.dtype)]
 
 
-def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> None:
+def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> None:
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected shape (N, H, W, C), H, W and C at least 1, got {x.shape}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    shape = kernel.shape
-    fits = len(shape) == 4 and shape[:3] == (3, 3, x.shape[-1]) and shape[3] >= 1
-    if not fits or kernel.dtype != x.dtype:
-        raise ValueError(
-            f"kernel: expected shape (3, 3, {x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
-            f"got {shape} and {kernel.dtype}"
-        )
-    real = at_least_float32(x.dtype)
-    if bias is not None and (bias.shape != shape[3:] or bias.dtype not in (x.dtype, real)):
-        also = f" or {real}" if real != x.dtype else ""
-        raise ValueError(
-            f"bias: expected shape {shape[3:]} and dtype {x.dtype}{also}, "
-            f"got {bias.shape} and {bias.dtype}"
-        )
+    check_kernel(x.dtype, kernel, bias, (3, 3, x.shape[-1]))

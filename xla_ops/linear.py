@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from xla_ops import _ffi
 from xla_ops.bias_gelu import bias_gelu
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
+from xla_ops.panels import from_panels, panels_shape
 
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
 # of it for a GPU than there are here (T on an H200: 4.94 ms, with 512 4.97, with 128 4.92).
@@ -37,7 +39,8 @@ def linear(
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
-        kernel: (C, K), K at least 1, of x's dtype.
+        kernel: (C, K), K at least 1, of x's dtype; or as `xla_ops.in_panels` makes it of that,
+            which CPUs read faster.
         bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
         gelu: Whether GELU follows.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
@@ -54,24 +57,25 @@ def linear(
     Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
     """
     check_operands(x, kernel, bias)
-    operator = Linear(gelu, "jnp" if implementation == "jnp" else None)
+    operator = Linear(gelu, kernel.ndim == 3, "jnp" if implementation == "jnp" else None)
     serving = _ffi.serving(operator.name)
     taken = tuple(platform for platform in serving if _takes(platform, kernel))
-    if implementation is None and kernel.shape[0] > MOST_CHANNELS:
+    if implementation is None and x.shape[-1] > MOST_CHANNELS:
         taken = tuple(platform for platform in taken if platform != "cuda")
     return forward(operator, implementation, taken, _TAKEN if serving else "", x, kernel, bias)
 
 
 _TAKEN = (
     "on a CPU, with AVX2, it takes all but float64; on CUDA, with GELU and from compute capability "
-    "8.0 on, bfloat16 and float16, with C and K in eights"
+    "8.0 on, bfloat16 and float16, with C and K in eights, the kernel not in panels"
 )
 
 
 def _takes(platform: str, kernel: jax.Array) -> bool:
     if platform == "cpu":
         return kernel.dtype != jnp.float64
-    return kernel.dtype.itemsize == 2 and not any(size % 8 for size in kernel.shape)
+    in_rows = kernel.ndim == 2
+    return in_rows and kernel.dtype.itemsize == 2 and not any(size % 8 for size in kernel.shape)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Linear:
     """`linear` as `xla_ops.custom_call` takes it."""
 
     gelu: bool
+    panels: bool = False  # the kernel's layout
     implementation: Literal["jnp"] | None = None  # of what follows XLA's product
 
     @property
@@ -88,18 +93,19 @@ class Linear:
     @property
     def forward(self) -> Target:
         attributes = (("version", np.int64(_ffi.VERSION)),)
-        return Target(self.name, (3, 2, 1), (3,), _result, attributes, shared=(1, 2))
+        axes = (3, 3 if self.panels else 2, 1)
+        return Target(self.name, axes, (3,), _result, attributes, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias = operands
-        y = x @ kernel
+        y = x @ (from_panels(kernel, len(bias)) if self.panels else kernel)
         if self.gelu:
             return bias_gelu(y, bias, implementation=self.implementation)
         return y + bias.astype(y.dtype)[None, None, None]
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
-    return [((*x.shape[:-1], kernel.shape[-1]), x.dtype)]
+    return [((*x.shape[:-1], bias.shape[-1]), x.dtype)]
 
 
 def check_operands(
@@ -113,16 +119,33 @@ def check_operands(
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_kernel(x.dtype, kernel, bias, (x.shape[-1],), names)
+
+
+def check_kernel(
+    dtype: np.dtype,
+    kernel: jax.Array,
+    bias: jax.Array | jax.ShapeDtypeStruct,
+    inputs: tuple[int, ...],
+    names: tuple[str, str] = ("kernel", "bias"),
+) -> None:
+    """Likewise of a kernel, (*inputs, K) or that in panels, and its bias."""
     shape = kernel.shape
-    if len(shape) != 2 or shape[0] != x.shape[-1] or shape[1] < 1 or kernel.dtype != x.dtype:
+    if len(bias.shape) != 1:
+        raise ValueError(f"{names[1]}: expected shape (K,), got {bias.shape}")
+    in_panels = shape == panels_shape(math.prod(inputs), bias.shape[0])
+    in_rows = len(shape) == len(inputs) + 1 and shape[:-1] == inputs and shape[-1] >= 1
+    if not (in_panels or in_rows) or kernel.dtype != dtype:
+        wanted = ", ".join(map(str, (*inputs, "K")))
         raise ValueError(
-            f"{names[0]}: expected shape ({x.shape[-1]}, K), K at least 1, and dtype {x.dtype}, "
-            f"got {kernel.shape} and {kernel.dtype}"
+            f"{names[0]}: expected shape ({wanted}), K at least 1, or that in panels, "
+            f"and dtype {dtype}, got {shape} and {kernel.dtype}"
         )
-    real = at_least_float32(x.dtype)
-    if bias.shape != kernel.shape[1:] or bias.dtype not in (x.dtype, real):
-        also = f" or {real}" if real != x.dtype else ""
+    real = at_least_float32(dtype)
+    columns = bias.shape if in_panels else shape[-1:]
+    if bias.shape != columns or bias.dtype not in (dtype, real):
+        also = f" or {real}" if real != dtype else ""
         raise ValueError(
-            f"{names[1]}: expected shape {kernel.shape[1:]} and dtype {x.dtype}{also}, "
+            f"{names[1]}: expected shape {columns} and dtype {dtype}{also}, "
             f"got {bias.shape} and {bias.dtype}"
         )

@@ -39,9 +39,9 @@ def mlp(
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
-        kernel1: (C, K), K at least 1, of x's dtype.
+        kernel1: (C, K), K at least 1, of x's dtype, or that in panels, as for `xla_ops.linear`.
         bias1: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
-        kernel2: (K, L), L at least 1, of x's dtype.
+        kernel2: (K, L), L at least 1, of x's dtype, or that in panels.
         bias2: (L,), as bias1.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
             takes it where it is known to serve, for up to 1280 channels and from 96 pixels on
@@ -56,13 +56,14 @@ def mlp(
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
     check_operands(x, kernel1, bias1, ("kernel1", "bias1"))
-    hidden = jax.ShapeDtypeStruct((*x.shape[:-1], kernel1.shape[-1]), x.dtype)
+    hidden = jax.ShapeDtypeStruct((*x.shape[:-1], bias1.shape[0]), x.dtype)
     check_operands(hidden, kernel2, bias2, ("kernel2", "bias2"))
     taken = _ffi.serving(_ffi.MLP_FORWARD) if x.dtype != jnp.float64 else ()
     refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
     if implementation is None and not (_many(x.shape[:-1]) and x.shape[-1] <= MOST_CHANNELS):
         taken = ()
-    operator = MLP("jnp" if implementation == "jnp" else None)
+    panels = (kernel1.ndim == 3, kernel2.ndim == 3)
+    operator = MLP(panels, "jnp" if implementation == "jnp" else None)
     return forward(operator, implementation, taken, refusal, x, kernel1, bias1, kernel2, bias2)
 
 
@@ -76,12 +77,13 @@ def _many(pixels: tuple[int, ...]) -> bool:
 class MLP:
     """`mlp` as `xla_ops.custom_call` takes it."""
 
+    panels: tuple[bool, bool] = (False, False)  # the kernels' layouts
     implementation: Literal["jnp"] | None = None  # of the products, where it is not one kernel
 
     @property
     def forward(self) -> Target:
         attributes = (("version", np.int64(_ffi.VERSION)),)
-        axes = (3, 2, 1, 2, 1)
+        axes = (3, 2 + self.panels[0], 1, 2 + self.panels[1], 1)
         return Target(_ffi.MLP_FORWARD, axes, (3,), _result, attributes, shared=(1, 2, 3, 4))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
@@ -91,4 +93,4 @@ class MLP:
 
 
 def _result(x: jax.Array, *parameters: jax.Array) -> Shapes:
-    return [((*x.shape[:-1], parameters[2].shape[-1]), x.dtype)]
+    return [((*x.shape[:-1], parameters[3].shape[-1]), x.dtype)]

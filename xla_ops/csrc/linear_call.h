@@ -18,6 +18,8 @@ struct Map {
   int64_t columns() const { return (width + 1) / 2; }
 };
 
+constexpr int64_t kPanelColumns = 32;
+
 struct Call {
   Map map;  // no channels where this is no convolution, else 9 times as many are the inputs
   int64_t rows, inputs, outputs;
@@ -25,10 +27,21 @@ struct Call {
   bool gelu;
   Type type;  // of x, kernel and y
   Type bias_type;
+  bool panels;         // the kernel's columns come in panels of kPanelColumns, one after the other
   const void* x;       // (rows, inputs), or the map of each image
-  const void* kernel;  // (inputs, outputs)
+  const void* kernel;  // (inputs, outputs), or (outputs / kPanelColumns, inputs, kPanelColumns), rounded up
   const void* bias;    // (outputs)
   void* y;             // (rows, outputs)
+
+  // Numbers between rows of the kernel, before one of its numbers, and in all.
+  int64_t kernel_stride() const { return panels ? kPanelColumns : outputs; }
+  int64_t kernel_at(int64_t row, int64_t column) const {
+    if (!panels) return row * outputs + column;
+    return (column / kPanelColumns * inputs + row) * kPanelColumns + column % kPanelColumns;
+  }
+  int64_t kernel_numbers() const {
+    return panels ? (outputs + kPanelColumns - 1) / kPanelColumns * inputs * kPanelColumns : inputs * outputs;
+  }
 
   int64_t numbers() const {  // of x
     if (!map.channels) return rows * inputs;

@@ -14,7 +14,7 @@ namespace {
 
 using namespace ::cpu;
 
-constexpr int64_t kUnit = 32;  // columns that stay together: whole panels for any instruction set
+constexpr int64_t kUnit = kPanelColumns;  // that stay together: whole panels for any instruction set
 // Rows of a tile: what is copied of the kernel is used so often. Where AMX computes, it should be oftener, as
 // long as the rows of x stay in the second cache.
 int64_t most_rows([[maybe_unused]] const Call& call) {

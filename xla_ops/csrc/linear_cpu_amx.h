@@ -198,7 +198,7 @@ AMX_TARGET void strip(const BFloat16* x, int64_t stride, const BFloat16* panel, 
 template <bool with_gelu, class P>
 AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
   const BFloat16* x = static_cast<const BFloat16*>(s.x);
-  const BFloat16* kernel = static_cast<const BFloat16*>(s.kernel) + tile.column;
+  const BFloat16* kernel = static_cast<const BFloat16*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   BFloat16* y = static_cast<BFloat16*>(s.y) + tile.row * s.outputs + tile.column;
   const int64_t steps = rounded_up(s.inputs, kStep), padded = steps * kStep;
@@ -225,7 +225,8 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
   const auto columns_of = [&](int64_t p) { return std::min<int64_t>(tile.columns - p * kPanel, kPanel); };
   const auto panel_of = [&](int64_t p) {
     Pairs panel;
-    panel.kernel = kernel + p * kPanel, panel.stride = s.outputs, panel.inputs = s.inputs;
+    panel.kernel = kernel + s.kernel_at(0, tile.column + p * kPanel), panel.stride = s.kernel_stride();
+    panel.inputs = s.inputs;
     panel.columns = columns_of(p), panel.to = panels + p % 2 * padded * kPanel, panel.units = padded / 2;
     return panel;
   };

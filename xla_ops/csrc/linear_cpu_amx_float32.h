@@ -253,7 +253,7 @@ Tiles tiles_of_float32(const Call& call, int64_t wanted, int64_t threads) {
 
 template <bool with_gelu>
 AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
-  const float* const kernel = static_cast<const float*>(s.kernel) + tile.column;
+  const float* const kernel = static_cast<const float*>(s.kernel);
   const float* const bias = static_cast<const float*>(s.bias) + tile.column;
   float* const y = static_cast<float*>(s.y) + tile.row * s.outputs + tile.column;
   const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
@@ -284,7 +284,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   const auto panel_of = [&](int64_t i) {
     Panel panel;
     const int64_t at = i / panels * kDepth, column = i % panels * kPanel;
-    panel.kernel = kernel + at * s.outputs + column, panel.stride = s.outputs;
+    panel.kernel = kernel + s.kernel_at(at, tile.column + column), panel.stride = s.kernel_stride();
     panel.depth = depth_from(at), panel.columns = std::min<int64_t>(tile.columns - column, kPanel);
     panel.to = panel_pieces + i % 2 * size;
     panel.units = rounded_up(panel.depth, kStep) * 32;

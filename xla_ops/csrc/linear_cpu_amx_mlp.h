@@ -116,7 +116,8 @@ class Mlp {
   }
   Panel panel_of(const Call& s, int64_t at, int64_t depth, int64_t column) {
     Panel panel;
-    panel.kernel = static_cast<const float*>(s.kernel) + at * s.outputs + column, panel.stride = s.outputs;
+    panel.kernel = static_cast<const float*>(s.kernel) + s.kernel_at(at, column);
+    panel.stride = s.kernel_stride();
     panel.depth = depth, panel.columns = std::min<int64_t>(s.outputs - column, kPanel);
     panel.to = panels + made++ % 2 * panel_size, panel.units = rounded_up(depth, kStep) * 32;
     return panel;

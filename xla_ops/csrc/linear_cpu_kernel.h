@@ -1,7 +1,7 @@
 // The kernels for one instruction set; included by cpu_targets.h.
 //
-// A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, so that it
-// stays in the first caches while all rows of the tile go by it. A strip of kStrip rows has its sums over
+// A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, unless it does,
+// so that it stays in the first caches while all rows of the tile go by it. A strip of kStrip rows has its sums over
 // the panel's depth in registers: as many as there are.
 
 #include "cpu_simd.h"
@@ -166,19 +166,20 @@ CPU_TARGET void finish(const float* sums, int64_t rows, int64_t columns, const P
 template <class T, class P>
 CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   const T* x = static_cast<const T*>(s.x);
-  const T* kernel = static_cast<const T*>(s.kernel) + tile.column;
+  const T* kernel = static_cast<const T*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   T* y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
   // Strips read x as it is, unless it is in half precision, or its rows begin 4096 bytes apart, all of
   // them in the same few places of the first cache.
   constexpr bool kWiden = !std::is_same_v<T, float>;
   const bool copied = kWiden || s.map.channels || s.inputs % 1024 == 0;
+  const bool in_place = !kWiden && s.panels && kPanel == kPanelColumns;
   const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
   constexpr int64_t kCopyStride = kDepth + 16;
   const int64_t sums_size = tile.rows * kPanel * (depths > 1 ? panels : 1);
   const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
-  float* const panel = scratch.data;
-  float* const all_sums = panel + kDepth * kPanel;
+  float* const panel_copy = scratch.data;
+  float* const all_sums = panel_copy + kDepth * kPanel;
   float* const copied_rows = all_sums + sums_size;
   for (int64_t at = 0; at < s.inputs; at += kDepth) {
     const int64_t depth = std::min<int64_t>(s.inputs - at, kDepth);
@@ -195,8 +196,11 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
     const int64_t stride = copied ? kCopyStride : s.inputs;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t columns = tile.columns - p * kPanel;
-      const T* from = kernel + at * s.outputs + p * kPanel;
-      pack(from, s.outputs, depth, columns, panel);
+      const int64_t column = tile.column + p * kPanel;
+      const T* const from = kernel + s.kernel_at(at, column);
+      const float* panel = panel_copy;
+      if constexpr (!kWiden) panel = in_place ? from : panel_copy;
+      if (!in_place) pack(from, s.kernel_stride(), depth, columns, panel_copy);
       float* const sums = all_sums + (depths > 1 ? p * tile.rows * kPanel : 0);
       T* const result = y + p * kPanel;
       Strip strip = {};
@@ -219,8 +223,9 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
         // Each strip fetches as many rows of the next panel as it has sixteens of depth.
         const int64_t row = i * rounded_up(depth, 16);
         const bool more = p + 1 < panels && row + rounded_up(depth, 16) <= depth;
-        strip.ahead = more ? reinterpret_cast<const char*>(from + kPanel + row * s.outputs) : nullptr;
-        strip.ahead_stride = s.outputs * int64_t(sizeof(T));
+        const T* const next = kernel + s.kernel_at(at + row, column + kPanel);
+        strip.ahead = more ? reinterpret_cast<const char*>(next) : nullptr;
+        strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
         strip_for(std::make_integer_sequence<int, kStrip>{}, end - begin, columns > kLanes ? 2 : 1)(strip);
       }
       if (!last || direct) continue;

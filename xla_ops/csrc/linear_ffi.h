@@ -2,11 +2,14 @@
 // buffers and attributes to checked calls.
 //
 // Operands: x (..., C), kernel (..., C, K) and bias (..., K), of an MLP two kernels and biases, or of a
-// convolution x (..., H, W, C) and kernel (..., 3, 3, C, K). What precedes the parameters' own axes also
-// precedes x's, and says which rows use which parameters: `vmap` over them adds an axis to all.
+// convolution x (..., H, W, C) and kernel (..., 3, 3, C, K). A kernel may come in panels of 32 columns too,
+// (..., K / 32 rounded up, C, 32), a convolution's with 9 C in place of C. What precedes the parameters' own
+// axes also precedes x's, and says which rows use which parameters: `vmap` over them adds an axis to all.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -56,22 +59,29 @@ ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_
                                : "expected x (..., C), kernel (C, K) and bias (K,)");
   };
   const auto xs = x.dimensions(), ks = kernel.dimensions(), bs = bias.dimensions();
-  const size_t own = convolution ? 4 : 2;  // axes of the kernel
-  if (ks.size() < own || xs.size() < ks.size() - 1 || bs.size() != ks.size() - own + 1) return misfit();
+  const size_t least = convolution ? 3 : 1;  // axes of x without those of sets
+  if (bs.size() < 1 || xs.size() < bs.size() - 1 + least || ks.size() < bs.size()) return misfit();
+  const size_t all_sets = bs.size() - 1;  // axes
+  const ffi::Span<const int64_t> own{ks.begin() + all_sets, ks.size() - all_sets};
   Call& s = *call;
-  const int64_t channels = ks[ks.size() - 2];
-  s.outputs = ks.back(), s.gelu = form == Form::kGelu;
-  if (xs.back() != channels || bs.back() != s.outputs || channels < 1 || s.outputs < 1) return misfit();
-  s.inputs = channels;
+  const int64_t channels = xs.back();
+  s.inputs = convolution ? 9 * channels : channels, s.outputs = bs.back(), s.gelu = form == Form::kGelu;
+  if (channels < 1 || s.outputs < 1) return misfit();
+  const auto is = [&own](std::initializer_list<int64_t> shape) {
+    return std::equal(own.begin(), own.end(), shape.begin(), shape.end());
+  };
+  s.panels = is({(s.outputs + kPanelColumns - 1) / kPanelColumns, s.inputs, kPanelColumns});
+  if (!s.panels && !(convolution ? is({3, 3, channels, s.outputs}) : is({channels, s.outputs}))) {
+    return misfit();
+  }
   int64_t rows = static_cast<int64_t>(x.element_count()) / channels;
   if (convolution) {
-    if (ks[ks.size() - 4] != 3 || ks[ks.size() - 3] != 3) return misfit();
-    s.map = {xs[xs.size() - 3], xs[xs.size() - 2], channels}, s.inputs = 9 * channels;
+    s.map = {xs[xs.size() - 3], xs[xs.size() - 2], channels};
     const int64_t pixels = s.map.height * s.map.width;
     rows = pixels > 0 ? rows / pixels * s.map.rows() * s.map.columns() : 0;
   }
   *sets = 1;
-  for (size_t i = 0; i + own < ks.size(); ++i) {
+  for (size_t i = 0; i < all_sets; ++i) {
     if (ks[i] != xs[i] || bs[i] != xs[i]) return invalid("the leading axes of x, kernel and bias differ");
     *sets *= ks[i];
   }
@@ -97,10 +107,10 @@ ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_
 // The calls of two products with GELU between them.
 inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operand kernel2, Operand bias2,
                                Result y, int64_t version, Call* first, Call* second, int64_t* sets) {
-  const auto xs = x.dimensions(), ks = kernel1.dimensions();
+  const auto xs = x.dimensions(), bs = bias1.dimensions();
   Unwritten hidden = {{xs.begin(), xs.end()}, x.element_type()};
-  if (hidden.shape.empty() || ks.size() == 0) return invalid("expected x (..., C) and a kernel (C, K)");
-  hidden.shape.back() = ks.back();
+  if (hidden.shape.empty() || bs.size() == 0) return invalid("expected x (..., C) and a bias (K,)");
+  hidden.shape.back() = bs.back();
   ffi::Error error = describe(x, kernel1, bias1, hidden, version, Form::kGelu, first, sets);
   if (error.failure()) return error;
   error = describe(hidden, kernel2, bias2, *y, version, Form::kProduct, second, sets);
@@ -117,7 +127,7 @@ inline Call of_set(Call s, int64_t set) {
     return p ? static_cast<const char*>(p) + set * size : nullptr;
   };
   s.x = after(s.x, s.numbers() * bytes(s.type));
-  s.kernel = after(s.kernel, s.inputs * s.outputs * bytes(s.type));
+  s.kernel = after(s.kernel, s.kernel_numbers() * bytes(s.type));
   s.bias = after(s.bias, s.outputs * bytes(s.bias_type));
   s.y = const_cast<char*>(after(s.y, s.rows * s.outputs * bytes(s.type)));
   return s;

@@ -357,6 +357,7 @@ cudaError_t launch_form(cudaStream_t stream, const Call& call) {
 
 const char* refusal(const Call& call) {
   if (!call.gelu || call.map.channels) return "expected GELU to follow the product";
+  if (call.panels) return "expected a kernel in rows";
   if (call.type != Type::kBFloat16 && call.type != Type::kFloat16) return "expected bfloat16 or float16";
   if (call.inputs % 8 || call.outputs % 8) return "expected inputs and outputs in eights";
   if (call.inputs > INT32_MAX / 2 || call.outputs > INT32_MAX / 2) return "more than 2^30 inputs or outputs";

@@ -1,5 +1,21 @@
 // gelu.h for one instruction set; after cpu_simd.h.
 
+// a * b + c rounded once, where a compiler's choice would not do; rounded twice where there is no such thing.
+template <int W>
+CPU_FN Vec<float, W> fused_of(Vec<float, W> a, Vec<float, W> b, Vec<float, W> c) {
+#if CPU_BYTES == 64
+  if constexpr (W == 16) {
+    return bits<Vec<float, 16>>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
+  }
+#endif
+#if CPU_BYTES >= 32
+  if constexpr (W == 8) {
+    return bits<Vec<float, 8>>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+  }
+#endif
+  return a * b + c;
+}
+
 // 2^x for x from -123 to 0, to 3e-6 relative: a fit of degree 4 between two integers.
 template <int W>
 CPU_FN Vec<float, W> exp2_of(Vec<float, W> x) {

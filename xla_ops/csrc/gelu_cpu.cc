@@ -1,6 +1,7 @@
 // Bias and GELU on CPU: the kernels of gelu_cpu_kernel.h.
 #include "gelu_cpu.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 

@@ -23,6 +23,12 @@ __device__ __forceinline__ To bits(From from) {
   return load_raw<To>(&from);
 }
 
+// a * b + c rounded once.
+template <int W>
+__device__ __forceinline__ float fused_of(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+
 // One instruction each; of normal numbers, to 2^-22 relative.
 template <int W>
 __device__ __forceinline__ float exp2_of(float x) {

@@ -143,23 +143,26 @@ CPU_TARGET void pack(const T* kernel, int64_t stride, int64_t depth, int64_t col
   }
 }
 
-// y = f(sums + bias) of W columns.
-template <int W, bool with_gelu, class T, class P>
+// y = f(sums + bias) of as many columns as a vector has.
+template <bool with_gelu, class T, class P>
 CPU_FN void finish_some(const float* sums, const P* bias, T* y) {
-  const Vec<float, W> z = Memory<float, float, W>::load(sums) + Memory<P, float, W>::load(bias);
-  Memory<T, float, W>::store(y, with_gelu ? gelu_for<T, W>(z) : z);
+  const Vec<float, kLanes> z = load_raw<Vec<float, kLanes>>(sums) + Memory<P, float, kLanes>::load(bias);
+  Memory<T, float, kLanes>::store(y, with_gelu ? gelu_for<T, kLanes>(z) : z);
 }
 
-// y of a panel's columns.
+// y of a panel's columns. Those that are left are a vector too, so that GELU rounds alike in all columns.
 template <bool with_gelu, class T, class P>
 CPU_TARGET void finish(const float* sums, int64_t rows, int64_t columns, const P* bias, T* y,
                        int64_t stride) {
+  const int64_t whole = columns / kLanes * kLanes;
+  P last_bias[kLanes] = {};
+  std::copy(bias + whole, bias + columns, last_bias);
   for (int64_t r = 0; r < rows; ++r, sums += kPanel, y += stride) {
-    int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) {
-      finish_some<kLanes, with_gelu>(sums + c, bias + c, y + c);
-    }
-    for (; c < columns; ++c) finish_some<1, with_gelu>(sums + c, bias + c, y + c);
+    for (int64_t c = 0; c < whole; c += kLanes) finish_some<with_gelu>(sums + c, bias + c, y + c);
+    if (whole == columns) continue;
+    T last[kLanes];
+    finish_some<with_gelu>(sums + whole, last_bias, last);
+    std::copy(last, last + columns - whole, y + whole);
   }
 }
 

@@ -139,7 +139,8 @@ def apply(
 ) -> jax.Array:
     """Applies a linear layer to `x` (N, H, W, C) by `xla_ops.linear`."""
     x = x.astype(layer.dtype)
-    kernel, bias = layer.kernel[...].astype(x.dtype), operand(x, layer.bias)
+    kernel = layer.kernel[...].astype(x.dtype)
+    bias = jnp.zeros(layer.out_features, x.dtype) if layer.bias is None else operand(x, layer.bias)
     return xla_ops.linear(x, kernel, bias, gelu=gelu, implementation=implementation)
 
 

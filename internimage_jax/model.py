@@ -21,9 +21,11 @@ from internimage_jax.clip_head import ClipHead
 from internimage_jax.common import (
     Context,
     activation,
+    apply,
     at_least_float32,
     dropout,
     normalize,
+    put_in_panels,
     split,
 )
 from internimage_jax.config import InternImageConfig
@@ -126,10 +128,16 @@ class ConvHead(nnx.Module):
         self.conv = ctx.linear(channels, self.channels, bias=False)
         self.norm = ctx.norm(self.channels, "BN")
         self.activation = activation(ctx.config)
+        self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = self.activation(normalize(self.norm, self.conv(x), train))
+        x = apply(self.conv, x, self.implementation)
+        x = self.activation(normalize(self.norm, x, train))
         return x.mean(axis=(1, 2))  # (N, channels)
+
+    def fuse(self) -> None:
+        """Brings the kernel into its fastest layout, for good."""
+        put_in_panels(self.conv, self.implementation)
 
 
 class InternImageOutput(NamedTuple):
@@ -270,6 +278,8 @@ class InternImage(nnx.Module):
                 block.fuse()
             if hasattr(level, "downsample"):
                 level.downsample.fuse()
+        if hasattr(fused, "conv_head"):
+            fused.conv_head.fuse()
         return fused
 
     def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:

@@ -112,22 +112,18 @@ def put_in_panels(
     """Brings the layer's kernel into the layout that products on a CPU read fastest, for good.
 
     Only where they do: on other devices, and without kernels, it would be changed back on each use.
+    A kernel that is on several devices stays as it is.
     """
     value = layer.kernel[...]
-    done = value.ndim == 3
-    served = implementation is None and layer.dtype != jnp.float64
-    if done or not served or not xla_ops.reads_panels(_platform(value)):
-        return
-    panels = xla_ops.in_panels(on_host(layer.kernel))
-    # Nobody else has these numbers, so they need not be copied.
-    layer.kernel = nnx.Param(jax.device_put(panels, may_alias=True))
-
-
-def _platform(value: jax.Array | np.ndarray) -> str:
-    """The platform that a program with this parameter runs on."""
+    platform = jax.default_backend()
     if isinstance(value, jax.Array) and not isinstance(value, Tracer):
-        return next(iter(value.devices())).platform
-    return jax.default_backend()
+        platforms = [device.platform for device in value.devices()]
+        platform = platforms[0] if len(platforms) == 1 else None
+    served = implementation is None and layer.dtype != jnp.float64
+    if value.ndim == 3 or not served or not xla_ops.reads_panels(platform):
+        return
+    # A new variable: the old one is that of the model that is fused, too.
+    layer.kernel = nnx.Param(jnp.asarray(xla_ops.in_panels(on_host(layer.kernel))))
 
 
 def apply(

@@ -268,8 +268,8 @@ class InternImage(nnx.Module):
         Training and files want the parameters as the released models have them, and a model that
         has them so joins some of them on each call. This does it once, and so also multiplies the
         norms of branches by their gammas, in float32 at least. Where a CPU's kernels serve, it also
-        has the products' kernels in panels, the layout that they read fastest. The two share all
-        other parameters.
+        has the products' kernels in panels, the layout that they read fastest; so it is to be
+        called where the parameters will be used. The two share all other parameters.
         """
         fused = nnx.merge(*nnx.split(self))
         fused.patch_embed.fuse()

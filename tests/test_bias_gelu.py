@@ -71,6 +71,17 @@ def test_what_is_not_finite() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("channels", [1, 5, 20, 37])
+def test_all_channels_are_rounded_alike(channels: int) -> None:
+    def value_and_slope(n: int) -> list[np.ndarray]:
+        z = jnp.asarray(np.linspace(-14, 6, 64 * channels), "float32").reshape(1, 1, -1, n)
+        return [np.ravel(a) for a in program("kernel")(z, jnp.zeros(n), jnp.ones_like(z))[:2]]
+
+    for got, wanted in zip(value_and_slope(channels), value_and_slope(64), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@needs_kernel
 def test_transforms() -> None:
     x, bias, dy = operands((2, 3, 4, 8))
     stacked = jnp.stack([bias, 2 * bias])

@@ -288,9 +288,17 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 )
 @pytest.mark.parametrize("name", ["baseline", "avx2"])
 def test_other_instruction_sets_compute_the_same(name: str) -> None:
-    test = f"{__file__}::test_kernel_gives_the_recorded_outputs_and_gradients"
+    tests = [
+        f"{Path(__file__).parent / file}::test_{test}"
+        for file, test in (
+            ("test_dcnv3_kernel.py", "kernel_gives_the_recorded_outputs_and_gradients"),
+            ("test_dwconv.py", "gelu_is_exact_over_the_whole_line"),
+            ("test_bias_gelu.py", "what_is_not_finite"),
+        )
+    ]
     environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "plain or odd or wide", test]
+    chosen = "plain or odd or wide or gelu or finite"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
 

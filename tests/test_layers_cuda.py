@@ -112,7 +112,7 @@ def test_layer_norm_is_a_custom_call_outside_differentiation(
     short = {"bfloat16": "bf16", "float32": "f32"}[vectors]
     vector, row = f"tensor<16x{short}>", "tensor<4x5x6x16xbf16>"
     assert f"({row}, {vector}, {vector}) -> {row}" in line
-    assert "epsilon = " in line and "version = 3" in line
+    assert "epsilon = " in line and "version = 4" in line
     assert "stablehlo.convert" not in text
     loss = lambda *a: xla_ops.layer_norm(*a).astype("float32").sum()  # noqa: E731
     assert "@internimage" not in program(jax.grad(loss, (0, 1, 2)))

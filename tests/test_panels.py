@@ -10,9 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import xla_ops
+from internimage_jax.model import InternImage
 from tests import test_convolution, test_linear, test_mlp
+from tests.test_dwconv import mesh
 from tests.test_linear import for_cuda, kernel_serves
+from tests.test_model import SMALLEST
 from tests.transforms import check_transforms
 from xla_ops import _ffi, convolution, in_panels, linear, mlp, reads_panels
 from xla_ops.panels import from_panels
@@ -116,10 +123,43 @@ def test_what_does_not_fit_is_named() -> None:
     x, kernel, bias = test_linear.operands((1, 2, 2, 16), 40, "float32")
     panels = jnp.asarray(in_panels(kernel))
     for wrong in (panels[:1], panels[:, :8], panels[..., :16]):
-        with pytest.raises(ValueError, match=r"kernel: expected shape \(16, K\), .* panels, .* got \("):
+        with pytest.raises(ValueError, match=r"kernel: .* \(16, K\), .* panels, .* got \("):
             linear(x, wrong, bias)
     with pytest.raises(ValueError, match=r"bias: expected shape \(K,\)"):
         linear(x, panels, bias[None])
     x, kernel, bias = test_convolution.operands()
     with pytest.raises(ValueError, match="bias: expected one beside a kernel in panels"):
         convolution(x, jnp.asarray(in_panels(kernel)), None)
+
+
+@kernel_serves
+def test_columns_that_fill_no_vector_are_rounded_alike() -> None:
+    x, kernel, bias = test_linear.operands((1, 2, 8, 40), 64, "float32")
+    whole = linear(x, kernel, bias, gelu=True, implementation="kernel")
+    for columns in (1, 15, 17, 33, 63):
+        part = linear(x, kernel[:, :columns], bias[:columns], gelu=True, implementation="kernel")
+        np.testing.assert_array_equal(part, whole[..., :columns])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fused_model_has_them_where_one_cpu_has_its_parameters(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xla_ops, "reads_panels", lambda platform: platform == "cpu")
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    fc1 = model.levels[1].blocks[0].mlp.fc1.kernel[...]
+    pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(nnx.state(model))]
+
+    def fused_fc1() -> nnx.Param:
+        return model.fused().levels[1].blocks[0].mlp.fc1.kernel
+
+    assert fused_fc1().dtype == dtype
+    np.testing.assert_array_equal(fused_fc1()[...], in_panels(fc1))
+    for path, value in nnx.to_flat_state(nnx.state(model.fused())):
+        if value.ndim == 3 and path[-1] == "kernel":
+            assert value[...].unsafe_buffer_pointer() not in pointers, path
+    nnx.update(model, jax.tree.map(np.asarray, nnx.state(model)))
+    np.testing.assert_array_equal(fused_fc1()[...], in_panels(fc1))
+    everywhere = NamedSharding(mesh(), P())
+    nnx.update(model, jax.device_put(nnx.state(model), everywhere))
+    np.testing.assert_array_equal(fused_fc1()[...], fc1)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-VERSION = 3  # of the attributes and layouts; the handlers refuse another
+VERSION = 4  # of the attributes and layouts; the handlers refuse another
 
 FORWARD = "internimage_dcnv3_forward"
 BACKWARD = "internimage_dcnv3_backward"

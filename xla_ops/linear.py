@@ -40,7 +40,7 @@ def linear(
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
         kernel: (C, K), K at least 1, of x's dtype; or as `xla_ops.in_panels` makes it of that,
-            which CPUs read faster.
+            which CPUs read faster; then K is the bias's.
         bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
         gelu: Whether GELU follows.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None

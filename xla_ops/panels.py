@@ -37,7 +37,7 @@ def in_panels(kernel: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return np.ascontiguousarray(panels) if xp is np else panels
 
 
-def reads_panels(platform: str) -> bool:
+def reads_panels(platform: str | None) -> bool:
     """Whether the products' kernels serve on this platform and read panels as they are."""
     return platform == "cpu" and platform in _ffi.serving(_ffi.LINEAR_FORWARD)
 

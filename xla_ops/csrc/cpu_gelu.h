@@ -1,6 +1,6 @@
 // gelu.h for one instruction set; after cpu_simd.h.
 
-// a * b + c rounded once, where a compiler's choice would not do; rounded twice where there is no such thing.
+// a * b + c rounded once, which a compiler's contraction may be or not.
 template <int W>
 CPU_FN Vec<float, W> fused_of(Vec<float, W> a, Vec<float, W> b, Vec<float, W> c) {
 #if CPU_BYTES == 64
@@ -13,7 +13,13 @@ CPU_FN Vec<float, W> fused_of(Vec<float, W> a, Vec<float, W> b, Vec<float, W> c)
     return bits<Vec<float, 8>>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
   }
 #endif
-  return a * b + c;
+  if constexpr (W == 1) {
+    return static_cast<float>(double(a) * double(b) + double(c));
+  } else {  // the product is exact
+    using D = Vec<double, W>;
+    const auto wide = [](Vec<float, W> v) CPU_TARGET { return __builtin_convertvector(v, D); };
+    return __builtin_convertvector(wide(a) * wide(b) + wide(c), Vec<float, W>);
+  }
 }
 
 // 2^x for x from -123 to 0, to 3e-6 relative: a fit of degree 4 between two integers.

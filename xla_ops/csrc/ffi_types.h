@@ -8,7 +8,7 @@
 
 namespace xla_ops {
 
-constexpr int64_t kVersion = 3;  // of the attributes and layouts, as in xla_ops/_ffi.py
+constexpr int64_t kVersion = 4;  // of the attributes and layouts, as in xla_ops/_ffi.py
 
 inline bool type_of(xla::ffi::DataType dtype, Type* type) {
   switch (dtype) {

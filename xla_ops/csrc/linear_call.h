@@ -29,7 +29,7 @@ struct Call {
   Type bias_type;
   bool panels;         // the kernel's columns come in panels of kPanelColumns, one after the other
   const void* x;       // (rows, inputs), or the map of each image
-  const void* kernel;  // (inputs, outputs), or (outputs / kPanelColumns, inputs, kPanelColumns), rounded up
+  const void* kernel;  // (inputs, outputs), or (outputs / kPanelColumns rounded up, inputs, kPanelColumns)
   const void* bias;    // (outputs)
   void* y;             // (rows, outputs)
 

@@ -1,8 +1,9 @@
 // The kernels for one instruction set; included by cpu_targets.h.
 //
-// A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, unless it does,
-// so that it stays in the first caches while all rows of the tile go by it. A strip of kStrip rows has its sums over
-// the panel's depth in registers: as many as there are.
+// A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, so that it
+// stays in the first caches while all rows of the tile go by it; float32's panels of a call that has them are
+// used in place by AVX-512, whose width they have. A strip of kStrip rows has its sums over the panel's depth
+// in registers: as many as there are.
 
 #include "cpu_simd.h"
 #include "cpu_gelu.h"
@@ -226,8 +227,9 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
         // Each strip fetches as many rows of the next panel as it has sixteens of depth.
         const int64_t row = i * rounded_up(depth, 16);
         const bool more = p + 1 < panels && row + rounded_up(depth, 16) <= depth;
-        const T* const next = kernel + s.kernel_at(at + row, column + kPanel);
-        strip.ahead = more ? reinterpret_cast<const char*>(next) : nullptr;
+        strip.ahead = nullptr;
+        if (more)
+          strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(at + row, column + kPanel));
         strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
         strip_for(std::make_integer_sequence<int, kStrip>{}, end - begin, columns > kLanes ? 2 : 1)(strip);
       }

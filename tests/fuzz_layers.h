@@ -89,9 +89,8 @@ double tolerance(Type type) {
   return 0;
 }
 
-bool close(const char* name, Type type, const std::vector<char>& got, const Values& wanted,
-           double factor = 1) {
-  double scale = 1e-3;
+bool close(const char* name, Type type, const std::vector<char>& got, const Values& wanted, double factor = 1,
+           double scale = 1e-3) {
   for (double w : wanted) scale = std::max(scale, std::fabs(w));
   for (size_t i = 0; i < wanted.size(); ++i) {
     const double value = value_of(type, &got[size_of(type) * i]);
@@ -338,6 +337,7 @@ bool mlp_case(Compute compute) {
   second.kernel = bk2.data(), second.bias = bb2.data(), second.y = y.data();
   if (!compute(first, second)) return false;
   Values hidden(rows * between), wanted(rows * m);
+  double scale = 1e-3;  // what a sum of terms as large has as a rule, where these few nearly cancel
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < between; ++j) {
       double z = bias1[j];
@@ -345,12 +345,16 @@ bool mlp_case(Compute compute) {
       hidden[i * between + j] = z * phi(z);
     }
     for (int64_t j = 0; j < m; ++j) {
-      double z = bias2[j];
-      for (int64_t k = 0; k < between; ++k) z += hidden[i * between + k] * kernel2[k * m + j];
+      double z = bias2[j], squares = z * z;
+      for (int64_t k = 0; k < between; ++k) {
+        const double term = hidden[i * between + k] * kernel2[k * m + j];
+        z += term, squares += term * term;
+      }
       wanted[i * m + j] = z;
+      scale = std::max(scale, std::sqrt(squares));
     }
   }
-  return close("an MLP", first.type, y, wanted, 4);  // what is between the products is rounded too
+  return close("an MLP", first.type, y, wanted, 4, scale);  // what is between the products is rounded too
 }
 
 // Runs `one` for each of COUNT seeds from SEED on, the arguments of a program.

@@ -22,7 +22,7 @@ CPU_FN Vec<float, W> fused_of(Vec<float, W> a, Vec<float, W> b, Vec<float, W> c)
   }
 }
 
-// 2^x for x from -123 to 0, to 3e-6 relative: a fit of degree 4 between two integers.
+// 2^x for x from -125.5 to 0.5, to 3e-6 relative: a fit of degree 4 between two integers.
 template <int W>
 CPU_FN Vec<float, W> exp2_of(Vec<float, W> x) {
   using V = Vec<float, W>;

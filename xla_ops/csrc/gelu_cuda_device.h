@@ -49,6 +49,9 @@ __device__ __forceinline__ float reciprocal_of(float x) {
 __device__ __forceinline__ float absolute(float z) {
   return std::fabs(z);
 }
+__device__ __forceinline__ float bounded(float t, float most) {
+  return std::fmin(t, most);
+}
 // From 13.3 on ex2 is 0.
 __device__ __forceinline__ float magnitude_for_half(float z) {
   return std::fmin(std::fabs(z), 15.f);

@@ -56,14 +56,16 @@ struct Divisor {
 
 // The form for kernels of side 3 and 5. A thread owns one piece of the channels and keeps its P pixels in
 // registers. A team is as wide as the channels: up to 32 threads, a power of two, or the whole warps of a
-// block, whose sums meet in shared memory. No read waits for another or for a branch: those of several rows
-// of the kernel are under way at once, since a small launch takes as long as one thread, and in a large one
-// a multiprocessor has few threads to wait with, by the registers.
+// block; or, where a fifth or more of these would have no channels, just as many as have. Sums go through
+// warps by shuffles, of as many threads as a power of two divides a team into, and meet in shared memory. No
+// read waits for another or for a branch: those of several rows of the kernel are under way at once, since a
+// small launch takes as long as one thread, and in a large one a multiprocessor has few threads to wait with,
+// by the registers.
 struct Team {
-  int lanes, shift, each;  // threads of a team; shifts a thread's number to its team's; teams of a block
-  uint32_t count;          // of teams
-  float share;             // 1 / channels
-  Divisor height, strips, shared;
+  int lanes, near, each;  // threads of a team, and of those whose sums go by shuffles; teams of a block
+  uint32_t count;         // of teams
+  float share;            // 1 / channels
+  Divisor by_lanes, height, strips, shared;
 };
 
 template <class T, int P, int K>
@@ -92,24 +94,26 @@ struct Raw {
   W words[C / kEach];
 };
 
-// The team's sums of P numbers at once, for all its threads. `meeting` has room for P of each warp.
+// The team's sums of P numbers at once, for all its threads. `meeting` has room for P of each `near` threads
+// of the block.
 template <int P>
-__device__ __forceinline__ void team_sums(float (&v)[P], int lanes, float* meeting) {
+__device__ __forceinline__ void team_sums(float (&v)[P], const Team& team, int lane, float* meeting) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
-    if (mask >= lanes) continue;
+    if (mask >= team.near) continue;
 #pragma unroll
     for (int p = 0; p < P; ++p) v[p] += __shfl_xor_sync(0xffffffffu, v[p], mask);
   }
-  if (lanes <= 32) return;
-  if (threadIdx.x % 32 == 0) store<P>(v, meeting + threadIdx.x / 32 * P);
+  if (team.lanes == team.near) return;
+  const int first = (int(threadIdx.x) - lane) / team.near, parts = team.lanes / team.near;
+  if (lane % team.near == 0) store<P>(v, meeting + (first + lane / team.near) * P);
   __syncthreads();
 #pragma unroll
   for (int p = 0; p < P; ++p) v[p] = 0;
 #pragma unroll 4
-  for (int warp = 0; warp < lanes / 32; ++warp) {
+  for (int i = first; i < first + parts; ++i) {
     float part[P];
-    load<P>(meeting + warp * P, part);
+    load<P>(meeting + i * P, part);
 #pragma unroll
     for (int p = 0; p < P; ++p) v[p] += part[p];
   }
@@ -124,9 +128,9 @@ __global__ void __launch_bounds__((kMostLanes<T, P, K>))
   constexpr int kColumns = P + K - 1, kAhead = K == 5 ? 1 : same && (P == 1 || sizeof(T) == 4) ? 3 : 2;
   const int height = int(call.height), width = int(call.width), channels = int(call.channels);
   const int strips = (width + P - 1) / P, line = width * channels;
-  const int lane = threadIdx.x - (threadIdx.x >> team.shift << team.shift);
-  const auto team_of = [&](uint32_t thread) { return blockIdx.x * team.each + (thread >> team.shift); };
-  const uint32_t index = team_of(threadIdx.x);
+  const int in_block = int(team.by_lanes.divide(threadIdx.x)),
+            lane = int(threadIdx.x) - in_block * team.lanes;
+  const uint32_t index = in_block < team.each ? blockIdx.x * team.each + in_block : team.count;
   // A thread that has none computes a piece or strip anew that another has, and writes nothing.
   const bool piece_there = lane * C < channels, there = index < team.count && piece_there;
   const uint32_t strip = index < team.count ? index : team.count - 1, place = team.height.divide(strip);
@@ -157,7 +161,7 @@ __global__ void __launch_bounds__((kMostLanes<T, P, K>))
   bias.read(parameters(call.bias, 1));
   // Compilers would put reads off to save registers, but not beyond these lines. A warp without teams ends.
   __syncwarp();
-  if (team_of(threadIdx.x & ~31u) >= team.count) return;
+  if (blockIdx.x * team.each + team.by_lanes.divide(threadIdx.x & ~31u) >= team.count) return;
   float v[P][C];
 #pragma unroll
   for (int p = 0; p < P; ++p) bias.unpack(v[p]);
@@ -191,7 +195,7 @@ __global__ void __launch_bounds__((kMostLanes<T, P, K>))
     for (int c = 0; c < C; ++c) mean[p] += v[p][c];
     if (!piece_there) mean[p] = 0;
   }
-  team_sums<P>(mean, team.lanes, meeting);
+  team_sums<P>(mean, team, lane, meeting);
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     factor[p] = 0;
@@ -202,7 +206,7 @@ __global__ void __launch_bounds__((kMostLanes<T, P, K>))
     }
     if (!piece_there) factor[p] = 0;
   }
-  team_sums<P>(factor, team.lanes, meeting + team.lanes / 32 * P);
+  team_sums<P>(factor, team, lane, meeting + blockDim.x / team.near * P);
   if (!there) return;
   float by[C], and_then[C];
   scale.unpack(by);
@@ -221,24 +225,32 @@ template <class T, int C, int K, bool same, int P>
 cudaError_t launch_register_forward(cudaStream_t stream, const Call& call, int processors) {
   const int64_t across = (call.width + P - 1) / P, strips = call.batch * across * call.height;
   const int pieces = int(call.channels / C);
-  int lanes = 1, shift = 0;
-  while (lanes < 32 && lanes < pieces) lanes *= 2, ++shift;
-  if (pieces > 32) lanes = (pieces + 31) / 32 * 32, shift = 31;
+  int lanes = 1;
+  while (lanes < 32 && lanes < pieces) lanes *= 2;
+  if (pieces > 32) lanes = (pieces + 31) / 32 * 32;
+  int near = std::min(lanes, 32), each = lanes > 32 ? 1 : kMostThreads / lanes;
+  if (pieces * 5 <= lanes * 4) {
+    lanes = pieces, near = std::min(pieces & -pieces, 32), each = 32 / near;  // whole warps
+    static_assert(2 * kMostThreads <= kMostLanes<T, P, K>);
+    if (each * lanes > 2 * kMostThreads) each = std::max(kMostThreads / pieces, 1);
+  }
   if constexpr (P > 1) {
     if (lanes > kMostLanes<T, P, K> || strips * lanes < int64_t(32) * kManyWarps * processors) {
       return launch_register_forward<T, C, K, same, 1>(stream, call, processors);
     }
   }
-  const int threads = lanes > 32 ? lanes : kMostThreads, each = threads / lanes;
+  const int threads = (each * lanes + 31) / 32 * 32;
   const Team team = {lanes,
-                     shift,
+                     near,
                      each,
                      uint32_t(strips),
                      1.f / float(call.channels),
+                     Divisor(lanes),
                      Divisor(call.height),
                      Divisor(across),
                      Divisor(std::min(call.shared, call.batch))};
-  const int64_t shared = lanes > 32 ? 2 * lanes / 32 * P * sizeof(float) : 0;
+  // Threads behind the last team read as if they were one.
+  const int64_t shared = lanes == near ? 0 : (2 * threads + lanes) / near * P * sizeof(float);
   return launch(stream, (strips + each - 1) / each, threads, shared,
                 register_forward_kernel<T, C, P, K, same>, call, team);
 }

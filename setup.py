@@ -77,6 +77,7 @@ def architectures(nvcc: str) -> list[str]:
     run = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = re.findall(r"compute_(\d+)", run.stdout)
     asked = re.findall(r"[^\s,;]+", os.environ.get("INTERNIMAGE_CUDA_ARCHS", ""))
+    asked = [arch.removesuffix("a") for arch in asked]  # 90 becomes 90a by itself
     unknown = [arch for arch in asked if arch not in known]
     if unknown:
         raise SystemExit(
@@ -84,6 +85,12 @@ def architectures(nvcc: str) -> list[str]:
         )
     chosen = asked or [arch for arch in ARCHITECTURES if arch in known]
     return sorted(chosen, key=int)
+
+
+def release(nvcc: str) -> int:
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release (\d+)", run.stdout)
+    return int(found[1]) if found else 0
 
 
 def run(command: list[str]) -> None:
@@ -134,10 +141,12 @@ class BuildExt(build_ext):
             return
         nvcc = find_nvcc()
         archs = architectures(nvcc)
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        # With the instructions that 9.0 alone has, which nvcc knows from 12.0 on.
+        own = [arch + "a" if arch == "90" and release(nvcc) >= 12 else arch for arch in archs]
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in own]
         code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
         code += ["-Xfatbin=-compress-all"]  # a quarter of the size
-        names = " ".join(f"sm_{arch}" for arch in archs)
+        names = " ".join(f"sm_{arch}" for arch in own)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
         options = [*ext.extra_compile_args, *includes, f'-DINTERNIMAGE_CUDA_ARCHS="{names}"']
         folder = Path(self.build_temp)

@@ -1,7 +1,7 @@
 """What the CUDA kernels compile to, without a GPU: registers, spills, and instructions.
 
-    python -m benchmarks.cuda_code                    every kernel, for sm_80 and sm_90
-    python -m benchmarks.cuda_code --kernels 16 plane --archs 90
+    python -m benchmarks.cuda_code                    every kernel, for sm_80 and sm_90a
+    python -m benchmarks.cuda_code --kernels 16 plane --archs 90a
 
 Compiles each .cu file for each architecture, and reads what ptxas reports and the disassembly
 (nvdisasm on the path or in CUDA_HOME; without it there are no counts of instructions).
@@ -110,7 +110,8 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
     nvcc = tool("nvcc")
     if nvcc is None:
         raise SystemExit("no nvcc on the path or in CUDA_HOME")
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v", f"-I{CSRC}"]
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = [nvcc, "-std=c++17", "-O3", target, "-cubin", "-Xptxas=-v", f"-I{CSRC}"]
     done = subprocess.run(
         [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
     )
@@ -141,7 +142,7 @@ def kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", nargs="+", default=["80", "90"])
+    parser.add_argument("--archs", nargs="+", default=["80", "90a"])
     parser.add_argument("--kernels", nargs="+", default=[""], help="parts of names")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

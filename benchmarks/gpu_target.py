@@ -51,7 +51,9 @@ def sharding(name: str) -> SingleDeviceSharding:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=name, topology="1x1x1", target_config=_description(name)
     )
-    _ffi.serve_untried("cuda")
+    of_its_own = {_ffi.LINEAR_FORWARD, _ffi.MLP_FORWARD}  # of compute capability 9.0
+    without = of_its_own if GPUS[name].capability != (9, 0) else set()
+    _ffi.serve_untried("cuda", frozenset(without))
     return SingleDeviceSharding(topology.devices[0])
 
 

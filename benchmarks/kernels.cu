@@ -1,6 +1,7 @@
 // Times the CUDA kernels alone, without JAX: in seconds, where a program of JAX takes minutes to say as much.
 //
-//     nvcc -std=c++17 -O3 -arch=sm_90 -Ixla_ops/csrc -o kernels benchmarks/kernels.cu xla_ops/csrc/*.cu
+//     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Ixla_ops/csrc -o kernels \
+//         benchmarks/kernels.cu xla_ops/csrc/*.cu
 //     ./kernels            # a line of JSON for each kernel and shape
 //     ./kernels dcnv3      # kernels whose name has this part
 //     compute-sanitizer --tool racecheck ./kernels --small   # each once, at small shapes
@@ -21,7 +22,8 @@
 #include "dcnv3_cuda.h"
 #include "dwconv_cuda.h"
 #include "gelu_cuda.h"
-#include "linear_gelu_cuda.h"
+#include "linear_cuda.h"
+#include "mlp_cuda.h"
 #include "norm_cuda.h"
 
 namespace {
@@ -99,6 +101,10 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   product.type = product.bias_type = type, product.x = x, product.kernel = weights, product.bias = vector;
   product.y = z;
 
+  linear::Call simple = product, second = product;
+  simple.gelu = second.gelu = false, simple.outputs = s.record() / 8 * 8, simple.y = record;
+  second.inputs = hidden, second.outputs = c, second.x = z, second.y = y;
+
   gelu::Call after = {};
   after.rows = after.shared = pixels, after.channels = hidden, after.type = after.bias_type = type;
   after.x = z, after.bias = vector, after.result = other;
@@ -109,7 +115,7 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   layer_norm::Call add_norm = norm, norm_add = norm;
   add_norm.residual = norm_add.residual = dy, add_norm.total = dx;
 
-  return {
+  std::vector<std::pair<std::string, Launch>> all = {
       {"dcnv3", [=](cudaStream_t stream) { return dcnv3::cuda::forward(stream, d); }},
       {"dcnv3 backward", [=](cudaStream_t stream) { return dcnv3::cuda::backward(stream, back, scratch); }},
       {"dwconv_norm_gelu", [=](cudaStream_t stream) { return dwconv::cuda::forward(stream, conv); }},
@@ -118,6 +124,15 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
       {"layer_norm", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, norm); }},
       {"add_norm", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, add_norm); }},
       {"norm_add", [=](cudaStream_t stream) { return layer_norm::cuda::forward(stream, norm_add); }}};
+  bool serves = false;  // what wants compute capability 9.0
+  check(linear::cuda::serves_plain(&serves));
+  if (serves && !linear::cuda::refusal(simple)) {  // the one that makes records
+    all.push_back({"linear", [=](cudaStream_t stream) { return linear::cuda::forward(stream, simple); }});
+  }
+  if (serves && !linear::cuda::mlp_refusal(product, second)) {
+    all.push_back({"mlp", [=](cudaStream_t stream) { return linear::cuda::mlp(stream, product, second); }});
+  }
+  return all;
 }
 
 void time(const char* name, const Shape& s, const std::vector<Launch>& turns, cudaStream_t stream) {
@@ -160,16 +175,16 @@ void time(const char* name, const Shape& s, const std::vector<Launch>& turns, cu
 int main(int argc, char** argv) {
   const std::string part = argc > 1 ? argv[1] : "";
   const bool small = part == "--small";
-  const std::vector<Shape> few = {{"a", 2, 9, 32, 2},
-                                  {"b", 1, 14, 64, 4},
-                                  {"c", 3, 7, 112, 7},
-                                  {"d", 40, 28, 64, 4},
-                                  {"e", 50, 9, 96, 3}};
+  const std::vector<Shape> few = {{"a", 2, 9, 32, 2},   {"b", 1, 14, 64, 4}, {"c", 3, 7, 112, 7},
+                                  {"d", 40, 28, 64, 4}, {"e", 50, 9, 96, 3}, {"f", 1, 13, 80, 5},
+                                  {"g", 1, 9, 320, 20}};
   const std::vector<Shape> all = {
-      {"T1", 64, 56, 64, 4},  {"T2", 64, 28, 128, 8},        {"T3", 64, 14, 256, 16}, {"T4", 64, 7, 512, 32},
-      {"T1", 1, 56, 64, 4},   {"T2", 1, 28, 128, 8},         {"T3", 1, 14, 256, 16},  {"T4", 1, 7, 512, 32},
-      {"B1", 64, 56, 112, 7}, {"published", 64, 56, 128, 4}, {"L1", 16, 96, 160, 10}, {"L3", 16, 24, 640, 40},
-      {"H3", 4, 40, 1280, 40}};
+      {"T1", 64, 56, 64, 4},         {"T2", 64, 28, 128, 8},  {"T3", 64, 14, 256, 16},
+      {"T4", 64, 7, 512, 32},        {"T1", 1, 56, 64, 4},    {"T2", 1, 28, 128, 8},
+      {"T3", 1, 14, 256, 16},        {"T4", 1, 7, 512, 32},   {"B1", 64, 56, 112, 7},
+      {"published", 64, 56, 128, 4}, {"L1", 16, 96, 160, 10}, {"L3", 16, 24, 640, 40},
+      {"H3", 4, 40, 1280, 40},       {"S1", 64, 56, 80, 5},   {"S2", 64, 28, 160, 10},
+      {"S3", 64, 14, 320, 20},       {"B3", 64, 14, 448, 28}};
   cudaStream_t stream;
   check(cudaStreamCreate(&stream));
   for (const Shape& s : small ? few : all) {

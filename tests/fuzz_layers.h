@@ -118,8 +118,8 @@ template <class Compute>
 bool dwconv_case(bool rows_are_chunks, Compute compute) {
   dwconv::Call s = {};
   s.batch = integer(1, 3), s.height = integer(1, 9), s.width = integer(1, 9), s.size = 2 * integer(0, 3) + 1;
-  const int64_t channels[] = {1, 2, 3, 7, 8, 16, 19, 33, 64, 112, 320, 1280, 2560};
-  s.channels = channels[integer(0, 12)];
+  const int64_t channels[] = {1, 2, 3, 7, 8, 16, 19, 33, 40, 64, 80, 112, 200, 320, 1280, 2560};
+  s.channels = channels[integer(0, 15)];
   if (s.channels > 64) s.batch = 1, s.height = integer(1, 3), s.width = integer(1, 6);
   s.chunks = rows_are_chunks ? s.height : integer(1, s.height);
   s.shared = integer(0, 1) ? s.batch : 1, s.epsilon = 1e-3;
@@ -265,11 +265,16 @@ inline Values in_panels(const Values& kernel, int64_t inputs, int64_t outputs) {
 template <class Compute>
 bool linear_case(bool cuda, Compute compute) {
   linear::Call s = {};
-  s.gelu = cuda || integer(0, 1);
+  s.gelu = integer(0, 1);
   s.type = integer(0, 1) ? Type::kBFloat16 : Type::kFloat16;
   s.rows = integer(1, 150), s.inputs = 8 * integer(1, 13), s.outputs = 8 * integer(1, 20);
   if (!integer(0, 2)) s.rows = integer(1, 300), s.inputs = 8 * integer(14, 60), s.outputs = 8 * integer(1, 8);
   if (!integer(0, 3)) s.rows = integer(300, 1500), s.inputs = 8 * integer(1, 4);
+  // Several rounds of all that computes a tile at a time, of any number of steps.
+  if (cuda && !integer(0, 2)) {
+    s.rows = integer(260, 900), s.inputs = 8 * integer(1, 60), s.outputs = 8 * integer(1, 3);
+    if (integer(0, 1)) s.rows = integer(900, 1600), s.inputs = 8 * integer(1, 16);
+  }
   if (!cuda) {
     if (integer(0, 1)) s.type = Type::kFloat32;
     const int64_t inputs[] = {1, 3, 17, 100, 256, 300, 1024};
@@ -311,7 +316,7 @@ bool linear_case(bool cuda, Compute compute) {
 
 // `compute` does two calls, the second on the rows that the first gives.
 template <class Compute>
-bool mlp_case(Compute compute) {
+bool mlp_case(bool cuda, Compute compute) {
   linear::Call first = {}, second = {};
   const Type types[] = {Type::kFloat32, Type::kFloat32, Type::kBFloat16, Type::kFloat16};
   const int64_t inputs[] = {1, 17, 64, 100, 256, 300, 1030};
@@ -320,14 +325,20 @@ bool mlp_case(Compute compute) {
   first.outputs = integer(1, integer(0, 1) ? 100 : 600), first.gelu = true;
   first.image_rows = integer(0, 1) ? 1 : 1000;
   if (integer(0, 9) == 0) first.rows = integer(410, 430), first.inputs = 64;  // more than a tile's
+  if (cuda) {
+    const int64_t channels[] = {64, 80};
+    first.type = integer(0, 1) ? Type::kBFloat16 : Type::kFloat16;
+    first.inputs = channels[integer(0, 1)], first.outputs = 64 * integer(1, first.inputs == 80 ? 5 : 4);
+  }
   first.bias_type = size_of(first.type) == 2 && integer(0, 1) ? Type::kFloat32 : first.type;
-  second = first, second.gelu = false, second.inputs = first.outputs, second.outputs = integer(1, 100);
+  second = first, second.gelu = false, second.inputs = first.outputs;
+  second.outputs = cuda ? first.inputs : integer(1, 100);
   const int64_t rows = first.rows, n = first.inputs, between = first.outputs, m = second.outputs;
   const Values x = normal(rows * n), bias1 = normal(between), bias2 = normal(m);
   Values kernel1 = normal(n * between), kernel2 = normal(between * m);
   for (double& v : kernel1) v = std::round(v * 2) / 16;
   for (double& v : kernel2) v = std::round(v * 2) / 16;
-  first.panels = integer(0, 1), second.panels = integer(0, 1);
+  first.panels = !cuda && integer(0, 1), second.panels = !cuda && integer(0, 1);
   const auto bk1 = stored(first.type, first.panels ? in_panels(kernel1, n, between) : kernel1);
   const auto bk2 = stored(first.type, second.panels ? in_panels(kernel2, between, m) : kernel2);
   const auto bx = stored(first.type, x);

@@ -36,10 +36,10 @@ def needs_it() -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(reason), reason=reason)
 
 
-def needs_tensor_cores() -> pytest.MarkDecorator:
-    """That of a test of `linear` with GELU."""
-    too_old = ON == "cuda" and _ffi.LINEAR_GELU_FORWARD in _ffi._extension("cuda").missing(0)
-    return pytest.mark.skipif(too_old, reason="the GPU is too old")
+def needs_instructions_of(target: str) -> pytest.MarkDecorator:
+    """That of a test of a kernel that some GPUs have no instructions for."""
+    missing = ON == "cuda" and target in _ffi._extension("cuda").missing(0)
+    return pytest.mark.skipif(missing, reason="the GPU has no such instructions")
 
 
 def large(*values: Any) -> Any:

@@ -148,7 +148,7 @@ def test_what_is_no_checkout_of_the_official_code_is_named(
     [
         (0, ["....\n", "4 passed in 3s\n"], True),
         (1, ["..F.\n", "1 failed, 3 passed in 3s\n"], False),
-        (0, ["ss..\n", "SKIPPED [2] tests: the GPU is too old\n", "2 passed, 2 skipped\n"], True),
+        (0, ["ss..\n", "SKIPPED [2] tests: no such instructions\n", "2 passed, 2 skipped\n"], True),
         (0, ["ss..\n", "SKIPPED [2] tests: no kernel\n", "2 passed, 2 skipped\n"], False),
         (0, ["no tests ran\n"], False),
         (None, ["....\n", "....\n"], True),

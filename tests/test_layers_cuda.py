@@ -159,16 +159,19 @@ def test_extension_has_every_target() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
     targets = {*cpu.targets(), _ffi.LINEAR_GELU_FORWARD}
-    targets -= {_ffi.LINEAR_FORWARD, _ffi.CONVOLUTION_FORWARD, _ffi.MLP_FORWARD}
+    targets -= {_ffi.CONVOLUTION_FORWARD}
     assert set(extension.targets()) == targets
 
 
 def test_a_kernel_can_serve_untried(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
-    monkeypatch.setattr(_ffi, "_untried", set())
+    monkeypatch.setattr(_ffi, "_untried", {})
     try:
         _ffi.serve_untried("cuda")
         assert _ffi.serving(_ffi.FORWARD)[-1] == "cuda"
         assert xla_ops.status()["cuda"].detail.startswith("not tried; built for sm_")
+        _ffi.serve_untried("cuda", frozenset([_ffi.MLP_FORWARD]))
+        assert "cuda" not in _ffi.serving(_ffi.MLP_FORWARD)
+        assert _ffi.serving(_ffi.FORWARD)[-1] == "cuda"
     finally:
         _ffi._load_once.cache_clear()

@@ -19,7 +19,10 @@ import pytest
 import xla_ops
 from tests import gpu
 from tests import test_layer_norm as layer_norm
+from tests import test_mlp as mlp
 from tests.test_dwconv import TOLERANCE, assert_close, operands
+from xla_ops import _ffi
+from xla_ops.mlp import CHANNELS_ON_CUDA
 
 pytestmark = gpu.needs_it()
 
@@ -99,13 +102,17 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
         assert_as_exact(xla_ops.bias_gelu, dtype, 4 * x, bias, dy)
 
 
-@gpu.needs_tensor_cores()
+@gpu.needs_instructions_of(_ffi.LINEAR_GELU_FORWARD)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
     [
         gpu.large((16, 56, 56, 64), 256),  # blocks that stay, with four stages and with two
         gpu.large((16, 28, 28, 112), 448),
+        gpu.large((16, 28, 28, 160), 640),  # of each number of steps that has a form
+        gpu.large((32, 14, 14, 256), 1024),
+        gpu.large((16, 14, 14, 320), 1280),
+        gpu.large((16, 14, 14, 360), 1440),
         gpu.large((64, 7, 7, 512), 2048),
         gpu.large((8, 7, 7, 904), 12288),  # and those that do not, of each size
         gpu.large((1, 28, 28, 128), 512),
@@ -143,7 +150,58 @@ def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[An
         return [jax.tree.map(np.asarray, run(*local)) for _ in range(times)]
 
 
-@gpu.needs_tensor_cores()
+@gpu.needs_instructions_of(_ffi.LINEAR_FORWARD)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [
+        gpu.large((16, 56, 56, 80), 136),
+        gpu.large((16, 28, 28, 160), 272),
+        gpu.large((16, 28, 28, 208), 136),
+        gpu.large((64, 14, 14, 320), 544),
+        gpu.large((16, 14, 14, 448), 448),
+        gpu.large((1, 7, 7, 512), 512),
+        ((1, 17, 32, 80), 136),  # of the number of steps that each form takes
+        ((1, 4, 27, 208), 136),
+        ((1, 3, 5, 320), 40),
+        ((1, 5, 3, 360), 72),
+        ((1, 1, 1, 8), 8),
+        ((0, 4, 4, 16), 16),
+    ],
+    ids=str,
+)
+def test_linear(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
+    normal = np.random.RandomState(0).standard_normal
+    arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
+    x, kernel, vector = (jnp.asarray(a, dtype) for a in arrays)
+    for bias in (vector, vector.astype("float32")):
+        exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
+        wanted = exact[0] @ exact[1] + exact[2]
+        first, second = by_kernel(xla_ops.linear, x, kernel, bias, times=2)
+        assert_close(first, wanted, TOLERANCE[dtype])
+        assert first.tobytes() == second.tobytes()
+
+
+@gpu.needs_instructions_of(_ffi.MLP_FORWARD)
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_products_with_parameters_of_each_example(name: str) -> None:
+    function = getattr(xla_ops, name)
+    sets = [mlp.operands((2, 5, 7, 64), 128, 64, "bfloat16") for _ in range(2)]
+    sets[1] = [a * 2 for a in sets[1]]
+    if name == "linear":
+        sets = [arrays[:3] for arrays in sets]
+    stacked = [jnp.stack(arrays) for arrays in zip(*sets, strict=True)]
+    (got,) = by_kernel(
+        lambda *a, implementation: jax.vmap(
+            functools.partial(function, implementation=implementation)
+        )(*a),
+        *stacked,
+    )
+    wanted = [by_kernel(function, *arrays)[0] for arrays in sets]
+    assert got.tobytes() == np.stack(wanted).tobytes()
+
+
+@gpu.needs_instructions_of(_ffi.LINEAR_GELU_FORWARD)
 def test_linear_with_gelu_of_what_is_not_finite() -> None:
     x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
@@ -154,6 +212,44 @@ def test_linear_with_gelu_of_what_is_not_finite() -> None:
     wanted = np.where(z == -np.inf, 0, z)
     # Far out GELU stays what it is at -13, which bfloat16 tells from zero.
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=0, atol=1e-30)
+
+
+@gpu.needs_instructions_of(_ffi.MLP_FORWARD)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [
+        *(gpu.large((64, 56, 56, channels), 4 * channels) for channels in CHANNELS_ON_CUDA),
+        *(gpu.large((5, 14, 14, channels), 4 * channels) for channels in CHANNELS_ON_CUDA),
+        ((5, 8, 33, 64), 256),  # a warpgroup has several tiles, on the host
+        ((2, 9, 11, 80), 320),
+        ((1, 5, 7, 80), 64),
+        ((1, 1, 1, 64), 128),
+        ((0, 4, 4, 64), 64),
+    ],
+    ids=str,
+)
+def test_mlp(shape: tuple[int, ...], hidden: int, dtype: str) -> None:
+    arrays = mlp.operands(shape, hidden, shape[-1], dtype)
+    biases = [arrays[2], arrays[4]]
+    for kind in (dtype, "float32"):
+        arrays[2], arrays[4] = (bias.astype(kind) for bias in biases)
+        exact = [np.asarray(a, np.float64) for a in arrays]
+        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+            wanted = xla_ops.mlp(*map(jnp.asarray, exact), implementation="jnp")
+        first, second = by_kernel(xla_ops.mlp, *arrays, times=2)
+        assert_close(first, wanted, 8 * TOLERANCE[dtype])  # as of the CPU's
+        assert first.tobytes() == second.tobytes()
+
+
+@gpu.needs_instructions_of(_ffi.MLP_FORWARD)
+def test_mlp_of_what_is_not_finite() -> None:
+    x, kernel1, bias1, kernel2, bias2 = mlp.operands((1, 9, 9, 64), 128, 64, "bfloat16")
+    arrays = [x.at[0, 0, 3, 7].set(np.nan).at[0, 8, 8, 0].set(np.inf), kernel1, bias1, kernel2]
+    (got,) = by_kernel(xla_ops.mlp, *arrays, bias2)
+    finite = np.isfinite(got.astype(np.float64)).all(-1)[0]
+    assert {tuple(map(int, at)) for at in np.argwhere(~finite)} == {(0, 3), (8, 8)}
+    assert np.isnan(got[0, 0, 3].astype(np.float64)).all()
 
 
 NORMS = [

@@ -205,6 +205,38 @@ def test_a_program_for_cuda_has_the_kernel_where_it_serves(cuda_serves: None) ->
     assert not has_it("bfloat16", 20) and not has_it("bfloat16", 64, 20)
 
 
+def test_where_compute_capability_9_0_serves_it_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
+
+    def has_it(pixels: int, inputs: int, outputs: int, gelu: bool = True) -> bool:
+        shapes = (1, 1, pixels, inputs), (inputs, outputs), (outputs,)
+        arrays = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+        text = for_cuda(functools.partial(linear, gelu=gelu), *arrays)
+        return (CALL if gelu else "@internimage_linear_forward") in text
+
+    many = 12544  # S's third level at batch 64, and T's fourth at batch 256
+    assert has_it(many, 320, 1280) and has_it(many, 512, 2048)
+    assert not has_it(many, 520, 2080) and not has_it(49, 320, 1280)
+    assert has_it(many, 320, 320, gelu=False) and has_it(4 * many, 80, 80, gelu=False)
+    assert not has_it(many, 256, 256, gelu=False) and not has_it(many, 448, 448, gelu=False)
+    assert not has_it(49, 80, 80, gelu=False) and not has_it(many, 80, 84, gelu=False)
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+def test_parameters_of_symbolic_sizes_are_exported(
+    gelu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
+    (k,) = jax.export.symbolic_shape("k")
+    for inputs, outputs in ((80, k), (k, 80)):
+        shapes = (1, 64, 64, inputs), (inputs, outputs), (outputs,)
+        arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        function = jax.jit(functools.partial(linear, gelu=gelu))
+        named = jax.export.DisabledSafetyCheck.custom_call("internimage_bias_gelu_forward")
+        export = jax.export.export(function, platforms=["cpu", "cuda"], disabled_checks=[named])
+        assert export(*arrays).out_avals
+
+
 def test_under_differentiation_it_is_a_product_and_bias_gelu(cuda_serves: None) -> None:
     arrays = operands()
     gradients = lambda *arrays: value_and_gradients(*arrays)[1:]  # noqa: E731

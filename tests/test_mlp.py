@@ -17,6 +17,8 @@ from tests.transforms import check_transforms
 from xla_ops import _ffi, linear, mlp
 from xla_ops.mlp import LEAST_PIXELS
 
+mlp_module = sys.modules["xla_ops.mlp"]  # as a name of the package it is the operator
+
 CALL = "@internimage_mlp_forward"
 # Channels, and those between the products and of the result.
 SHAPES = [
@@ -133,12 +135,12 @@ def test_other_rows_do_not_matter() -> None:
 
 @kernel_serves
 def test_transforms_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["xla_ops.mlp"], "_many", lambda pixels: True)
+    monkeypatch.setattr(mlp_module, "_pays", lambda *_: True)
     check_transforms(mlp, operands(), _ffi.MLP_FORWARD, shared=4)
 
 
 @kernel_serves
-def test_it_is_two_products_where_there_are_few_pixels_and_on_cuda(
+def test_it_is_two_products_where_there_are_few_pixels_and_on_a_gpu_that_has_no_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def text_of(pixels: int) -> str:
@@ -153,6 +155,27 @@ def test_it_is_two_products_where_there_are_few_pixels_and_on_cuda(
     arrays = operands((1, 1, many, 64), 64, 64, "bfloat16")
     text = for_cuda(mlp, *arrays)
     assert CALL not in text and "@internimage_linear_gelu_forward" in text
+
+
+def test_a_program_for_cuda_has_the_kernel_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
+
+    def has_it(pixels: int, channels: int, hidden: int, outputs: int, dtype="bfloat16") -> bool:
+        shapes = (
+            (1, 1, pixels, channels),
+            (channels, hidden),
+            (hidden,),
+            (hidden, outputs),
+            (outputs,),
+        )
+        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        return CALL in for_cuda(mlp, *arrays)
+
+    many = mlp_module.LEAST_PIXELS_ON_CUDA
+    assert has_it(many, 64, 256, 64) and has_it(many, 80, 320, 80, "float16")
+    assert not has_it(many - 1, 64, 256, 64) and not has_it(many, 64, 256, 64, "float32")
+    assert not has_it(many, 128, 512, 128) and not has_it(many, 64, 256, 72)
+    assert not has_it(many, 64, 320, 64) and not has_it(many, 64, 96, 64)
 
 
 @pytest.mark.parametrize(

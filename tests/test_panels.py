@@ -85,7 +85,7 @@ def test_what_is_not_finite() -> None:
 
 @kernel_serves
 def test_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["xla_ops.mlp"], "_many", lambda pixels: True)
+    monkeypatch.setattr(sys.modules["xla_ops.mlp"], "_pays", lambda *_: True)
     product = each_in_panels(test_linear.operands(dtype="float32"))
     check_transforms(linear, product, _ffi.LINEAR_FORWARD)
     check_transforms(mlp, each_in_panels(test_mlp.operands()), _ffi.MLP_FORWARD, shared=4)

@@ -82,17 +82,18 @@ def _load(platform: str) -> _Loaded:
         return _load_once(platform)
 
 
-def serve_untried(platform: str) -> None:
-    """Takes a platform's kernels as serving, so that programs can be compiled for a device that is
-    not here. They are not tried, and an extension that is not built is an `ImportError`.
+def serve_untried(platform: str, without: frozenset[str] = frozenset()) -> None:
+    """Takes a platform's kernels as serving, but those `without` which that device has to do, so
+    that programs can be compiled for a device that is not here. They are not tried, and an
+    extension that is not built is an `ImportError`.
     """
     _register(platform)
     with _lock:
-        _untried.add(platform)
+        _untried[platform] = without
         _load_once.cache_clear()
 
 
-_untried: set[str] = set()
+_untried: dict[str, frozenset[str]] = {}  # targets that do not serve, by platform
 
 
 def _extension(platform: str) -> Any:
@@ -118,7 +119,9 @@ def _load_once(platform: str) -> _Loaded:
         return gather(f"built as version {extension.version}, not {VERSION}: rebuild it")
     targets, form = frozenset(extension.targets()), extension.instruction_set()
     if platform in _untried:
-        return _Loaded(Status("kernel", f"not tried; built for {form}"), targets)
+        return _Loaded(
+            Status("kernel", f"not tried; built for {form}"), targets - _untried[platform]
+        )
     try:
         device = jax.local_devices(backend=platform)[0]
     except RuntimeError:  # where this JAX has no such platform, or the machine no such device
@@ -156,12 +159,13 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
     fused = plain | {"center_feature_scale": False}
     gelu: dict[str, Any] = {"version": np.int64(VERSION)}
     dwconv = gelu | {"epsilon": np.float64(1e-6)}
-    product, products = _product()
-    # Two products: the second's kernel takes every other column of what the first gives.
-    second = np.eye(72)[:, ::2].astype(jnp.bfloat16), np.arange(36).astype(jnp.bfloat16)
-    mlp = tuple(a.astype(np.float32) for a in (*product, *second))
-    mlp_result = products[..., ::2].astype(np.float32) + np.arange(36, dtype=np.float32)
     cuda = platform == "cuda"  # its backward calls have scratch as one result more
+    half_product, half_products = _product()
+    product, products = half_product, half_products
+    if not cuda:  # which takes half precision alone
+        product = tuple(a.astype(np.float32) for a in half_product)
+        products = half_products.astype(np.float32)
+    mlp, mlp_result = _two_products(cuda)
     scratch = (np.zeros((1, 1, 1, 1), np.uint32),) if cuda else ()
     dv = (one,) if cuda else ()
     # Operands, attributes, arrays like the results, and what these begin with.
@@ -184,12 +188,7 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
         ),
         GELU_FORWARD: ((one * 6, one[0, 0, 0] * 7), gelu, (one,), [13.0]),
         GELU_BACKWARD: ((one * 6, one[0, 0, 0] * 7, one * 5), gelu, (one,), [5.0]),
-        LINEAR_FORWARD: (
-            tuple(a.astype(np.float32) for a in product),
-            gelu,
-            (products.astype(np.float32),),
-            [products],
-        ),
+        LINEAR_FORWARD: (product, gelu, (products,), [products]),
         NORM_FORWARD: (
             (np.array([[[[0, 6]]]], np.float32), pair[0, 0, 0] + 8, pair[0, 0, 0] + 50),
             dwconv | {"epsilon": np.float64(7)},
@@ -217,11 +216,11 @@ def _try(platform: str, device: Any, targets: frozenset[str]) -> dict[str, str]:
             (np.zeros((1, 2, 1, 1), np.float32),),
             [5.0, 5.0],
         ),
-        LINEAR_GELU_FORWARD: (product, gelu, (products,), [products]),
+        LINEAR_GELU_FORWARD: (half_product, gelu, (half_products,), [half_products]),
         MLP_FORWARD: (mlp, gelu, (mlp_result,), [mlp_result]),
     }
     missing = _extension(platform).missing(device.local_hardware_id) if cuda else []
-    set_aside = dict.fromkeys(missing, "the GPU is too old, or no code is built for it")
+    set_aside = dict.fromkeys(missing, "not of this GPU's kind, or no code is built for it")
     trying = sorted(targets - set(missing))
 
     # One program, since compiling is most of the time.
@@ -259,3 +258,18 @@ def _product() -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     bias = 13 + np.arange(72)
     operands = tuple(a.astype(jnp.bfloat16) for a in (x, kernel, bias))
     return operands, (x @ kernel + bias).astype(jnp.bfloat16)
+
+
+def _two_products(cuda: bool) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """x, kernels and biases of an MLP, and the result; of small integers too.
+
+    The second kernel takes every other column of what the first product gives.
+    """
+    draw = np.random.RandomState(0).randint
+    # As each platform's kernel takes it.
+    inputs, hidden, dtype = (64, 128, jnp.bfloat16) if cuda else (136, 72, np.float32)
+    x, kernel = draw(0, 2, (1, 5, 31, inputs)), draw(0, 2, (inputs, hidden))
+    bias, other = 13 + np.arange(hidden) % 72, np.arange(hidden // 2) % 36
+    operands = x, kernel, bias, np.eye(hidden, dtype=int)[:, ::2], other
+    result = (x @ kernel + bias)[..., ::2] + other
+    return tuple(a.astype(dtype) for a in operands), result.astype(dtype)

@@ -19,6 +19,12 @@ from xla_ops.panels import from_panels, panels_shape
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
 # of it for a GPU than there are here (T on an H200: 4.94 ms, with 512 4.97, with 128 4.92).
 MOST_CHANNELS = 256
+# The form that compute capability 9.0 has of its own takes up to so many, and pays from so many
+# results on: a tile of 64 x 128 for each multiprocessor.
+MOST_CHANNELS_WIDE, LEAST_RESULTS_WIDE = 512, 132 * 64 * 128
+# Without GELU that form is for up to so many, where they do not come in 128s: there XLA's are slow
+# (S at batch 64 6.54 to 6.43 ms, B 9.38 to 9.31; T, of powers of two, as before).
+MOST_CHANNELS_WITHOUT_GELU = 320
 
 
 def linear(
@@ -32,10 +38,11 @@ def linear(
     """Returns x @ kernel + bias, or the erf form of GELU of it.
 
     One kernel does it all, and what is summed or goes into GELU is neither rounded nor written: on
-    x86 processors with AVX2, but for float64; on CUDA with GELU, in half precision and up to 256
-    input channels. Under differentiation, and everywhere else, it is XLA's product, rounded to x's
-    dtype, and `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever
-    the bias.
+    x86 processors with AVX2, but for float64; on CUDA in half precision with GELU, up to 256 input
+    channels, and on compute capability 9.0 (H100, H200) for large maps up to 512, and without GELU
+    up to 320 that do not come in 128s. Under differentiation, and everywhere else, it is XLA's
+    product, rounded to x's dtype, and `xla_ops.bias_gelu`: in float16 a product beyond 65504 is
+    infinite there, whatever the bias.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -46,7 +53,8 @@ def linear(
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
             takes it where it is known to serve, and elsewhere the product and the best `bias_gelu`.
             For `jax.export` the targets to name are "internimage_linear_forward" without GELU, with
-            it "internimage_linear_gelu_forward" and those of `bias_gelu`.
+            it "internimage_linear_gelu_forward" and those of `bias_gelu`. What is exported on
+            compute capability 9.0 may want it.
 
     Returns:
         (N, H, W, K) of x's dtype.
@@ -59,23 +67,42 @@ def linear(
     check_operands(x, kernel, bias)
     operator = Linear(gelu, kernel.ndim == 3, "jnp" if implementation == "jnp" else None)
     serving = _ffi.serving(operator.name)
-    taken = tuple(platform for platform in serving if _takes(platform, kernel))
-    if implementation is None and x.shape[-1] > MOST_CHANNELS:
+    taken = tuple(platform for platform in serving if _takes(platform, kernel, gelu))
+    if implementation is None and not _pays_on_cuda(x.shape, bias.shape[0], gelu):
         taken = tuple(platform for platform in taken if platform != "cuda")
     return forward(operator, implementation, taken, _TAKEN if serving else "", x, kernel, bias)
 
 
 _TAKEN = (
-    "on a CPU, with AVX2, it takes all but float64; on CUDA, with GELU and from compute capability "
-    "8.0 on, bfloat16 and float16, with C and K in eights, the kernel not in panels"
+    "on a CPU, with AVX2, it takes all but float64; on CUDA, from compute capability 8.0 on with "
+    "GELU, on 9.0 up to 512 channels without, bfloat16 and float16, with C and K in eights, the "
+    "kernel not in panels"
 )
 
 
-def _takes(platform: str, kernel: jax.Array) -> bool:
+def _takes(platform: str, kernel: jax.Array, gelu: bool) -> bool:
     if platform == "cpu":
         return kernel.dtype != jnp.float64
-    in_rows = kernel.ndim == 2
-    return in_rows and kernel.dtype.itemsize == 2 and not any(size % 8 for size in kernel.shape)
+    if kernel.ndim == 3 or kernel.dtype.itemsize != 2 or any(size % 8 for size in kernel.shape):
+        return False
+    return gelu or kernel.shape[0] <= MOST_CHANNELS_WIDE
+
+
+def _pays_on_cuda(shape: tuple[int, ...], outputs: int, gelu: bool) -> bool:
+    *pixels, channels = shape
+    if not isinstance(channels, int):  # `jax.export` has symbols too
+        return False
+    if gelu and channels <= MOST_CHANNELS:
+        return True
+    # The GPU at hand is of compute capability 9.0 where the product without GELU serves.
+    if "cuda" not in _ffi.serving(_ffi.LINEAR_FORWARD):
+        return False
+    sizes = (*pixels, outputs)
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) < LEAST_RESULTS_WIDE:
+        return False
+    if gelu:
+        return channels <= MOST_CHANNELS_WIDE
+    return channels <= MOST_CHANNELS_WITHOUT_GELU and channels % 128 != 0
 
 
 @dataclass(frozen=True)

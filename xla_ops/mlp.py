@@ -20,6 +20,11 @@ LEAST_PIXELS = 96
 # Input channels. With more, what is between the products no longer stays in the caches.
 MOST_CHANNELS = 1280
 
+# The CUDA kernel's, which has both kernels on the multiprocessor: those of T's and S's first level.
+CHANNELS_ON_CUDA = (64, 80)
+# Pixels. With fewer, bringing the kernels there takes longer than is won.
+LEAST_PIXELS_ON_CUDA = 65536
+
 
 def mlp(
     x: jax.Array,
@@ -34,8 +39,10 @@ def mlp(
 
     On x86 processors with AVX2, but for float64, it is one kernel: what is between the products
     stays in the caches. The results are those of two calls of `xla_ops.linear`, to the bit but in
-    rows that are not finite (or within 2^-9 of the largest float32); and it is these two calls
-    under differentiation and everywhere else.
+    rows that are not finite (or within 2^-9 of the largest float32). On CUDA it is one in half
+    precision on compute capability 9.0 (H100, H200), for C and L both 64 or both 80 and K in 64s
+    up to 4 C: there what is between the products stays in registers. It is the two calls under
+    differentiation and everywhere else.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -44,10 +51,11 @@ def mlp(
         kernel2: (K, L), L at least 1, of x's dtype, or that in panels.
         bias2: (L,), as bias1.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
-            takes it where it is known to serve, for up to 1280 channels and from 96 pixels on
-            for each CPU of this process (under `vmap`, of one example), and elsewhere two calls
-            of `linear`. For `jax.export` the targets to name are
-            "internimage_mlp_forward" and those of `linear`.
+            takes it where it is known to serve (on CPUs for up to 1280 channels and from 96 pixels
+            on for each CPU of this process, on CUDA from 65536 pixels on; under `vmap`, of one
+            example), and elsewhere two calls of `linear`. For `jax.export` the targets to name are
+            "internimage_mlp_forward" and those of `linear`. What is exported on compute capability
+            9.0 may want it.
 
     Returns:
         (N, H, W, L) of x's dtype.
@@ -58,19 +66,41 @@ def mlp(
     check_operands(x, kernel1, bias1, ("kernel1", "bias1"))
     hidden = jax.ShapeDtypeStruct((*x.shape[:-1], bias1.shape[0]), x.dtype)
     check_operands(hidden, kernel2, bias2, ("kernel2", "bias2"))
-    taken = _ffi.serving(_ffi.MLP_FORWARD) if x.dtype != jnp.float64 else ()
-    refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
-    if implementation is None and not (_many(x.shape[:-1]) and x.shape[-1] <= MOST_CHANNELS):
-        taken = ()
+    serving = _ffi.serving(_ffi.MLP_FORWARD)
+    taken = tuple(platform for platform in serving if _takes(platform, kernel1, kernel2))
+    if implementation is None:
+        taken = tuple(platform for platform in taken if _pays(platform, x.shape))
     panels = (kernel1.ndim == 3, kernel2.ndim == 3)
     operator = MLP(panels, "jnp" if implementation == "jnp" else None)
-    return forward(operator, implementation, taken, refusal, x, kernel1, bias1, kernel2, bias2)
+    operands = x, kernel1, bias1, kernel2, bias2
+    return forward(operator, implementation, taken, _TAKEN if serving else "", *operands)
 
 
-def _many(pixels: tuple[int, ...]) -> bool:
-    if not all(isinstance(size, int) for size in pixels):  # `jax.export` has symbols too
+_TAKEN = (
+    "on a CPU, with AVX2, it takes all but float64; on CUDA, on compute capability 9.0, bfloat16 "
+    "and float16, with C and L both 64 or both 80, K in 64s up to 4 C, the kernels not in panels"
+)
+
+
+def _takes(platform: str, kernel1: jax.Array, kernel2: jax.Array) -> bool:
+    if platform == "cpu":
+        return kernel1.dtype != jnp.float64
+    if kernel1.ndim == 3 or kernel2.ndim == 3:
         return False
-    return int(np.prod(pixels)) >= LEAST_PIXELS * len(os.sched_getaffinity(0))
+    (channels, hidden), outputs = kernel1.shape, kernel2.shape[1]
+    if not all(isinstance(size, int) for size in (channels, hidden, outputs)):  # for `jax.export`
+        return False
+    fits = channels == outputs and channels in CHANNELS_ON_CUDA and hidden % 64 == 0
+    return kernel1.dtype.itemsize == 2 and fits and hidden <= 4 * channels
+
+
+def _pays(platform: str, shape: tuple[int, ...]) -> bool:
+    if not all(isinstance(size, int) for size in shape):  # `jax.export` has symbols too
+        return False
+    pixels = int(np.prod(shape[:-1]))
+    if platform == "cuda":
+        return pixels >= LEAST_PIXELS_ON_CUDA
+    return pixels >= LEAST_PIXELS * len(os.sched_getaffinity(0)) and shape[-1] <= MOST_CHANNELS
 
 
 @dataclass(frozen=True)

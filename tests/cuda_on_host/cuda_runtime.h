@@ -79,6 +79,8 @@ struct Settings {
   size_t shared_limit = kShared;
   int processors = 4;
   int ptx_version = 90;
+  int registers = 128;  // of a kernel's threads
+  int device = 0;       // its number
 };
 inline Settings settings;
 
@@ -92,6 +94,7 @@ struct Fiber {
   int team, members;  // where it waits, and for how many with itself
 };
 inline std::vector<Fiber> fibers;
+inline std::map<int, int> passed;  // of each team's barrier, threads that do not wait there
 inline Fiber* current;
 inline ucontext_t scheduler;
 inline const void* scheduler_stack;
@@ -155,18 +158,20 @@ inline bool release_teams(unsigned threads) {
   }
   std::vector<int> ready;
   for (const auto& [team, members] : teams) {
-    if (int(members.size()) == fibers[members.front()].members) ready.push_back(team);
+    if (int(members.size()) + passed[team] == fibers[members.front()].members) ready.push_back(team);
   }
   std::shuffle(ready.begin(), ready.end(), chance);
   for (size_t i = 0; i < ready.size(); ++i) {
     if (i && chance() % 2) continue;
     for (unsigned member : teams[ready[i]]) fibers[member].state = State::kReady;
+    passed[ready[i]] = 0;
   }
   return !ready.empty();
 }
 
 inline void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers.resize(threads);
+  passed.clear();
   std::vector<unsigned> warps;
   for (unsigned i = 0; i < threads; ++i) {
     if (i % 32 == 0) warps.push_back(i);
@@ -274,18 +279,19 @@ cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int value) {
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
-  int ptxVersion;
+  int ptxVersion, numRegs;
 };
 template <class F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
   attributes->ptxVersion = cuda_on_host::settings.ptx_version;
+  attributes->numRegs = cuda_on_host::settings.registers;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_on_host::settings.device;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -24,13 +24,14 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 #include "dwconv_cuda_backward.cu"
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
-#include "linear_gelu_cuda.cu"
+#include "linear_cuda.cu"
+#include "mlp_cuda.cu"
 #include "norm_cuda.cu"
 #include "cuda_module.cc"
 // clang-format on
 
 namespace xla_ops::cuda {
-alignas(128) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
+alignas(1024) unsigned char dynamic_shared_memory[cuda_on_host::kShared];
 }
 
 namespace {

@@ -45,6 +45,10 @@ inline void wait_for_team(int team, int threads) {
   cuda_on_host::wait_for_team(team, threads);
 }
 
+inline void pass_team(int team, int) {
+  ++cuda_on_host::passed[team];
+}
+
 inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const unsigned char*>(p) - dynamic_shared_memory);
 }
@@ -103,6 +107,17 @@ inline void load_two_matrices(uint32_t row, uint32_t (&m)[4]) {
   const uint32_t named = __shfl_sync(~0u, row, threadIdx.x % 16);  // the first half names all there are
   load_matrices<true>(named, m);
   m[2] = before[0], m[3] = before[1];
+}
+
+inline void write_matrices(uint32_t row, const uint32_t (&m)[4]) {
+  static uint32_t rows[1024];
+  rows[threadIdx.x] = row;
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
+  const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  for (unsigned q = 0; q < 4; ++q) {
+    std::memcpy(dynamic_shared_memory + rows[first + q * 8 + lane / 4] + lane % 4 * 4, &m[q], 4);
+  }
+  cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
 }
 
 template <class T>

@@ -157,7 +157,7 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
 
 constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that any block may have
 
-extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 template <class R>
 __device__ __forceinline__ R* shared_memory() {
   return reinterpret_cast<R*>(dynamic_shared_memory);
@@ -205,6 +205,18 @@ cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, size_t shar
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Likewise with more shared memory than any block may have, if so many bytes are asked for.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_with(cudaStream_t stream, const Device& device, int64_t blocks, int threads, size_t shared,
+                        void (*kernel)(Parameters...), Arguments... arguments) {
+  if (shared > kPlainShared) {  // the same for all calls: others may be launching this kernel
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+    if (error) return error;
+  }
+  return launch(stream, blocks, threads, shared, kernel, arguments...);
 }
 
 }  // namespace xla_ops::cuda

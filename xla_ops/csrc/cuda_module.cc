@@ -13,8 +13,9 @@
 #include "dwconv_ffi.h"
 #include "gelu_cuda.h"
 #include "gelu_ffi.h"
-#include "linear_gelu_cuda.h"
+#include "linear_cuda.h"
 #include "linear_ffi.h"
+#include "mlp_cuda.h"
 #include "norm_cuda.h"
 #include "norm_ffi.h"
 
@@ -226,28 +227,61 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler,
 namespace linear::cuda {
 namespace {
 
+template <Form form>
 ffi::Error forward_handler(cudaStream_t stream, Operand x, Operand kernel, Operand bias, Result y,
                            int64_t version) {
+  constexpr bool gelu = form == Form::kGelu;
+  const char* const name = gelu ? "internimage_linear_gelu" : "internimage_linear";
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe(x, kernel, bias, *y, version, Form::kGelu, &call, &sets);
+  ffi::Error error = describe(x, kernel, bias, *y, version, form, &call, &sets);
   if (error.failure()) return error;
   bool serving = false;
-  if (cudaError_t error = serves(&serving)) return check("internimage_linear_gelu", error);
-  if (!serving) return invalid("this GPU is of a compute capability below 8.0, or no code is built for it");
+  if (cudaError_t error = gelu ? serves(&serving) : serves_plain(&serving)) return check(name, error);
+  if (!serving) return invalid("this GPU has not the instructions for it, or no code is built for it");
   for (int64_t i = 0; i < sets; ++i) {
     const Call one = of_set(call, i);
     if (const char* why = refusal(one)) return invalid(why);
-    if (cudaError_t error = forward(stream, one)) return check("internimage_linear_gelu", error);
+    if (cudaError_t error = forward(stream, one)) return check(name, error);
   }
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
+ffi::Error mlp_handler(cudaStream_t stream, Operand x, Operand kernel1, Operand bias1, Operand kernel2,
+                       Operand bias2, Result y, int64_t version) {
+  Call first = {}, second = {};
+  int64_t sets;
+  ffi::Error error = describe_mlp(x, kernel1, bias1, kernel2, bias2, y, version, &first, &second, &sets);
+  if (error.failure()) return error;
+  bool serving = false;
+  if (cudaError_t error = mlp_serves(&serving)) return check("internimage_mlp", error);
+  if (!serving) return invalid("this GPU is not of compute capability 9.0, or no code is built for it");
+  for (int64_t i = 0; i < sets; ++i) {
+    const Call one = of_set(first, i), other = of_set(second, i);
+    if (const char* why = mlp_refusal(one, other)) return invalid(why);
+    if (cudaError_t error = mlp(stream, one, other)) return check("internimage_mlp", error);
+  }
+  return ffi::Error::Success();
+}
+
+auto bind_product() {
+  return bind()
+      .Arg<Operand>()  // x
+      .Arg<Operand>()  // kernel
+      .Arg<Operand>()  // bias
+      .Ret<Operand>()  // y
+      .Attr<int64_t>("version");
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_handler<Form::kProduct>, bind_product(), TRAITS);
+XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_handler<Form::kGelu>, bind_product(), TRAITS);
+XLA_FFI_DEFINE_HANDLER(kMlp, mlp_handler,
                        bind()
                            .Arg<Operand>()  // x
-                           .Arg<Operand>()  // kernel
-                           .Arg<Operand>()  // bias
+                           .Arg<Operand>()  // kernel1
+                           .Arg<Operand>()  // bias1
+                           .Arg<Operand>()  // kernel2
+                           .Arg<Operand>()  // bias2
                            .Ret<Operand>()  // y
                            .Attr<int64_t>("version"),
                        TRAITS);
@@ -337,17 +371,24 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_layer_norm_forward", layer_norm::cuda::kForward);
     add("internimage_add_norm_forward", layer_norm::cuda::kAddNorm);
     add("internimage_norm_add_forward", layer_norm::cuda::kNormAdd);
-    add("internimage_linear_gelu_forward", linear::cuda::kForward);
+    add("internimage_linear_forward", linear::cuda::kForward);
+    add("internimage_linear_gelu_forward", linear::cuda::kGeluForward);
+    add("internimage_mlp_forward", linear::cuda::kMlp);
     return targets;
   });
-  // The targets that a GPU, by CUDA's number, is too old for. It becomes the calling thread's own.
+  // The targets that a GPU, by CUDA's number, has not the instructions for. It becomes the calling thread's
+  // own.
   m.def("missing", [](int device) {
     pybind11::list names;
-    bool serving = false;
+    bool tensor_cores = false, plain = false, mlp = false;
     cudaError_t error = cudaSetDevice(device);
-    if (!error) error = linear::cuda::serves(&serving);
+    if (!error) error = linear::cuda::serves(&tensor_cores);
+    if (!error) error = linear::cuda::serves_plain(&plain);
+    if (!error) error = linear::cuda::mlp_serves(&mlp);
     if (error) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-    if (!serving) names.append("internimage_linear_gelu_forward");
+    if (!tensor_cores) names.append("internimage_linear_gelu_forward");
+    if (!plain) names.append("internimage_linear_forward");
+    if (!mlp) names.append("internimage_mlp_forward");
     return names;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for

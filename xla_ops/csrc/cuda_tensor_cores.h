@@ -74,6 +74,11 @@ __device__ __forceinline__ void wait_for_team(int team, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(team), "r"(threads) : "memory");
 }
 
+// The same barrier for threads that do not wait at it: they count among those that others wait for.
+__device__ __forceinline__ void pass_team(int team, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(team), "r"(threads) : "memory");
+}
+
 // Loads four matrices of 8 x 8 from shared memory. Thread l of the warp names row l % 8 of matrix l / 8,
 // and gets of each matrix the values (l / 4, l % 4 * 2) and the next in the row; of the transposed ones,
 // if so asked.
@@ -100,6 +105,14 @@ __device__ __forceinline__ void load_two_matrices(uint32_t row, uint32_t (&m)[4]
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
                : "=r"(m[0]), "=r"(m[1])
                : "r"(row)
+               : "memory");
+}
+
+// Writes four matrices of 8 x 8 to shared memory: what `load_matrices` would load. From compute
+// capability 9.0 on.
+__device__ __forceinline__ void write_matrices(uint32_t row, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row), "r"(m[0]),
+               "r"(m[1]), "r"(m[2]), "r"(m[3])
                : "memory");
 }
 
@@ -144,10 +157,12 @@ __device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], uint32_t b0
 
 namespace xla_ops::cuda {
 
-// Whether what a kernel that uses them would run here, and is built for, has tensor cores.
-template <class Kernel>
-cudaError_t has_tensor_cores(Kernel* kernel, bool* answer) {
-  // By the number of the GPU: 0 not known, 1 no, 2 yes. Of all kernels of this type: all are built alike.
+// Whether the code of a kernel that runs on the GPU in use is what `is_whole` wants: on a GPU whose
+// instructions it cannot do without, there may be none, or an empty one. All kernels of this type are built
+// alike.
+template <class Kernel, class F>
+cudaError_t has_code(Kernel* kernel, bool* answer, F is_whole) {
+  // By the number of the GPU: 0 not known, 1 no, 2 yes.
   static std::atomic<int> known[64];
   int device;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
@@ -158,12 +173,17 @@ cudaError_t has_tensor_cores(Kernel* kernel, bool* answer) {
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
     if (error && !none) return error;
-    // Of the code that this GPU would run: an older one's, compiled anew, would have no body.
-    found = !none && attributes.ptxVersion >= 80 ? 2 : 1;
+    found = !none && is_whole(attributes) ? 2 : 1;
     if (cell) cell->store(found);
   }
   *answer = found == 2;
   return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t has_tensor_cores(Kernel* kernel, bool* answer) {
+  // Of the code that this GPU would run: an older one's, compiled anew, would have no body.
+  return has_code(kernel, answer, [](const cudaFuncAttributes& found) { return found.ptxVersion >= 80; });
 }
 
 }  // namespace xla_ops::cuda

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,10 @@ def lowered_forward(
     With a sharding, operands are where that says, so the program is for these devices.
     """
     model = InternImage(config, dtype=dtype, param_dtype=dtype)  # has shapes in their place
-    graphdef, state = nnx.split(nnx.eval_shape(InternImage.fused, model))
+    # The layout of kernels is that of the devices which the program is for.
+    backend = next(iter(sharding.device_set)).platform if sharding else jax.default_backend()
+    with mock.patch.object(jax, "default_backend", return_value=backend):
+        graphdef, state = nnx.split(nnx.eval_shape(InternImage.fused, model))
     leaves, tree = jax.tree.flatten(state)
     leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in leaves]
 

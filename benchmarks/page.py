@@ -178,7 +178,7 @@ GPU_PROFILE: Columns = {
     "us": lambda row: f"{row['us']:.0f}",
 }
 KERNELS = ("dcnv3", "dcnv3 backward", "dwconv_norm_gelu", "linear with GELU", "bias_gelu")
-KERNELS += ("layer_norm", "add_norm", "norm_add")
+KERNELS += ("layer_norm", "add_norm", "norm_add", "linear", "mlp")
 GPU_KERNELS: Columns = {
     "shape": lambda row: (
         f"{row['shape']}: {row['batch']}x{row['side']}x{row['side']}x{row['channels']}"

@@ -230,7 +230,7 @@ def test_parameters_of_symbolic_sizes_are_exported(
     (k,) = jax.export.symbolic_shape("k")
     for inputs, outputs in ((80, k), (k, 80)):
         shapes = (1, 64, 64, inputs), (inputs, outputs), (outputs,)
-        arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        arrays = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
         function = jax.jit(functools.partial(linear, gelu=gelu))
         named = jax.export.DisabledSafetyCheck.custom_call("internimage_bias_gelu_forward")
         export = jax.export.export(function, platforms=["cpu", "cuda"], disabled_checks=[named])

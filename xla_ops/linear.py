@@ -83,14 +83,17 @@ _TAKEN = (
 def _takes(platform: str, kernel: jax.Array, gelu: bool) -> bool:
     if platform == "cpu":
         return kernel.dtype != jnp.float64
-    if kernel.ndim == 3 or kernel.dtype.itemsize != 2 or any(size % 8 for size in kernel.shape):
+    known = all(isinstance(size, int) for size in kernel.shape)  # `jax.export` has symbols too
+    if not known or kernel.ndim == 3 or kernel.dtype.itemsize != 2:
+        return False
+    if any(size % 8 for size in kernel.shape):
         return False
     return gelu or kernel.shape[0] <= MOST_CHANNELS_WIDE
 
 
 def _pays_on_cuda(shape: tuple[int, ...], outputs: int, gelu: bool) -> bool:
     *pixels, channels = shape
-    if not isinstance(channels, int):  # `jax.export` has symbols too
+    if not isinstance(channels, int):
         return False
     if gelu and channels <= MOST_CHANNELS:
         return True

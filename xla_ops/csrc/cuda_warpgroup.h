@@ -24,6 +24,13 @@ constexpr int kWarpgroup = 128;  // threads
 __device__ __forceinline__ uint64_t matrix(const void* cells, uint32_t lead, uint32_t stride) {
   return uint64_t(shared_address(cells) >> 4) | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32;
 }
+// A matrix whose rows are of 128 bytes, eight of them an atom of 1024 that begins at a multiple of that, the
+// pieces of 16 bytes of row i at their number, exclusive or i % 8. In a row there are 64 values: of those
+// that are summed over (`lead` is of no account then, `stride` 1024), or of the others: then `lead` is the
+// bytes to the next 64, and `stride` to the next rows, 1024 too.
+__device__ __forceinline__ uint64_t matrix_of_rows(const void* atoms, uint32_t lead) {
+  return matrix(atoms, lead, 1024) | uint64_t(1) << 62;
+}
 // The same so many bytes further.
 __device__ __forceinline__ uint64_t further(uint64_t matrix, uint32_t bytes) {
   return matrix + (bytes >> 4);
@@ -46,13 +53,6 @@ __device__ __forceinline__ void end_products() {
 template <int N>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
-}
-// A matrix whose rows are of 128 bytes, eight of them an atom of 1024 that begins at a multiple of that, the
-// pieces of 16 bytes of row i at their number, exclusive or i % 8. In a row there are 64 values: of those
-// that are summed over (`lead` is of no account then, `stride` 1024), or of the others: then `lead` is the
-// bytes to the next 64, and `stride` to the next rows, 1024 too.
-__device__ __forceinline__ uint64_t matrix_of_rows(const void* atoms, uint32_t lead) {
-  return matrix(atoms, lead, 1024) | uint64_t(1) << 62;
 }
 
 // Keeps the compiler from reading what products have summed up before it has been waited for.

@@ -112,14 +112,14 @@ __global__ void __launch_bounds__(kMlpThreads, 1) mlp_kernel(const __grid_consta
   show_to_products();
   __syncthreads();
 
-  int turn = 0;
-  for (int tile = first_tile; tile < tiles; tile += next, turn ^= 1) {
-    T* const mine = x + turn * Sizes::kX;
+  int half = 0;  // of the warpgroup's memory, for the rows of every other tile
+  for (int tile = first_tile; tile < tiles; tile += next, half ^= 1) {
+    T* const mine = x + half * Sizes::kX;
     wait_for_groups<0>();
     show_to_products();
     wait_for_team(1 + group, kWarpgroup);
-    fetch(tile + next,
-          x + (turn ^ 1) * Sizes::kX);  // to where the last tile's have been read, and its results
+    // To where the last tile's have been read, and its results.
+    fetch(tile + next, x + (half ^ 1) * Sizes::kX);
 
     float sum[kChannels / 2];
     uint32_t taken[kChunk / 16][4];

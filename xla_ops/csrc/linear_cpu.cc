@@ -28,6 +28,9 @@ constexpr int64_t kMostUnits = 8;  // 256 columns
 // Of `mlp` a tile has up to so many rows, in strips that stay together: many, since each takes both kernels
 // whole, and few enough for what is between the products to stay in the caches.
 constexpr int64_t kMlpRows = 416, kMlpUnit = 32;
+// With AVX2, where kernels are read in place: rows of so many numbers between the products, which the second
+// caches of its processors hold, half a megabyte.
+constexpr int64_t kMlpNumbers = 98304, kLeastMlpRows = 64;
 
 int64_t rounded_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -119,6 +122,10 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
 
 int64_t mlp_tiles(const Call& first, const Call& second, int64_t threads) {
   int64_t most = kMlpRows;
+  const bool in_place = first.type == Type::kFloat32 && first.panels && second.panels;
+  if (in_place && instruction_set() == InstructionSet::kAvx2) {
+    most = std::clamp(kMlpNumbers / std::max<int64_t>(first.outputs, 1), kLeastMlpRows, kMlpRows);
+  }
 #if CPU_AMX
   if (amx::takes_mlp(first, second)) most = amx::most_mlp_rows(first, second.outputs);
 #endif

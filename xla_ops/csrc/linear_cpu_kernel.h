@@ -2,16 +2,21 @@
 //
 // A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, so that it
 // stays in the first caches while all rows of the tile go by it; float32's panels of a call that has them are
-// used in place by AVX-512, whose width they have. A strip of kStrip rows has its sums over the panel's depth
-// in registers: as many as there are.
+// used in place. A strip of rows has its sums over the panel's depth in registers: as many as there are.
 
 #include "cpu_simd.h"
 #include "cpu_gelu.h"
 
 constexpr int kLanes = kBytes / 4;
-constexpr int kPanel = 2 * kLanes;
-constexpr int kStrip = kBytes == 64 ? 14 : 6;
+constexpr int kPanel = kPanelColumns;
+constexpr int kVectors = kPanel / kLanes;
 constexpr int kDepth = 256;
+// Vectors of sums in registers, and with so many in a row the rows of a strip.
+constexpr int kSums = kBytes == 64 ? 28 : 12;
+constexpr int kMostRows = kBytes == 64 ? 14 : 12;
+constexpr int strip_rows(int vectors) {
+  return std::clamp(kSums / vectors, 1, kMostRows);
+}
 
 // What a strip is computed from, and where it goes.
 struct Strip {
@@ -27,11 +32,16 @@ struct Strip {
   int64_t ahead_stride;
 };
 
-// Sums of x[R * stride + k] * panel[k][] over k for the rows R = 0, 1, ..., in the panel's first vectors.
-template <int vectors, int... R>
-CPU_TARGET void strip_of(std::integer_sequence<int, R...>, const Strip& s) {
+// Sums of x[r * stride + k] * panel[k][] over k for a strip's rows and the panel's first vectors, of which
+// I = 0, 1, ... counts all.
+template <int rows, int vectors, int... I>
+CPU_TARGET void strip_of(std::integer_sequence<int, I...>, const Strip& s) {
   using V = Vec<float, kLanes>;
-  V low[sizeof...(R)] = {}, high[sizeof...(R)] = {};
+  // The fewer of a panel's vectors and a column's numbers stay in registers.
+  constexpr bool by_rows = vectors <= rows;
+  constexpr int row[] = {by_rows ? I / vectors : I % rows...};
+  constexpr int column[] = {(by_rows ? I % vectors : I / rows) * kLanes...};
+  V sum[sizeof...(I)] = {};
   const float *x = s.x, *panel = s.panel;
   const char* ahead = s.ahead;
   const int64_t stride = s.stride;
@@ -42,35 +52,38 @@ CPU_TARGET void strip_of(std::integer_sequence<int, R...>, const Strip& s) {
       ahead += s.ahead_stride;
     }
     for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, ++x, panel += kPanel) {
-      const V a = load_raw<V>(panel);
-      if constexpr (vectors == 1) {
-        ((low[R] += x[R * stride] * a), ...);
-      } else {
-        const V b = load_raw<V>(panel + kLanes);
-        ((low[R] += x[R * stride] * a, high[R] += x[R * stride] * b), ...);
-      }
+      ((sum[I] += x[row[I] * stride] * load_raw<V>(panel + column[I])), ...);
     }
   }
-  const auto finish = [&s](int64_t row, int64_t column, V sum) CPU_TARGET {
-    if (s.before) sum += load_raw<V>(s.before + row * kPanel + column);
-    if (s.bias) sum += load_raw<V>(s.bias + column);
-    store_raw(s.to + row * s.to_stride + column, sum);
-  };
-  (finish(R, 0, low[R]), ...);
-  if constexpr (vectors == 2) (finish(R, kLanes, high[R]), ...);
+  if (const float* const before = s.before) {
+    ((sum[I] += load_raw<V>(before + row[I] * kPanel + column[I])), ...);
+  }
+  if (const float* const bias = s.bias) ((sum[I] += load_raw<V>(bias + column[I])), ...);
+  float* const to = s.to;
+  const int64_t to_stride = s.to_stride;
+  (store_raw(to + row[I] * to_stride + column[I], sum[I]), ...);
 }
+
+using StripOf = void (*)(const Strip&);
 
 template <int rows, int vectors>
 CPU_TARGET void strip_of(const Strip& s) {
-  strip_of<vectors>(std::make_integer_sequence<int, rows>{}, s);
+  strip_of<rows, vectors>(std::make_integer_sequence<int, rows * vectors>{}, s);
+}
+
+template <int vectors, int... N>
+CPU_FN StripOf strip_of_rows(std::integer_sequence<int, N...>, int64_t rows) {
+  static constexpr StripOf kAll[] = {strip_of<N + 1, vectors>...};
+  return kAll[rows - 1];
 }
 
 // strip_of<rows, vectors>
-template <int... N>
-CPU_FN auto strip_for(std::integer_sequence<int, N...>, int64_t rows, int64_t vectors) {
-  using Compute = void (*)(const Strip&);
-  static constexpr Compute kOne[] = {strip_of<N + 1, 1>...}, kTwo[] = {strip_of<N + 1, 2>...};
-  return (vectors == 1 ? kOne : kTwo)[rows - 1];
+template <int vectors = kVectors>
+CPU_FN StripOf strip_for(int64_t rows, int64_t vectors_wanted) {
+  if constexpr (vectors > 1) {
+    if (vectors_wanted < vectors) return strip_for<vectors - 1>(rows, vectors_wanted);
+  }
+  return strip_of_rows<vectors>(std::make_integer_sequence<int, strip_rows(vectors)>{}, rows);
 }
 
 // Copies n numbers of T as floats, or as they are.
@@ -136,8 +149,7 @@ CPU_TARGET void pack(const T* kernel, int64_t stride, int64_t depth, int64_t col
   using M = Memory<T, float, kLanes>;
   for (int64_t k = 0; k < depth; ++k, kernel += stride, panel += kPanel) {
     if (columns >= kPanel) {
-      store_raw(panel, M::load(kernel));
-      store_raw(panel + kLanes, M::load(kernel + kLanes));
+      for (int c = 0; c < kPanel; c += kLanes) store_raw(panel + c, M::load(kernel + c));
       continue;
     }
     for (int c = 0; c < kPanel; ++c) panel[c] = c < columns ? Memory<T, float, 1>::load(kernel + c) : 0.f;
@@ -173,14 +185,14 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   const T* kernel = static_cast<const T*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   T* y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
-  // Strips read x as it is, unless it is in half precision, or its rows begin 4096 bytes apart, all of
-  // them in the same few places of the first cache.
+  // Strips read x as it is, unless it is in half precision, or many rows at once begin 4096 bytes apart, all
+  // of them in the same few places of the first cache.
   constexpr bool kWiden = !std::is_same_v<T, float>;
-  const bool copied = kWiden || s.map.channels || s.inputs % 1024 == 0;
-  const bool in_place = !kWiden && s.panels && kPanel == kPanelColumns;
+  const bool copied = kWiden || s.map.channels || (strip_rows(kVectors) > 4 && s.inputs % 1024 == 0);
+  const bool in_place = !kWiden && s.panels;
   const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
   constexpr int64_t kCopyStride = kDepth + 16;
-  const int64_t sums_size = tile.rows * kPanel * (depths > 1 ? panels : 1);
+  const int64_t sums_size = kPanel * (depths > 1 ? tile.rows * panels : kMostRows);
   const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
   float* const panel_copy = scratch.data;
   float* const all_sums = panel_copy + kDepth * kPanel;
@@ -205,37 +217,42 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
       const float* panel = panel_copy;
       if constexpr (!kWiden) panel = in_place ? from : panel_copy;
       if (!in_place) pack(from, s.kernel_stride(), depth, columns, panel_copy);
-      float* const sums = all_sums + (depths > 1 ? p * tile.rows * kPanel : 0);
       T* const result = y + p * kPanel;
       Strip strip = {};
       strip.stride = stride, strip.panel = panel, strip.depth = depth;
       // What is neither rounded nor goes into GELU goes to its place at once.
       bool direct = false;
+      const int64_t vectors = std::min<int64_t>(rounded_up(columns, kLanes), kVectors);
       if constexpr (std::is_same_v<T, float>) {
-        direct = last && !s.gelu && (columns >= kPanel || columns == kLanes);
+        direct = last && !s.gelu && columns >= vectors * kLanes;
         if (direct) strip.bias = bias + p * kPanel;
       }
-      const int64_t strips = rounded_up(tile.rows, kStrip);
-      for (int64_t i = 0; i < strips; ++i) {
-        const int64_t begin = i * tile.rows / strips, end = (i + 1) * tile.rows / strips;
-        strip.x = rows + begin * stride;
-        strip.before = at > 0 ? sums + begin * kPanel : nullptr;
-        strip.to = sums + begin * kPanel, strip.to_stride = kPanel;
-        if constexpr (std::is_same_v<T, float>) {
-          if (direct) strip.to = result + begin * s.outputs, strip.to_stride = s.outputs;
-        }
-        // Each strip fetches as many rows of the next panel as it has sixteens of depth.
-        const int64_t row = i * rounded_up(depth, 16);
-        const bool more = p + 1 < panels && row + rounded_up(depth, 16) <= depth;
-        strip.ahead = nullptr;
-        if (more)
-          strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(at + row, column + kPanel));
-        strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
-        strip_for(std::make_integer_sequence<int, kStrip>{}, end - begin, columns > kLanes ? 2 : 1)(strip);
-      }
-      if (!last || direct) continue;
       const auto write = s.gelu ? finish<true, T, P> : finish<false, T, P>;
-      write(sums, tile.rows, std::min<int64_t>(columns, kPanel), bias + p * kPanel, result, s.outputs);
+      // Each strip fetches as many rows of the next panel as it has sixteens of depth.
+      const int64_t fetched = rounded_up(depth, 16);
+      int64_t unfetched = p + 1 < panels ? depth : 0;
+      strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
+      if (unfetched > 0) {
+        strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(at, column + kPanel));
+      }
+      const int64_t strips = rounded_up(tile.rows, strip_rows(vectors));
+      const int64_t count = tile.rows / strips, longer = tile.rows % strips;
+      for (int64_t i = 0, row = 0, end; i < strips; ++i, row = end) {
+        end = row + count + (i < longer);
+        float* const sums = all_sums + (depths > 1 ? (p * tile.rows + row) * kPanel : 0);
+        strip.x = rows + row * stride;
+        strip.before = at > 0 ? sums : nullptr;
+        strip.to = sums, strip.to_stride = kPanel;
+        if constexpr (std::is_same_v<T, float>) {
+          if (direct) strip.to = result + row * s.outputs, strip.to_stride = s.outputs;
+        }
+        strip_for(end - row, vectors)(strip);
+        unfetched -= fetched;
+        strip.ahead = unfetched < fetched ? nullptr : strip.ahead + fetched * strip.ahead_stride;
+        if (!last || direct) continue;
+        write(sums, end - row, std::min<int64_t>(columns, kPanel), bias + p * kPanel,
+              result + row * s.outputs, s.outputs);
+      }
     }
   }
 }

@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
+import xla_ops
 from benchmarks.official import checkout, copy_weights, load_official
 from internimage_jax.config import InternImageConfig, released_model
 from internimage_jax.model import InternImage
@@ -219,6 +220,7 @@ def main() -> None:
         result = measure(options, batch_size)
         result["jax"] = jax.__version__
         result["device"] = f"{jax.devices()[0].device_kind} ({platform.machine()})"
+        result["cpu_kernels"] = xla_ops.status()["cpu"].detail
         if options.json:
             print(json.dumps(result), flush=True)
             continue

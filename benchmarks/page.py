@@ -193,9 +193,15 @@ GPU_PEERS: Columns = {
     "images/s": lambda row: f"{row['images_per_second']:.0f}",
 }
 
+
+def _with_avx2(row: Row) -> bool:
+    return row.get("cpu_kernels") == "avx2"
+
+
 # Of each table: its columns, and which results are its rows.
 TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
-    "model": (MODEL, lambda row: "part_of_matmul_rate" in row),
+    "model": (MODEL, lambda row: "part_of_matmul_rate" in row and not _with_avx2(row)),
+    "model avx2": (MODEL, lambda row: "part_of_matmul_rate" in row and _with_avx2(row)),
     "operator": (OPERATOR, lambda row: "direction" in row),
     "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),
     "sizes": (SIZES, lambda row: row.get("series") == "model"),

@@ -19,10 +19,14 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def build(folder: Path, name: str, kernels: Sequence[str] = ()) -> Path:
-    """Compiles tests/`name` and sources of xla_ops/csrc; .cu files in it are built for the host."""
+def build(folder: Path, name: str, kernels: Sequence[str] = (), portable: bool = True) -> Path:
+    """Compiles tests/`name` and sources of xla_ops/csrc; .cu files in it are built for the host.
+
+    Unless `portable` the CPU kernels are those of each instruction set, which takes a minute.
+    """
     program = folder / Path(name).stem
-    options = ["-std=c++17", "-DCPU_BASELINE", "-w", "-fno-strict-aliasing", f"-I{CSRC}"]
+    options = ["-std=c++17", "-w", "-fno-strict-aliasing", f"-I{CSRC}"]
+    options += ["-DCPU_BASELINE"] * portable
     options += [f"-I{TESTS / 'cuda_on_host'}", "-fno-sanitize-recover=all"]
     sources = [str(TESTS / name), *(str(CSRC / kernel) for kernel in kernels)]
     for kind in (["-O0", "-fsanitize=address,undefined"], ["-O1"]):
@@ -34,8 +38,9 @@ def build(folder: Path, name: str, kernels: Sequence[str] = ()) -> Path:
     return program
 
 
-def run(program: Path, *arguments: str) -> str:
+def run(program: Path, *arguments: str, **environment: str) -> str:
     """Runs it to its end, which has to be a good one; returns what it printed."""
-    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    environment = os.environ | environment
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,13 @@ PROGRAMS = {
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(name: str, tmp_path: Path) -> None:
     kernels, printed = PROGRAMS[name]
     assert printed in run(build(tmp_path, name, kernels), "500")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an x86 processor's instruction sets")
+def test_nor_in_the_layers_by_any_instruction_set_of_this_machine(tmp_path: Path) -> None:
+    name = "fuzz_layers_cpu.cc"
+    program = build(tmp_path, name, PROGRAMS[name][0], portable=False)
+    for instructions in ("amx", "avx512", "avx2"):  # or what this machine has of it
+        printed = run(program, "60", INTERNIMAGE_CPU_ISA=instructions)
+        assert "60 shapes" in printed

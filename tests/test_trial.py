@@ -52,6 +52,12 @@ def test_a_program_that_fails_sets_all_aside(monkeypatch: pytest.MonkeyPatch) ->
     assert "failed its trial" in status.detail and "version" in status.detail
 
 
+def test_an_instruction_set_that_there_is_not_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNIMAGE_CPU_ISA", "avx3")
+    with pytest.raises(ValueError, match="INTERNIMAGE_CPU_ISA: got 'avx3', expected one of amx, "):
+        _ffi._load_once.__wrapped__("cpu")
+
+
 @pytest.mark.skipif(bool(kernels_on_host.cannot_build()), reason=kernels_on_host.cannot_build())
 def test_the_cuda_kernels_pass_their_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     extension = kernels_on_host.extension()

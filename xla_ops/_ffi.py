@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,7 @@ MLP_FORWARD = "internimage_mlp_forward"
 PLATFORMS = ("cpu", "cuda")
 
 _XLA_NAMES = {"cpu": "cpu", "cuda": "CUDA"}
+_CPU_SETS = ("amx", "avx512", "avx2", "baseline")
 
 _lock = threading.Lock()
 
@@ -106,10 +108,21 @@ def _register(platform: str) -> None:
         jax.ffi.register_ffi_target(target, handler, platform=_XLA_NAMES[platform])
 
 
+def _check_instruction_set() -> None:
+    """Raises a ValueError where the environment names a set that cpu_types.h does not know."""
+    wanted = os.environ.get("INTERNIMAGE_CPU_ISA", "")
+    if wanted not in ("", *_CPU_SETS):
+        raise ValueError(
+            f"INTERNIMAGE_CPU_ISA: got {wanted!r}, expected one of {', '.join(_CPU_SETS)}"
+        )
+
+
 @functools.cache
 def _load_once(platform: str) -> _Loaded:
     gather = lambda reason: _Loaded(Status("gather", reason))  # noqa: E731
     name = f"_{platform}"
+    if platform == "cpu":
+        _check_instruction_set()
     try:
         extension = _extension(platform)
     except ImportError as error:

@@ -64,11 +64,17 @@ using Index = std::conditional_t<sizeof(R) == 8, int64_t, int32_t>;
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
-// The best of this processor, or the lesser one that the environment variable INTERNIMAGE_CPU_ISA
-// names.
+// The instruction set that the environment variable INTERNIMAGE_CPU_ISA names, or null. _ffi.py refuses other
+// names than there are.
+inline const char* wanted_set() {
+  const char* name = std::getenv("INTERNIMAGE_CPU_ISA");
+  return name && *name ? name : nullptr;
+}
+
+// The best of this processor, or the lesser one that is wanted.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
-    const char* wanted = std::getenv("INTERNIMAGE_CPU_ISA");
+    const char* wanted = wanted_set();
     const auto allowed = [wanted](const char* name) { return !wanted || !std::strcmp(wanted, name); };
 #if CPU_X86
     __builtin_cpu_init();
@@ -90,7 +96,7 @@ inline InstructionSet instruction_set() {
 // Whether there is AMX for bfloat16 beside AVX-512, and Linux lets this process use it.
 inline bool has_amx() {
   static const bool found = [] {
-    const char* wanted = std::getenv("INTERNIMAGE_CPU_ISA");
+    const char* wanted = wanted_set();
     if (instruction_set() != InstructionSet::kAvx512 || (wanted && std::strcmp(wanted, "amx"))) return false;
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;

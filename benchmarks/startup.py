@@ -4,7 +4,7 @@
 
 Each process that is timed is a new one. "warm" has the programs of a run before in the compilation
 cache, "cold" has an empty one. Python's share of a call is the time of calling a compiled program
-with all parameters of T that does nothing with them.
+that takes as many arrays as a predictor with T does, and does nothing with them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from benchmarks.model import lowered_forward
 from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import released_model
+from internimage_jax.predict import is_argument
 
 T, G = "internimage_t_1k_224", "internimage_g_22kto1k_512"
 
@@ -84,13 +85,13 @@ def compilation(name: str) -> dict[str, float]:
     return {
         "trace": traced - start,
         "compile": time.perf_counter() - traced,
-        "parameter_arrays": len(leaves),
+        "arguments": sum(map(is_argument, leaves)),
     }
 
 
 def python_share(arrays: int) -> float:
     """Microseconds of a call with that many parameters, all but what the model computes."""
-    leaves = [jnp.zeros(1)] * arrays
+    leaves = [jnp.full(1, i) for i in range(arrays)]
     nothing = jax.jit(lambda leaves, x: x + 1, keep_unused=True).lower(leaves, jnp.zeros(1))
     compiled = nothing.compile()
     x = jnp.zeros(1)
@@ -113,7 +114,7 @@ def main() -> None:
     for letter, name in (("t", T), ("g", G)):
         found = compilation(name)
         result |= {f"{key}_{letter}": value for key, value in found.items()}
-    result["python_microseconds"] = python_share(result["parameter_arrays_t"])
+    result["python_microseconds"] = python_share(result["arguments_t"])
     if options.json:
         print(json.dumps(result))
         return

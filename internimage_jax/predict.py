@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
@@ -44,12 +45,20 @@ class Prediction:
     classes: tuple[PredictedClass, ...]
 
 
+def is_argument(parameter: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a predictor's compiled function takes it, and does not have it as a constant.
+
+    Of T's 572 arrays it takes 187; the rest are vectors, half a megabyte in all.
+    """
+    return len(parameter.shape) > 1
+
+
 class Predictor:
     """Labels images with a model: `for prediction in predictor(["cat.jpg"]): ...`
 
     Building one compiles the model for `batch_size` images, once: the last batch is filled up with
-    blank images. The compiled function takes the parameters as arguments, so a second predictor of
-    the same model shares them.
+    blank images. The compiled function takes the kernels as arguments, so a second predictor of
+    the same model shares them; biases and other vectors are constants in it.
 
     Args:
         model: With classes. The predictor keeps the parameters that it has now.
@@ -77,12 +86,17 @@ class Predictor:
 
         # Compiled by hand, and called with a plain list of arrays: a call then costs no walk over
         # the model's modules, and another shape would be an error instead of a second compilation.
+        # What is left of its cost grows with the arrays it takes, hence the constants.
         graph, state = nnx.split(model.fused())
-        self._parameters, tree = jax.tree.flatten(state)
+        leaves, tree = jax.tree.flatten(state)
+        self._arguments = [leaf for leaf in leaves if is_argument(leaf)]
+        constants = [None if is_argument(leaf) else np.asarray(leaf) for leaf in leaves]
 
         def top_classes(
-            parameters: list[jax.Array], pixels: jax.Array
+            arguments: list[jax.Array], pixels: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
+            rest = iter(arguments)
+            parameters = [next(rest) if c is None else jnp.asarray(c) for c in constants]
             merged = nnx.merge(graph, jax.tree.unflatten(tree, parameters))
             logits = merged(normalize(pixels, preprocessing))  # (N, num_classes)
             return lax.top_k(jax.nn.softmax(logits), topk)  # twice (N, topk)
@@ -90,7 +104,7 @@ class Predictor:
         side = preprocessing.image_size
         self._shape = (batch_size, side, side, 3)
         pixels = jax.ShapeDtypeStruct(self._shape, np.uint8)
-        self._compiled = jax.jit(top_classes).lower(self._parameters, pixels).compile()
+        self._compiled = jax.jit(top_classes).lower(self._arguments, pixels).compile()
 
     def __call__(self, sources: Iterable[ImageSource]) -> Iterator[Prediction]:
         """Returns an iterator over the predictions, in the order of the images.
@@ -128,7 +142,7 @@ class Predictor:
         pixels = np.zeros(self._shape, np.uint8)
         for row, (_, image) in zip(pixels, batch, strict=False):
             row[...] = image
-        probabilities, indices = map(np.asarray, self._compiled(self._parameters, pixels))
+        probabilities, indices = map(np.asarray, self._compiled(self._arguments, pixels))
         for (file, _), values, numbers in zip(batch, probabilities, indices, strict=False):
             if not np.isfinite(values).all():
                 name = printable(file)

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -94,6 +95,16 @@ def test_nothing_is_compiled_after_the_first_compilation(model: InternImage) -> 
     for count in (1, 2, 5):
         assert len(list(predictor([noise(i) for i in range(count)]))) == count
     assert len(compilations) == 1
+
+
+def test_a_predictor_keeps_the_parameters_that_it_began_with(model: InternImage) -> None:
+    graph, state = nnx.split(model)
+    changed = nnx.merge(graph, jax.tree.map(jnp.zeros_like, state))
+    predictor = Predictor(changed, batch_size=1, topk=3)
+    nnx.update(changed, state)  # vectors, which are constants in it, and kernels
+    [prediction] = predictor([noise(1)])
+    probabilities = [one.probability for one in prediction.classes]
+    np.testing.assert_allclose(probabilities, [1 / model.config.num_classes] * 3, rtol=1e-6)
 
 
 def test_every_kind_of_source_gives_the_same_prediction(predictor: Predictor) -> None:
@@ -182,8 +193,8 @@ def test_a_single_image_in_place_of_several_is_an_error(predictor: Predictor) ->
 def test_an_output_that_is_not_finite_is_an_error_that_names_the_image(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = [array * np.float32("nan") for array in predictor._parameters]
-    monkeypatch.setattr(predictor, "_parameters", broken)
+    broken = [array * np.float32("nan") for array in predictor._arguments]
+    monkeypatch.setattr(predictor, "_arguments", broken)
     with pytest.raises(ValueError, match="image 0: the model's output is not finite"):
         list(predictor([noise(0)]))
 

@@ -32,6 +32,7 @@ from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
 from internimage_jax.layers import DownsampleLayer, InternImageLayer, StemLayer
 from internimage_jax.preprocess import Preprocessing
+from xla_ops import geometry
 from xla_ops.custom_call import forward_mode_named
 
 
@@ -166,7 +167,7 @@ class InternImage(nnx.Module):
         preprocessing: How its images are made; None is ImageNet's at 224 pixels.
 
     Raises:
-        ValueError: `implementation` is none of these.
+        ValueError: `implementation` is none of these, or a dtype none of the four floating ones.
     """
 
     def __init__(
@@ -184,6 +185,10 @@ class InternImage(nnx.Module):
             raise ValueError(
                 f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
             )
+        for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if jnp.dtype(value) not in geometry.DTYPES:
+                names = ", ".join(map(str, geometry.DTYPES))
+                raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)

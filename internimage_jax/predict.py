@@ -58,8 +58,9 @@ class Predictor:
     """Labels images with a model: `for prediction in predictor(["cat.jpg"]): ...`
 
     Building one compiles the model for `batch_size` images, once: the last batch is filled up with
-    blank images. The compiled function takes the kernels as arguments, so a second predictor of
-    the same model shares them; on a CPU biases and other vectors are constants in it.
+    blank images. The compiled function takes the kernels as arguments, so predictors of the same
+    `model.fused()` share them; on a CPU biases and other vectors are constants in it, so a program
+    in the compilation cache is of one checkpoint.
 
     Args:
         model: With classes. The predictor keeps the parameters that it has now.

@@ -279,6 +279,7 @@ bool linear_case(bool cuda, Compute compute) {
     if (integer(0, 1)) s.type = Type::kFloat32;
     const int64_t inputs[] = {1, 3, 17, 100, 256, 300, 1024};
     s.rows = integer(1, 40), s.inputs = inputs[integer(0, 6)], s.outputs = integer(1, 100);
+    if (!integer(0, 3)) s.rows = integer(100, 300), s.inputs = integer(250, 600), s.outputs = integer(1, 160);
     s.image_rows = integer(0, 1) ? 1 : 1000;  // what it decides holds for any number of rows
     if (integer(0, 1)) {
       s.map = {integer(1, 9), integer(1, 9), integer(1, 40)};

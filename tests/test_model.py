@@ -398,6 +398,12 @@ def test_a_model_with_numpy_parameters_can_be_fused():
     assert (model.fused().levels[0].blocks[0].dcn.record.kernel[...] == wanted).all()
 
 
+@pytest.mark.parametrize("argument", ["dtype", "param_dtype"])
+def test_a_dtype_that_a_model_cannot_have_is_named(argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: got int8, expected one of float32, "):
+        InternImage(SMALLEST, **{argument: "int8"})
+
+
 def test_an_unknown_implementation_is_named():
     with pytest.raises(ValueError, match=r"implementation: expected .*, got 'jnp'"):
         InternImage(SMALLEST, implementation="jnp")

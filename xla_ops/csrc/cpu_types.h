@@ -114,7 +114,9 @@ inline bool has_amx() {
 inline const char* instruction_set_name() {
   const InstructionSet set = instruction_set();
   if (has_amx()) return "avx512 and amx";
-  return set == InstructionSet::kAvx512 ? "avx512" : set == InstructionSet::kAvx2 ? "avx2" : "baseline";
+  return set == InstructionSet::kAvx512 ? "avx512"
+         : set == InstructionSet::kAvx2 ? "avx2"
+                                        : "baseline, without products";
 }
 
 }  // namespace cpu

@@ -14,7 +14,7 @@ struct Normal {
 
 template <class V>
 GELU_FN V absolute(V z) {
-  return z < 0 ? -z : z;
+  return z > 0 ? z : 0 - z;  // of -0 it is 0
 }
 template <class V>
 GELU_FN V positive_part(V z) {

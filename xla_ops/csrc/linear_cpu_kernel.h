@@ -1,7 +1,7 @@
 // The kernels for one instruction set; included by cpu_targets.h.
 //
 // A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, so that it
-// stays in the first caches while all rows of the tile go by it; float32's panels of a call that has them are
+// stays in the nearest caches while all rows of the tile go by it; float32's panels of a call that has them are
 // used in place. A strip of rows has its sums over the panel's depth in registers: as many as there are.
 
 #include "cpu_simd.h"
@@ -185,8 +185,9 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   const T* kernel = static_cast<const T*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   T* y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
-  // Strips read x as it is, unless it is in half precision, or many rows at once begin 4096 bytes apart, all
-  // of them in the same few places of the first cache.
+  if (tile.rows < 1) return;
+  // Strips read x as it is, unless it is in half precision, or the many rows of a whole panel's strips begin
+  // 4096 bytes apart, all of them in the same few places of the first cache.
   constexpr bool kWiden = !std::is_same_v<T, float>;
   const bool copied = kWiden || s.map.channels || (strip_rows(kVectors) > 4 && s.inputs % 1024 == 0);
   const bool in_place = !kWiden && s.panels;

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from internimage_jax.cache import keep_compiled_programs
-from internimage_jax.commands import compare, demo, evaluate, info, models, predict
+from internimage_jax.commands import compare, demo, evaluate, info, models, no_devices, predict
 
 COMMANDS = {
     "predict": predict,
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its exit
+        return 1
+    except (RuntimeError, AssertionError):
+        if args.traceback or not (reason := no_devices()):
+            raise
+        print("error: no device:", reason, file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         if args.traceback:

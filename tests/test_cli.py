@@ -307,6 +307,18 @@ def test_info_says_why_there_is_no_device() -> None:
     assert "nothing" in found["devices_error"]
 
 
+@pytest.mark.parametrize("platforms", ["nothing", "cuda"])
+def test_without_a_device_a_command_says_so_in_a_line(platforms: str, checkpoint: str) -> None:
+    if platforms == "cuda" and jax.default_backend() == "gpu":
+        pytest.skip("there is such a device")
+    command = ("-m", "internimage_jax", "predict", CAT, "--model", checkpoint)
+    process = run_python(*command, env=os.environ | {"JAX_PLATFORMS": platforms})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("error: no device: ") and err.count("\n") == 1
+    assert f"JAX_PLATFORMS is {platforms}" in err
+
+
 # what is kept between runs
 
 

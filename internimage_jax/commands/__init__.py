@@ -7,6 +7,7 @@ it, is imported where it is used.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,20 @@ def output() -> Console:
 
     width = None if sys.stdout.isatty() else 200
     return Console(markup=False, emoji=False, highlight=False, width=width)
+
+
+def no_devices() -> str | None:
+    """Returns why JAX finds no device, or None where it finds some."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX has both where a platform is missing
+        reason = " ".join(str(error).split()) or "JAX finds none"
+        if asked := os.environ.get("JAX_PLATFORMS"):
+            reason += f" (JAX_PLATFORMS is {asked})"
+        return reason
+    return None
 
 
 def say(text: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from typing import Any
 
-from internimage_jax.commands import output
+from internimage_jax.commands import no_devices, output
 from internimage_jax.evaluation_settings import versions
 
 
@@ -32,16 +31,11 @@ def run(args: argparse.Namespace) -> None:
 def _devices() -> dict[str, Any]:
     import jax
 
-    try:
-        devices = [
-            {"id": one.id, "platform": one.platform, "kind": one.device_kind}
-            for one in jax.devices()
-        ]
-    except (RuntimeError, AssertionError) as error:  # JAX has both where a platform is missing
-        reason = " ".join(str(error).split()) or "JAX finds none"
-        if asked := os.environ.get("JAX_PLATFORMS"):
-            reason += f" (JAX_PLATFORMS is {asked})"
+    if reason := no_devices():
         return {"platform": None, "devices": [], "devices_error": reason}
+    devices = [
+        {"id": one.id, "platform": one.platform, "kind": one.device_kind} for one in jax.devices()
+    ]
     return {"platform": jax.default_backend(), "devices": devices, "devices_error": None}
 
 

@@ -29,7 +29,8 @@ constexpr int64_t kMostUnits = 8;  // 256 columns
 // whole, and few enough for what is between the products to stay in the caches.
 constexpr int64_t kMlpRows = 416, kMlpUnit = 32;
 // With AVX2, where kernels are read in place: rows of about so many numbers between the products, most of the
-// half megabyte that the second caches of its processors hold, but not so few that reading the kernels counts.
+// half megabyte that the second caches of its processors hold, but not so few that reading the kernels
+// counts.
 constexpr int64_t kMlpNumbers = 98304, kLeastMlpRows = 64;
 
 int64_t rounded_up(int64_t a, int64_t b) {

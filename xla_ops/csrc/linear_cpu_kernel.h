@@ -1,8 +1,8 @@
 // The kernels for one instruction set; included by cpu_targets.h.
 //
 // A panel of the kernel, kPanel columns of up to kDepth rows, is copied to lie side by side, so that it
-// stays in the nearest caches while all rows of the tile go by it; float32's panels of a call that has them are
-// used in place. A strip of rows has its sums over the panel's depth in registers: as many as there are.
+// stays in the nearest caches while all rows of the tile go by it; float32's panels of a call that has them
+// are used in place. A strip of rows has its sums over the panel's depth in registers: as many as there are.
 
 #include "cpu_simd.h"
 #include "cpu_gelu.h"

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from internimage_jax.cache import keep_compiled_programs
 from internimage_jax.commands import compare, demo, evaluate, info, models, no_devices, predict
+from internimage_jax.evaluation_settings import versions
+from internimage_jax.image_files import one_line
 
 COMMANDS = {
     "predict": predict,
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.traceback:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         return 1
     return 0
 
@@ -61,21 +63,43 @@ def _parser() -> argparse.ArgumentParser:
         prog="internimage-jax", description="InternImage image classification in JAX."
     )
     parser.add_argument(
-        "--traceback", action="store_true", help="after an error, show where it came from"
+        "--version", action=_Version, nargs=0, help="show the version of internimage-jax"
     )
-    parser.add_argument(
-        "--no-compilation-cache",
-        action="store_true",
-        help="compile anew; otherwise compiled programs are kept in the user's cache folder",
-    )
+    parser.set_defaults(traceback=False, no_compilation_cache=False)
+    _add_common_arguments(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         text = module.__doc__ or ""
         summary = text[:1].lower() + text[1:].partition(".")[0]
         command = commands.add_parser(name, help=summary, description=text)
         module.add_arguments(command)
+        _add_common_arguments(command)
         command.set_defaults(run=module.run)
     return parser
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    # Before the command and after it: no default, with which the second would undo the first.
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="after an error, show where it came from",
+    )
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="compile anew; otherwise compiled programs are kept in the user's cache folder",
+    )
+
+
+class _Version(argparse.Action):
+    """As argparse's own, but the version is looked up where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("internimage-jax", versions()["internimage-jax"] or "(not installed)")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from internimage_jax.image_files import IMAGE_SUFFIXES, printable
+from internimage_jax.image_files import IMAGE_SUFFIXES, one_line, printable
 from internimage_jax.labels import wnid_to_index
 
 # A file larger than this is no image of these data sets; a zip may claim any size.
@@ -251,7 +251,7 @@ def one_line_errors(path: str, kind: str) -> Iterator[None]:
     except PermissionError:
         raise DataError(f"{printable(path)}: no permission to read it") from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise DataError(f"{printable(path)}: not a whole {kind} file ({reason})") from error
 
 

@@ -1,4 +1,4 @@
-"""Image files: which count as images, how folders of them are listed, how messages name them."""
+"""Image files: which count as images, how folders of them are listed, how messages are worded."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 def printable(path: str) -> str:
     """Returns `path` as messages show it: quoted where it has control or undecodable characters."""
     return path if path and path.isprintable() else repr(path)
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of `error` on one line; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _images_of(path: str) -> list[str]:

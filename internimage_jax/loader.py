@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from internimage_jax.image_files import one_line
 from internimage_jax.preprocess import Preprocessing, preprocess
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def load_batches(
     for name, value in (("batch_size", batch_size), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    if on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error: got {on_error!r}, expected 'fail' or 'skip'")
+    check_on_error(on_error)
     outside = [i for i in indices if not 0 <= i < len(dataset)]
     if outside:
         raise ValueError(f"indices: got {outside[0]}, expected 0 to {len(dataset) - 1}")
@@ -95,7 +95,7 @@ def _batches(
         except (ValueError, OSError) as error:
             if on_error == "fail":
                 raise
-            return index, " ".join(str(error).split())
+            return index, one_line(error)
 
     side = preprocessing.image_size
     ahead = max(2 * batch_size, 4 * workers)
@@ -174,6 +174,12 @@ def map_ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def check_on_error(value: str) -> None:
+    """Raises ValueError if `value` does not say what an image does that cannot be read."""
+    if value not in ("fail", "skip"):
+        raise ValueError(f"on_error: got {value!r}, expected 'fail' or 'skip'")
 
 
 def default_workers() -> int:

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from flax import nnx
 from jax import lax
 from PIL import Image
 
-from internimage_jax.image_files import printable
+from internimage_jax.image_files import one_line, printable
 from internimage_jax.labels import class_names
-from internimage_jax.loader import default_workers, map_ahead
+from internimage_jax.loader import check_on_error, default_workers, map_ahead
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import ImageSource, normalize, preprocess
 
@@ -38,11 +39,13 @@ class Prediction:
 
     Args:
         file: Path of the image; "image 3" for the fourth one where that is not from a path.
-        classes: As many as `topk`.
+        classes: As many as `topk`; none where the image could not be read.
+        error: Why it could not be read, None if it was.
     """
 
     file: str
     classes: tuple[PredictedClass, ...]
+    error: str | None = None
 
 
 def is_argument(parameter: jax.Array | jax.ShapeDtypeStruct) -> bool:
@@ -108,44 +111,57 @@ class Predictor:
         pixels = jax.ShapeDtypeStruct(self._shape, np.uint8)
         self._compiled = jax.jit(top_classes).lower(self._arguments, pixels).compile()
 
-    def __call__(self, sources: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """Returns an iterator over the predictions, in the order of the images.
+    def __call__(
+        self, sources: Iterable[ImageSource], *, on_error: Literal["fail", "skip"] = "fail"
+    ) -> Iterator[Prediction]:
+        """Returns an iterator over the predictions, one an image, in the order of the images.
 
         Args:
             sources: Paths, bytes, open files, PIL images or NumPy arrays. They are read two batches
                 ahead; no more are held.
+            on_error: "fail" raises the error of an image that cannot be read, after the predictions
+                of the batches before it; "skip" gives a prediction that has it as its `error`.
 
         Raises:
-            ValueError: `sources` is a single image. While iterating: an image cannot be read or the
-                model's output is not finite; the message names the image. The predictions of the
-                batches before it have come by then.
+            ValueError: `sources` is a single image, or `on_error` is neither of these. While
+                iterating: an image cannot be read, or the model's output is not finite, whatever
+                `on_error` is. The message names the image.
             FileNotFoundError: While iterating, a file is missing.
         """
+        check_on_error(on_error)
         array = isinstance(sources, np.ndarray) and sources.ndim < 4
         if array or isinstance(sources, str | bytes | os.PathLike | Image.Image):
             kind = type(sources).__name__
             raise ValueError(f"sources: expected several images, such as a list, got one {kind}")
-        return self._predictions(sources)
+        return self._predictions(sources, on_error)
 
-    def _predictions(self, sources: Iterable[ImageSource]) -> Iterator[Prediction]:
+    def _predictions(self, sources: Iterable[ImageSource], on_error: str) -> Iterator[Prediction]:
+        def decode(item: tuple[int, ImageSource]) -> tuple[str, np.ndarray | str]:
+            position, source = item
+            is_path = isinstance(source, str | os.PathLike)
+            file = os.fsdecode(source) if is_path else f"image {position}"
+            try:
+                return file, preprocess(source, self._preprocessing, printable(file))
+            except (ValueError, OSError) as error:
+                if on_error == "fail":
+                    raise
+                return file, one_line(error)
+
         workers, ahead = default_workers(), 2 * self.batch_size
-        decoded = map_ahead(self._decode, enumerate(sources), workers=workers, ahead=ahead)
+        decoded = map_ahead(decode, enumerate(sources), workers=workers, ahead=ahead)
         with contextlib.closing(decoded) as images:
             while batch := list(itertools.islice(images, self.batch_size)):
                 yield from self._classify(batch)
 
-    def _decode(self, item: tuple[int, ImageSource]) -> tuple[str, np.ndarray]:
-        position, source = item
-        is_path = isinstance(source, str | os.PathLike)
-        file = os.fsdecode(source) if is_path else f"image {position}"
-        return file, preprocess(source, self._preprocessing, printable(file))
-
-    def _classify(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
+    def _classify(self, batch: list[tuple[str, np.ndarray | str]]) -> Iterator[Prediction]:
         pixels = np.zeros(self._shape, np.uint8)
         for row, (_, image) in zip(pixels, batch, strict=False):
-            row[...] = image
+            row[...] = 0 if isinstance(image, str) else image
         probabilities, indices = map(np.asarray, self._compiled(self._arguments, pixels))
-        for (file, _), values, numbers in zip(batch, probabilities, indices, strict=False):
+        for (file, image), values, numbers in zip(batch, probabilities, indices, strict=False):
+            if isinstance(image, str):
+                yield Prediction(file, (), image)
+                continue
             if not np.isfinite(values).all():
                 name = printable(file)
                 raise ValueError(f"{name}: the model's output is not finite (in {self._dtype})")

@@ -22,6 +22,8 @@ import numpy as np
 from jax import lax
 from PIL import Image, UnidentifiedImageError
 
+from internimage_jax.image_files import one_line
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_IMAGE_SIZE = 8192
@@ -338,7 +340,7 @@ def _errors_naming(name: str) -> Iterator[None]:
     except (UnidentifiedImageError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(f"{name}: cannot be decoded ({reason})") from error
 
 

@@ -16,6 +16,7 @@ from convert import convert, open_model, read_arrays
 from convert.source import Weights
 from internimage_jax.cache import cache_folder
 from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
+from internimage_jax.image_files import one_line
 from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import Preprocessing
@@ -168,7 +169,7 @@ def _download(model: ReleasedModel, weights: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(model.repository, allow_patterns=[*_BESIDE, *weights]))
     except Exception as error:  # its HTTP library's are no OSErrors, and which one that is varies
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise OSError(
             f"{model.name}: cannot be fetched from {model.repository}: {reason}"
         ) from error

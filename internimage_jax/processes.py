@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from internimage_jax.evaluation_settings import differences
+from internimage_jax.image_files import one_line
 
 JOINING_SECONDS = 300  # the processes of a job may start minutes apart
 GRACE_SECONDS = 20  # after another process has ended, for this one to end in its own way
@@ -210,7 +211,7 @@ def join(
     except BaseException as error:
         if isinstance(group, ConnectedGroup):
             with contextlib.suppress(OSError):
-                group.leave(" ".join(str(error).split()) or type(error).__name__)
+                group.leave(one_line(error))
         raise
     if isinstance(group, ConnectedGroup):
         group.leave(None)

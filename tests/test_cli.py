@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,20 @@ def test_a_bad_image_is_one_line_after_the_results_of_the_batches_before_it(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_bad_image_can_be_skipped_and_is_one_line(
+    checkpoint: str, tmp_path: Path, capsys: Capture, options: list[str]
+) -> None:
+    paths = write_images(tmp_path, 3)
+    Path(paths[1]).write_bytes(b"no image")
+    arguments = ["predict", *paths, "--model", checkpoint, "--on-error", "skip"]
+    assert main([*arguments, *options]) == 0
+    out, err = capsys.readouterr()
+    assert [path for path in paths if path in out] == [paths[0], paths[2]]
+    assert err.startswith(f"skipped: {paths[1]}: ")
+    assert err.count("\n") == 1
+
+
 def test_a_table_shows_path_class_wordnet_id_probability_and_name(capsys: Capture) -> None:
     # A path is text, however much it looks like markup, and on one line, however long.
     file = "folder/" * 30 + "[bold]:cat:.jpg"
@@ -168,8 +182,16 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint: str, tmp_path: Path, capsy
 
 
 def test_traceback_shows_where_an_error_came_from() -> None:
-    with pytest.raises(FileNotFoundError):
-        main(["--traceback", "predict", "none.png"])
+    for arguments in (["--traceback", "predict"], ["predict", "--traceback"]):
+        with pytest.raises(FileNotFoundError):
+            main([*arguments, "none.png"])
+
+
+def test_the_version_is_that_of_the_package(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"internimage-jax {metadata.version('internimage-jax')}\n"
 
 
 def test_a_wrong_command_line_exits_with_2(capsys: Capture) -> None:

@@ -132,6 +132,27 @@ def test_a_broken_image_is_an_error_that_names_it_after_the_batches_before_it(
     assert not decoding_threads()
 
 
+def test_a_broken_image_can_be_skipped_and_has_its_error_in_its_place(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    paths = write_images(tmp_path, 5)
+    whole = list(predictor(paths))
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:100])
+    Path(paths[4]).unlink()
+    predictions = list(predictor(paths, on_error="skip"))
+    assert [one.file for one in predictions] == paths
+    assert predictions[1].classes == predictions[4].classes == ()
+    assert predictions[1].error is not None
+    assert predictions[1].error.startswith(f"{paths[1]}: ")
+    assert predictions[4].error == f"{paths[4]}: no such file"
+    assert [predictions[i] for i in (0, 2, 3)] == [whole[i] for i in (0, 2, 3)]
+
+
+def test_what_to_do_about_a_broken_image_is_one_of_two_words(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="on_error: got 'ignore', expected 'fail' or 'skip'"):
+        predictor([noise(0)], on_error="ignore")  # type: ignore[arg-type]
+
+
 def test_an_image_in_memory_is_named_by_its_position(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match=r"^image 1: the file is empty$"):
         list(predictor([noise(0), b""]))

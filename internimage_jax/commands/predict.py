@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("kernel", "gather"),
         help="of DCNv3 (default: the kernel where there is one, see `info`)",
     )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what an image does that cannot be read (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
 
 
@@ -82,8 +88,11 @@ def _run(args: argparse.Namespace) -> None:
         # Where the results go to a terminal, they show the progress and a bar would be in the way.
         disable=sys.stdout.isatty() or not sys.stderr.isatty(),
     ) as progress:
-        for prediction in progress.track(predictor(images), len(images), description="Images"):
-            if args.json:
+        predictions = predictor(images, on_error=args.on_error)
+        for prediction in progress.track(predictions, len(images), description="Images"):
+            if prediction.error is not None:
+                print("skipped:", prediction.error, file=sys.stderr)
+            elif args.json:
                 print_json(prediction, model.name)
             else:
                 print_table(prediction)

@@ -21,7 +21,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 CSRC = Path("xla_ops/csrc")
-# A binary runs on later minor versions too, 8.0 on 8.6 and 8.9; PTX of the last is for what comes.
+# A binary runs on later minor versions too, 8.0 on 8.6 and 8.9, but not on an integrated GPU (8.7,
+# 11.0), nor one for these elsewhere. PTX runs on all that is later: 8.0's is for those, the last's
+# for what comes.
 ARCHITECTURES = ("70", "75", "80", "90", "100", "120")
 
 
@@ -144,7 +146,8 @@ class BuildExt(build_ext):
         # With the instructions that 9.0 alone has, which nvcc knows from 12.0 on.
         own = [arch + "a" if arch == "90" and release(nvcc) >= 12 else arch for arch in archs]
         code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in own]
-        code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        for arch in sorted({"80", archs[-1]} & set(archs)):
+            code += [f"-gencode=arch=compute_{arch},code=compute_{arch}"]
         code += ["-Xfatbin=-compress-all"]  # a quarter of the size
         names = " ".join(f"sm_{arch}" for arch in own)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]

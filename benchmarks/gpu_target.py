@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 
 
 class Gpu(NamedTuple):
@@ -51,7 +51,7 @@ def sharding(name: str) -> SingleDeviceSharding:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=name, topology="1x1x1", target_config=_description(name)
     )
-    of_its_own = {_ffi.LINEAR_FORWARD, _ffi.MLP_FORWARD}  # of compute capability 9.0
+    of_its_own = {_targets.LINEAR_FORWARD, _targets.MLP_FORWARD}  # of compute capability 9.0
     without = of_its_own if GPUS[name].capability != (9, 0) else set()
     _ffi.serve_untried("cuda", frozenset(without))
     return SingleDeviceSharding(topology.devices[0])

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 from xla_ops.dcnv3_kernel import scratch
 
 GROUP, DEPTH, POINTS = 2, 16, 9
@@ -58,14 +58,14 @@ def calls(function: Callable, *arrays: jax.Array, platforms: tuple[str, ...] = (
     return found
 
 
-TARGETS = (_ffi.FORWARD, _ffi.BACKWARD, _ffi.FUSED_FORWARD, _ffi.FUSED_BACKWARD)
-GEOMETRY = f"geometry = dense<[3, 3, 1, 1, 2, 2, 2, 2, {GROUP}, 0, {_ffi.VERSION}]>"
+TARGETS = (_targets.FORWARD, _targets.BACKWARD, _targets.FUSED_FORWARD, _targets.FUSED_BACKWARD)
+GEOMETRY = f"geometry = dense<[3, 3, 1, 1, 2, 2, 2, 2, {GROUP}, 0, {_targets.VERSION}]>"
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_is_one_call_with_its_attributes(form: str) -> None:
     ((target, line, taken, given),) = calls(operator(form), *operands(form, 3))
-    assert target == {"separate": _ffi.FORWARD, "fused": _ffi.FUSED_FORWARD}[form]
+    assert target == {"separate": _targets.FORWARD, "fused": _targets.FUSED_FORWARD}[form]
     widths = {"separate": (32, 36, 18), "fused": (32, RECORD)}[form]
     assert taken == [f"3x5x6x{width}xbf16" for width in widths]
     assert given == ["3x5x6x32xbf16"]
@@ -79,7 +79,7 @@ def test_gradient_is_one_call_with_scratch(form: str, dtype: str) -> None:
     kind = {"float32": "f32", "float16": "f16"}[dtype]
     arrays = operands(form, 3, dtype=dtype)
     ((target, line, taken, given),) = calls(gradient(operator(form)), *arrays)
-    assert target == {"separate": _ffi.BACKWARD, "fused": _ffi.FUSED_BACKWARD}[form]
+    assert target == {"separate": _targets.BACKWARD, "fused": _targets.FUSED_BACKWARD}[form]
     like = ["x".join(map(str, a.shape)) + f"x{kind}" for a in arrays]
     assert taken == [*like, f"3x5x6x32x{kind}"]
     assert given == [*like, "3x1x1x1xui32"]
@@ -153,5 +153,5 @@ def test_what_serves_is_asked_for_each_call(monkeypatch: pytest.MonkeyPatch) -> 
 def test_extension_names_what_it_was_built_for() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     assert re.fullmatch(r"(sm_\d+a? ?)+", extension.instruction_set())
-    assert extension.version == _ffi.VERSION
+    assert extension.version == _targets.VERSION
     assert set(extension.targets()) >= set(TARGETS)

@@ -19,7 +19,7 @@ import xla_ops
 from internimage_jax.config import InternImageConfig
 from internimage_jax.model import InternImage
 from tests.native import build, needs_compiler, run
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 
 N, H, W, C, K = 4, 5, 6, 16, 3
 
@@ -44,7 +44,7 @@ def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture
 def cuda_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_cpu = (_ffi.LINEAR_FORWARD, _ffi.CONVOLUTION_FORWARD)
+    of_cpu = (_targets.LINEAR_FORWARD, _targets.CONVOLUTION_FORWARD)
     serving = lambda target: ("cpu",) if target in of_cpu else ("cpu", "cuda")  # noqa: E731
     monkeypatch.setattr(_ffi, "serving", serving)
 
@@ -158,8 +158,8 @@ def test_operators_take_half_precision_parameters_as_they_are(
 def test_extension_has_every_target() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
-    targets = {*cpu.targets(), _ffi.LINEAR_GELU_FORWARD}
-    targets -= {_ffi.CONVOLUTION_FORWARD}
+    targets = {*cpu.targets(), _targets.LINEAR_GELU_FORWARD}
+    targets -= {_targets.CONVOLUTION_FORWARD}
     assert set(extension.targets()) == targets
 
 
@@ -168,10 +168,10 @@ def test_a_kernel_can_serve_untried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ffi, "_untried", {})
     try:
         _ffi.serve_untried("cuda")
-        assert _ffi.serving(_ffi.FORWARD)[-1] == "cuda"
+        assert _ffi.serving(_targets.FORWARD)[-1] == "cuda"
         assert xla_ops.status()["cuda"].detail.startswith("not tried; built for sm_")
-        _ffi.serve_untried("cuda", frozenset([_ffi.MLP_FORWARD]))
-        assert "cuda" not in _ffi.serving(_ffi.MLP_FORWARD)
-        assert _ffi.serving(_ffi.FORWARD)[-1] == "cuda"
+        _ffi.serve_untried("cuda", frozenset([_targets.MLP_FORWARD]))
+        assert "cuda" not in _ffi.serving(_targets.MLP_FORWARD)
+        assert _ffi.serving(_targets.FORWARD)[-1] == "cuda"
     finally:
         _ffi._load_once.cache_clear()

@@ -21,7 +21,7 @@ from tests import gpu
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
 from tests.test_dwconv import TOLERANCE, assert_close, operands
-from xla_ops import _ffi
+from xla_ops import _targets
 from xla_ops.mlp import CHANNELS_ON_CUDA
 
 pytestmark = gpu.needs_it()
@@ -102,7 +102,7 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
         assert_as_exact(xla_ops.bias_gelu, dtype, 4 * x, bias, dy)
 
 
-@gpu.needs_instructions_of(_ffi.LINEAR_GELU_FORWARD)
+@gpu.needs_instructions_of(_targets.LINEAR_GELU_FORWARD)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
@@ -150,7 +150,7 @@ def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[An
         return [jax.tree.map(np.asarray, run(*local)) for _ in range(times)]
 
 
-@gpu.needs_instructions_of(_ffi.LINEAR_FORWARD)
+@gpu.needs_instructions_of(_targets.LINEAR_FORWARD)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
@@ -182,7 +182,7 @@ def test_linear(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
         assert first.tobytes() == second.tobytes()
 
 
-@gpu.needs_instructions_of(_ffi.MLP_FORWARD)
+@gpu.needs_instructions_of(_targets.MLP_FORWARD)
 @pytest.mark.parametrize("name", ["linear", "mlp"])
 def test_products_with_parameters_of_each_example(name: str) -> None:
     function = getattr(xla_ops, name)
@@ -201,7 +201,7 @@ def test_products_with_parameters_of_each_example(name: str) -> None:
     assert got.tobytes() == np.stack(wanted).tobytes()
 
 
-@gpu.needs_instructions_of(_ffi.LINEAR_GELU_FORWARD)
+@gpu.needs_instructions_of(_targets.LINEAR_GELU_FORWARD)
 def test_linear_with_gelu_of_what_is_not_finite() -> None:
     x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
@@ -214,7 +214,7 @@ def test_linear_with_gelu_of_what_is_not_finite() -> None:
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=0, atol=1e-30)
 
 
-@gpu.needs_instructions_of(_ffi.MLP_FORWARD)
+@gpu.needs_instructions_of(_targets.MLP_FORWARD)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "hidden"),
@@ -242,7 +242,7 @@ def test_mlp(shape: tuple[int, ...], hidden: int, dtype: str) -> None:
         assert first.tobytes() == second.tobytes()
 
 
-@gpu.needs_instructions_of(_ffi.MLP_FORWARD)
+@gpu.needs_instructions_of(_targets.MLP_FORWARD)
 def test_mlp_of_what_is_not_finite() -> None:
     x, kernel1, bias1, kernel2, bias2 = mlp.operands((1, 9, 9, 64), 128, 64, "bfloat16")
     arrays = [x.at[0, 0, 3, 7].set(np.nan).at[0, 8, 8, 0].set(np.inf), kernel1, bias1, kernel2]

@@ -22,12 +22,12 @@ from jax.sharding import PartitionSpec as P
 import xla_ops
 from tests.test_dwconv import TOLERANCE, assert_close, mesh
 from tests.transforms import check_transforms
-from xla_ops import _ffi, linear
+from xla_ops import _ffi, _targets, linear
 
 CALL = "@internimage_linear_gelu_forward"
 
 gelu_of = functools.partial(linear, gelu=True)
-SERVES = "cpu" in _ffi.serving(_ffi.LINEAR_FORWARD)
+SERVES = "cpu" in _ffi.serving(_targets.LINEAR_FORWARD)
 BEST = xla_ops.status()["cpu"].detail
 # Those besides the one that these tests run on.
 INSTRUCTION_SETS = {"avx512": ["avx2"], "avx512 and amx": ["avx2", "avx512"]}.get(BEST, [])
@@ -188,7 +188,7 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
 @kernel_serves
 @pytest.mark.parametrize("gelu", [True, False])
 def test_transforms_of_the_cpu_kernel(gelu: bool) -> None:
-    target = _ffi.LINEAR_GELU_FORWARD if gelu else _ffi.LINEAR_FORWARD
+    target = _targets.LINEAR_GELU_FORWARD if gelu else _targets.LINEAR_FORWARD
     check_transforms(functools.partial(linear, gelu=gelu), operands(dtype="float32"), target)
 
 

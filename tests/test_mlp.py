@@ -14,7 +14,7 @@ import pytest
 from tests.test_dwconv import TOLERANCE, assert_close
 from tests.test_linear import for_cuda, kernel, kernel_serves
 from tests.transforms import check_transforms
-from xla_ops import _ffi, linear, mlp
+from xla_ops import _ffi, _targets, linear, mlp
 from xla_ops.mlp import LEAST_PIXELS
 
 mlp_module = sys.modules["xla_ops.mlp"]  # as a name of the package it is the operator
@@ -136,7 +136,7 @@ def test_other_rows_do_not_matter() -> None:
 @kernel_serves
 def test_transforms_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp_module, "_pays", lambda *_: True)
-    check_transforms(mlp, operands(), _ffi.MLP_FORWARD, shared=4)
+    check_transforms(mlp, operands(), _targets.MLP_FORWARD, shared=4)
 
 
 @kernel_serves
@@ -150,7 +150,7 @@ def test_it_is_two_products_where_there_are_few_pixels_and_on_a_gpu_that_has_no_
     many = 3 * LEAST_PIXELS
     assert CALL in text_of(many) and "linear" not in text_of(many)
     assert CALL not in text_of(many - 1) and "@internimage_linear_gelu_forward" in text_of(many - 1)
-    there = {_ffi.MLP_FORWARD: ("cpu",)}
+    there = {_targets.MLP_FORWARD: ("cpu",)}
     monkeypatch.setattr(_ffi, "serving", lambda target: there.get(target, ("cpu", "cuda")))
     arrays = operands((1, 1, many, 64), 64, 64, "bfloat16")
     text = for_cuda(mlp, *arrays)
@@ -201,9 +201,9 @@ def test_kernels_for_different_numbers_of_rows_are_refused() -> None:
     x, *first = operands((2, 3, 3, 16))
     second = [jnp.zeros((2, 24, 8)), jnp.zeros((2, 8))]
     result = jax.ShapeDtypeStruct((2, 3, 3, 8), x.dtype)
-    call = jax.ffi.ffi_call(_ffi.MLP_FORWARD, result)
+    call = jax.ffi.ffi_call(_targets.MLP_FORWARD, result)
     with pytest.raises(Exception, match="the leading axes of both kernels differ"):
-        jax.block_until_ready(call(x, *first[:2], *second, version=np.int64(_ffi.VERSION)))
+        jax.block_until_ready(call(x, *first[:2], *second, version=np.int64(_targets.VERSION)))
 
 
 def test_an_implementation_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tests.test_dwconv import mesh
 from tests.test_linear import for_cuda, kernel_serves
 from tests.test_model import SMALLEST
 from tests.transforms import check_transforms
-from xla_ops import _ffi, convolution, in_panels, linear, mlp, reads_panels
+from xla_ops import _ffi, _targets, convolution, in_panels, linear, mlp, reads_panels
 from xla_ops.panels import from_panels
 
 # Whole panels and parts of one, one and several depths, few rows and many.
@@ -87,13 +87,13 @@ def test_what_is_not_finite() -> None:
 def test_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["xla_ops.mlp"], "_pays", lambda *_: True)
     product = each_in_panels(test_linear.operands(dtype="float32"))
-    check_transforms(linear, product, _ffi.LINEAR_FORWARD)
-    check_transforms(mlp, each_in_panels(test_mlp.operands()), _ffi.MLP_FORWARD, shared=4)
+    check_transforms(linear, product, _targets.LINEAR_FORWARD)
+    check_transforms(mlp, each_in_panels(test_mlp.operands()), _targets.MLP_FORWARD, shared=4)
     one_kernel = test_mlp.operands()
     one_kernel[1] = jnp.asarray(in_panels(one_kernel[1]))
-    check_transforms(mlp, one_kernel, _ffi.MLP_FORWARD, shared=4)
+    check_transforms(mlp, one_kernel, _targets.MLP_FORWARD, shared=4)
     check_transforms(
-        convolution, each_in_panels(test_convolution.operands()), _ffi.CONVOLUTION_FORWARD
+        convolution, each_in_panels(test_convolution.operands()), _targets.CONVOLUTION_FORWARD
     )
 
 

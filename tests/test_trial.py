@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 import xla_ops
 from tests import kernels_on_host
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets, _trial
 
 CPU = xla_ops.status()["cpu"]
 needs_kernel = pytest.mark.skipif(CPU.implementation != "kernel", reason=CPU.detail)
@@ -28,15 +29,61 @@ def test_an_operator_that_gives_something_wrong_is_set_aside_alone(
 ) -> None:
     def wrong(target: str, like: Any) -> Callable[..., Any]:
         call = ffi_call(target, like)
-        if target != _ffi.GELU_BACKWARD:
+        if target != _targets.GELU_BACKWARD:
             return call
         return lambda *operands, **attributes: [y + 1 for y in call(*operands, **attributes)]
 
     patch_calls(monkeypatch, wrong)
     status, targets = _ffi._load_once.__wrapped__("cpu")
-    why = f"without {_ffi.GELU_BACKWARD}: its trial gave 6, expected 5"
+    why = f"without {_targets.GELU_BACKWARD}: its trial gave 6, expected 5"
     assert status == ("kernel", f"{CPU.detail}; {why}")
-    assert targets == _ffi.usable_targets("cpu") - {_ffi.GELU_FORWARD, _ffi.GELU_BACKWARD}
+    assert targets == _ffi.usable_targets("cpu") - {_targets.GELU_FORWARD, _targets.GELU_BACKWARD}
+
+
+@needs_kernel
+@pytest.mark.parametrize("factor", [0.9, float("nan")])
+def test_nine_points_that_differ_from_the_plain_form_set_both_aside(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    def wrong(target: str, like: Any) -> Callable[..., Any]:
+        call = ffi_call(target, like)
+        if target != _targets.FUSED_BACKWARD or like[0].dtype != "bfloat16":
+            return call
+        return lambda *operands, **attributes: [
+            (y * factor).astype(y.dtype) for y in call(*operands, **attributes)
+        ]
+
+    patch_calls(monkeypatch, wrong)
+    status, targets = _ffi._load_once.__wrapped__("cpu")
+    assert status.implementation == "kernel"
+    assert f"without {_targets.BACKWARD}: its forms of nine points differ by " in status.detail
+    assert status.detail.endswith(" in bfloat16")
+    dcnv3 = {target for target in _ffi.usable_targets("cpu") if "dcnv3" in target}
+    assert len(dcnv3) == 4 and targets == _ffi.usable_targets("cpu") - dcnv3
+
+
+def test_of_gpus_of_several_kinds_each_is_tried_and_all_have_to_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = ["H100", "A100", "H100", "T4"]
+    devices = [
+        SimpleNamespace(device_kind=kind, local_hardware_id=i) for i, kind in enumerate(kinds)
+    ]
+    missing = {"H100": [], "A100": ["mlp"], "T4": ["mlp", "linear"]}
+    extension = SimpleNamespace(missing=lambda i: missing[kinds[i]])
+    monkeypatch.setattr(_ffi, "_extension", lambda platform: extension)
+    tried = []
+
+    def failures(targets: frozenset[str], device: Any, platform: str) -> dict[str, str]:
+        tried.append((device.device_kind, sorted(targets)))
+        return {"norm": "its trial gave 1, expected 2"} if device.device_kind == "A100" else {}
+
+    monkeypatch.setattr(_trial, "failures", failures)
+    set_aside = _ffi._try("cuda", devices, frozenset({"dcnv3", "linear", "mlp", "norm"}))  # type: ignore[arg-type]
+    assert sorted(set_aside) == ["linear", "mlp", "norm"]
+    assert "T4" in set_aside["linear"] and "expected 2" in set_aside["norm"]
+    assert {kind for kind, _ in tried} == {"H100", "A100", "T4"} and len(tried) == 3
+    assert ("H100", ["dcnv3", "linear", "mlp", "norm"]) in tried
 
 
 @needs_kernel
@@ -66,5 +113,5 @@ def test_the_cuda_kernels_pass_their_trial(monkeypatch: pytest.MonkeyPatch) -> N
     patch_calls(monkeypatch, lambda target, like: ffi_call(kernels_on_host.PREFIX + target, like))
     device = jax.local_devices(backend="cpu")[0]
     targets = frozenset(extension.targets())
-    assert _ffi.LINEAR_GELU_FORWARD in targets
-    assert _ffi._try("cuda", device, targets) == {}
+    assert _targets.LINEAR_GELU_FORWARD in targets
+    assert _ffi._try("cuda", [device], targets) == {}

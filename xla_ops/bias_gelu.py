@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from xla_ops import _ffi
+from xla_ops import _targets
 from xla_ops.custom_call import Arrays, Shapes, Target, call
 from xla_ops.gelu_jnp import gelu
 from xla_ops.geometry import DTYPES, at_least_float32
@@ -61,11 +61,11 @@ class BiasGelu:
 
     @property
     def forward(self) -> Target:
-        return Target(_ffi.GELU_FORWARD, (3, 1), (3,), _like_x, _ATTRIBUTES, shared=(1,))
+        return Target(_targets.GELU_FORWARD, (3, 1), (3,), _like_x, _ATTRIBUTES, shared=(1,))
 
     def backward(self, platform: str) -> Target:
         del platform  # they all have the same
-        return Target(_ffi.GELU_BACKWARD, (3, 1, 3), (3,), _like_x, _ATTRIBUTES, shared=(1,))
+        return Target(_targets.GELU_BACKWARD, (3, 1, 3), (3,), _like_x, _ATTRIBUTES, shared=(1,))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, bias = operands
@@ -78,7 +78,7 @@ class BiasGelu:
         return dx, dx.astype(at_least_float32(x.dtype)).sum((0, 1, 2)).astype(bias.dtype)
 
 
-_ATTRIBUTES = (("version", np.int64(_ffi.VERSION)),)
+_ATTRIBUTES = (("version", np.int64(_targets.VERSION)),)
 
 
 def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES
 from xla_ops.linear import check_kernel
@@ -57,7 +57,7 @@ def convolution(
             raise ValueError(f"bias: expected one beside a kernel in panels, {kernel.shape}")
         bias = jnp.zeros(kernel.shape[-1:], x.dtype)
     _check(x, kernel, bias)
-    taken = _ffi.serving(_ffi.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
+    taken = _ffi.serving(_targets.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
     refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
     operator = Convolution(LARGEST_PATCHES, kernel.ndim == 3)
     return forward(operator, implementation, taken, refusal, x, kernel, bias)
@@ -72,8 +72,8 @@ class Convolution:
 
     @property
     def forward(self) -> Target:
-        attributes = (("version", np.int64(_ffi.VERSION)),)
-        target = _ffi.CONVOLUTION_FORWARD
+        attributes = (("version", np.int64(_targets.VERSION)),)
+        target = _targets.CONVOLUTION_FORWARD
         axes = (3, 3 if self.panels else 4, 1)
         return Target(target, axes, (3,), _result, attributes, shared=(1, 2))
 

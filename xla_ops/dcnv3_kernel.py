@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from xla_ops import _ffi
+from xla_ops import _targets
 from xla_ops.custom_call import Arrays, Shapes, Target
 from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
 from xla_ops.geometry import Geometry
@@ -26,12 +26,12 @@ class DCNv3:
 
     @property
     def forward(self) -> Target:
-        name = _ffi.FUSED_FORWARD if self.fused else _ffi.FORWARD
+        name = _targets.FUSED_FORWARD if self.fused else _targets.FORWARD
         operands = (3,) * (2 if self.fused else 3)
         return Target(name, operands, (3,), _like_output, self._attributes)
 
     def backward(self, platform: str) -> Target:
-        name = _ffi.FUSED_BACKWARD if self.fused else _ffi.BACKWARD
+        name = _targets.FUSED_BACKWARD if self.fused else _targets.BACKWARD
         results = (3,) * (2 if self.fused else 3)
         operands, shapes = (*results, 3), _like_operands
         if platform == "cuda":
@@ -54,7 +54,7 @@ class DCNv3:
         g = self.geometry
         numbers = (*g.kernel_size, *g.stride, *g.pad, *g.dilation, g.group, int(g.remove_center))
         shared = (
-            ("geometry", (*numbers, _ffi.VERSION)),
+            ("geometry", (*numbers, _targets.VERSION)),
             ("offset_scale", np.float64(g.offset_scale)),
         )
         blend = ("center_feature_scale", g.center_feature_scale)

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from xla_ops import _ffi
+from xla_ops import _targets
 from xla_ops.custom_call import Arrays, Shapes, Target, call
 from xla_ops.dwconv_jnp import dwconv_norm_gelu_jnp
 from xla_ops.geometry import DTYPES, at_least_float32
@@ -78,7 +78,7 @@ class DwconvNormGelu:
     @property
     def forward(self) -> Target:
         return Target(
-            _ffi.DWCONV_FORWARD, _OPERANDS, (3,), _like_x, self._attributes, shared=_PARAMETERS
+            _targets.DWCONV_FORWARD, _OPERANDS, (3,), _like_x, self._attributes, shared=_PARAMETERS
         )
 
     def backward(self, platform: str) -> Target:
@@ -86,7 +86,12 @@ class DwconvNormGelu:
         results, shapes = ((3, 3, 3), _rows_and_scratch) if cuda else ((3, 3), _parts)
         operands = (*_OPERANDS, 3)
         return Target(
-            _ffi.DWCONV_BACKWARD, operands, results, shapes, self._attributes, shared=_PARAMETERS
+            _targets.DWCONV_BACKWARD,
+            operands,
+            results,
+            shapes,
+            self._attributes,
+            shared=_PARAMETERS,
         )
 
     def definition(self, *operands: jax.Array) -> jax.Array:
@@ -102,7 +107,7 @@ class DwconvNormGelu:
 
     @property
     def _attributes(self) -> tuple:
-        return ("epsilon", np.float64(self.epsilon)), ("version", np.int64(_ffi.VERSION))
+        return ("epsilon", np.float64(self.epsilon)), ("version", np.int64(_targets.VERSION))
 
 
 _OPERANDS = (3, 3, 1, 1, 1)  # axes of x, kernel, bias, scale, offset; the batch is x's alone

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
 
@@ -47,7 +47,10 @@ def layer_norm(
     Reference: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
     """
     _check(x, scale, bias, epsilon)
-    operator, serving = LayerNorm(float(epsilon)), _serving(_ffi.NORM_FORWARD, x, implementation)
+    operator, serving = (
+        LayerNorm(float(epsilon)),
+        _serving(_targets.NORM_FORWARD, x, implementation),
+    )
     return forward(operator, implementation, serving, "", x, scale, bias)
 
 
@@ -78,7 +81,10 @@ def add_norm(
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
     _check(x, scale, bias, epsilon, residual)
-    operator, serving = AddNorm(float(epsilon)), _serving(_ffi.ADD_NORM_FORWARD, x, implementation)
+    operator, serving = (
+        AddNorm(float(epsilon)),
+        _serving(_targets.ADD_NORM_FORWARD, x, implementation),
+    )
     return forward(operator, implementation, serving, "", x, residual, scale, bias)
 
 
@@ -110,7 +116,10 @@ def norm_add(
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
     _check(x, scale, bias, epsilon, residual)
-    operator, serving = NormAdd(float(epsilon)), _serving(_ffi.NORM_ADD_FORWARD, x, implementation)
+    operator, serving = (
+        NormAdd(float(epsilon)),
+        _serving(_targets.NORM_ADD_FORWARD, x, implementation),
+    )
     return forward(operator, implementation, serving, "", x, residual, scale, bias)
 
 
@@ -160,7 +169,7 @@ class LayerNorm:
     @property
     def forward(self) -> Target:
         attributes = _attributes(self.epsilon)
-        return Target(_ffi.NORM_FORWARD, (3, 1, 1), (3,), _like_x, attributes, shared=(1, 2))
+        return Target(_targets.NORM_FORWARD, (3, 1, 1), (3,), _like_x, attributes, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, scale, bias = operands
@@ -177,7 +186,8 @@ class AddNorm:
     def forward(self) -> Target:
         operands, results, attributes = (3, 3, 1, 1), (3, 3), _attributes(self.epsilon)
         return Target(
-            *(_ffi.ADD_NORM_FORWARD, operands, results, _twice_like_x, attributes), shared=(2, 3)
+            *(_targets.ADD_NORM_FORWARD, operands, results, _twice_like_x, attributes),
+            shared=(2, 3),
         )
 
     def definition(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -195,7 +205,7 @@ class NormAdd:
     @property
     def forward(self) -> Target:
         operands, attributes = (3, 3, 1, 1), _attributes(self.epsilon)
-        return Target(_ffi.NORM_ADD_FORWARD, operands, (3,), _like_x, attributes, shared=(2, 3))
+        return Target(_targets.NORM_ADD_FORWARD, operands, (3,), _like_x, attributes, shared=(2, 3))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, residual, scale, bias = operands
@@ -216,7 +226,7 @@ def _normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float)
 
 
 def _attributes(epsilon: float) -> tuple[tuple[str, Any], ...]:
-    return ("epsilon", np.float64(epsilon)), ("version", np.int64(_ffi.VERSION))
+    return ("epsilon", np.float64(epsilon)), ("version", np.int64(_targets.VERSION))
 
 
 def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:

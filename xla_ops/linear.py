@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.geometry import DTYPES, at_least_float32
@@ -98,7 +98,7 @@ def _pays_on_cuda(shape: tuple[int, ...], outputs: int, gelu: bool) -> bool:
     if gelu and channels <= MOST_CHANNELS:
         return True
     # The GPU at hand is of compute capability 9.0 where the product without GELU serves.
-    if "cuda" not in _ffi.serving(_ffi.LINEAR_FORWARD):
+    if "cuda" not in _ffi.serving(_targets.LINEAR_FORWARD):
         return False
     sizes = (*pixels, outputs)
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) < LEAST_RESULTS_WIDE:
@@ -118,11 +118,11 @@ class Linear:
 
     @property
     def name(self) -> str:
-        return _ffi.LINEAR_GELU_FORWARD if self.gelu else _ffi.LINEAR_FORWARD
+        return _targets.LINEAR_GELU_FORWARD if self.gelu else _targets.LINEAR_FORWARD
 
     @property
     def forward(self) -> Target:
-        attributes = (("version", np.int64(_ffi.VERSION)),)
+        attributes = (("version", np.int64(_targets.VERSION)),)
         axes = (3, 3 if self.panels else 2, 1)
         return Target(self.name, axes, (3,), _result, attributes, shared=(1, 2))
 

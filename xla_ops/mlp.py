@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.linear import check_operands, linear
 
@@ -66,7 +66,7 @@ def mlp(
     check_operands(x, kernel1, bias1, ("kernel1", "bias1"))
     hidden = jax.ShapeDtypeStruct((*x.shape[:-1], bias1.shape[0]), x.dtype)
     check_operands(hidden, kernel2, bias2, ("kernel2", "bias2"))
-    serving = _ffi.serving(_ffi.MLP_FORWARD)
+    serving = _ffi.serving(_targets.MLP_FORWARD)
     taken = tuple(platform for platform in serving if _takes(platform, kernel1, kernel2))
     if implementation is None:
         taken = tuple(platform for platform in taken if _pays(platform, x.shape))
@@ -112,9 +112,9 @@ class MLP:
 
     @property
     def forward(self) -> Target:
-        attributes = (("version", np.int64(_ffi.VERSION)),)
+        attributes = (("version", np.int64(_targets.VERSION)),)
         axes = (3, 2 + self.panels[0], 1, 2 + self.panels[1], 1)
-        return Target(_ffi.MLP_FORWARD, axes, (3,), _result, attributes, shared=(1, 2, 3, 4))
+        return Target(_targets.MLP_FORWARD, axes, (3,), _result, attributes, shared=(1, 2, 3, 4))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel1, bias1, kernel2, bias2 = operands

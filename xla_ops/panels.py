@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xla_ops import _ffi
+from xla_ops import _ffi, _targets
 
 COLUMNS = 32  # kPanelColumns in linear_call.h
 
@@ -39,7 +39,7 @@ def in_panels(kernel: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 
 def reads_panels(platform: str | None) -> bool:
     """Whether the products' kernels serve on this platform and read panels as they are."""
-    return platform == "cpu" and platform in _ffi.serving(_ffi.LINEAR_FORWARD)
+    return platform == "cpu" and platform in _ffi.serving(_targets.LINEAR_FORWARD)
 
 
 def from_panels(kernel: jax.Array, columns: int) -> jax.Array:

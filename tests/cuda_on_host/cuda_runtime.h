@@ -44,6 +44,7 @@ enum cudaError_t {
   cudaErrorInvalidValue,
   cudaErrorInvalidConfiguration,
   cudaErrorInvalidDeviceFunction,
+  cudaErrorInsufficientDriver,
   cudaErrorNoKernelImageForDevice
 };
 using cudaStream_t = struct Stream*;
@@ -285,6 +286,11 @@ template <class F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
   attributes->ptxVersion = cuda_on_host::settings.ptx_version;
   attributes->numRegs = cuda_on_host::settings.registers;
+  return cudaSuccess;
+}
+#define CUDART_VERSION 13000
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {

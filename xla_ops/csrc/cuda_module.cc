@@ -32,6 +32,22 @@ auto bind() {
   return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>();
 }
 
+// What CUDA says of this machine, with what helps where that is not plain.
+std::string explain(cudaError_t error) {
+  std::string text = std::string("CUDA: ") + cudaGetErrorString(error);
+  if (error == cudaErrorInsufficientDriver) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    const auto release = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    text += " (the driver is for CUDA " + release(driver) + ", the kernels were built with " +
+            release(CUDART_VERSION) + ": build them with an older nvcc, or install a newer driver)";
+  }
+  if (error == cudaErrorNoKernelImageForDevice) {
+    text += " (built for " INTERNIMAGE_CUDA_ARCHS "; INTERNIMAGE_CUDA_ARCHS at the build names others)";
+  }
+  return text;
+}
+
 // In the handler itself: registered beside it, on CUDA, they do not count.
 #define TRAITS {ffi::Traits::kCmdBufferCompatible}
 
@@ -385,7 +401,7 @@ PYBIND11_MODULE(_cuda, m) {
     if (!error) error = linear::cuda::serves(&tensor_cores);
     if (!error) error = linear::cuda::serves_plain(&plain);
     if (!error) error = linear::cuda::mlp_serves(&mlp);
-    if (error) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+    if (error) throw std::runtime_error(explain(error));
     if (!tensor_cores) names.append("internimage_linear_gelu_forward");
     if (!plain) names.append("internimage_linear_forward");
     if (!mlp) names.append("internimage_mlp_forward");

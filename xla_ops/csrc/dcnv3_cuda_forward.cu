@@ -130,6 +130,7 @@ const char* refusal(const Call& call) {
   if (s.positions() * s.group * s.depth > INT32_MAX || s.height * s.width * s.group * s.depth > INT32_MAX) {
     return "an image of more than 2^31 elements";
   }
+  if (s.points > kPlainShared / 8) return "a kernel of more than 6144 points";
   if (s.channels() > INT32_MAX / 8) return "more than 2^28 channels";
   if (!aligned(call.offset.data)) return "offset or record not aligned to 16 bytes";
   if (s.batch * s.height * s.width * s.channels() / kThreads > INT32_MAX ||

@@ -1,0 +1,21 @@
+"""The targets of the custom calls, by the names that XLA finds them by."""
+
+from __future__ import annotations
+
+VERSION = 4  # of the attributes and layouts; the handlers refuse another
+
+FORWARD = "internimage_dcnv3_forward"
+BACKWARD = "internimage_dcnv3_backward"
+FUSED_FORWARD = "internimage_dcnv3_fused_forward"
+FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
+DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
+DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
+GELU_FORWARD = "internimage_bias_gelu_forward"
+GELU_BACKWARD = "internimage_bias_gelu_backward"
+NORM_FORWARD = "internimage_layer_norm_forward"
+ADD_NORM_FORWARD = "internimage_add_norm_forward"
+NORM_ADD_FORWARD = "internimage_norm_add_forward"
+LINEAR_FORWARD = "internimage_linear_forward"
+LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
+CONVOLUTION_FORWARD = "internimage_convolution_forward"
+MLP_FORWARD = "internimage_mlp_forward"

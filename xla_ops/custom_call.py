@@ -102,7 +102,7 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
             f"implementation: no 'kernel' to serve here ({_ffi.reasons()}); use {plain!r} or None"
         )
     if implementation == plain or not serving:
-        return operator.definition(*operands)
+        return _by_definition(operator, *operands)
     form = _Form(operator, serving, implementation is None)
     with forward_mode_named(plain):
         return _differentiable(form, *_varying_alike(*operands))
@@ -130,7 +130,7 @@ def forward(
             f"({refusal or _ffi.reasons()}); use 'jnp' or None"
         )
     if implementation == "jnp" or not platforms:
-        return operator.definition(*operands)
+        return _by_definition(operator, *operands)
     form = _Form(operator, platforms, implementation is None)
     with forward_mode_named("jnp"):
         return _differentiable_by_definition(form, *operands)
@@ -188,7 +188,7 @@ def _differentiable_by_definition(form: _Form, *operands: jax.Array) -> Any:
 
 
 _differentiable_by_definition.defvjp(
-    lambda form, *operands: jax.vjp(form.operator.definition, *operands),
+    lambda form, *operands: jax.vjp(functools.partial(_by_definition, form.operator), *operands),
     lambda form, pullback, dy: pullback(dy),
 )
 
@@ -199,10 +199,8 @@ def _forward(form: _Form, *operands: jax.Array) -> Any:
     target = form.operator.forward
     kernel, several = _custom_call(target), len(target.results) > 1
     branches = dict.fromkeys(form.platforms, lambda *a: kernel(*a) if several else kernel(*a)[0])
-    x = jax.typeof(operands[0]).sharding
-    y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
-    of = (y,) * len(target.results) if several else y
-    return _dispatch(branches, form.operator.definition if form.fallback else None, operands, of)
+    default = form.operator.definition if form.fallback else None
+    return _dispatch(branches, default, operands, _result_shardings(form.operator, operands))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -216,7 +214,7 @@ def _backward(form: _Form, *operands: jax.Array) -> Arrays:
         return jax.vjp(form.operator.definition, *primals)[1](dy)
 
     branches = {platform: by_kernel(platform) for platform in form.platforms}
-    gradients = tuple(jax.typeof(a).sharding for a in operands[:-1])
+    gradients = _like(operands[:-1], _explicit_mesh(operands))
     return _dispatch(branches, by_definition if form.fallback else None, operands, gradients)
 
 
@@ -231,9 +229,44 @@ def _dispatch(
     def run(*operands: jax.Array) -> Any:
         return lax.platform_dependent(*operands, **branches, default=default)
 
-    if jax.typeof(operands[0]).sharding.mesh.explicit_axes:
-        return jax.sharding.auto_axes(run, out_sharding=sharding)(*operands)
-    return run(*operands)
+    return _automatic(run, operands, sharding)
+
+
+def _by_definition(operator: Forward, *operands: jax.Array) -> Any:
+    return _automatic(operator.definition, operands, _result_shardings(operator, operands))
+
+
+def _automatic(function: Function, operands: Arrays, sharding: Any) -> Any:
+    """Calls `function` as on a mesh of automatic axes, where the operands' are explicit.
+
+    `sharding` is the results', which there are part of their types.
+    """
+    if _explicit_mesh(operands) is None:
+        return function(*operands)
+    return jax.sharding.auto_axes(function, out_sharding=sharding)(*operands)
+
+
+def _explicit_mesh(operands: Arrays) -> Any:
+    """The mesh of the operands where it has explicit axes; those made of constants have none."""
+    meshes = (jax.typeof(a).sharding.mesh for a in operands)
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def _like(arrays: Arrays, mesh: Any) -> tuple[NamedSharding, ...]:
+    """The arrays' shardings; `mesh` is of those that have none."""
+    shardings = (jax.typeof(a).sharding for a in arrays)
+    return tuple(
+        NamedSharding(mesh, PartitionSpec(*[None] * a.ndim)) if mesh and of.mesh.empty else of
+        for a, of in zip(arrays, shardings, strict=True)
+    )
+
+
+def _result_shardings(operator: Forward, operands: Arrays) -> Any:
+    """Those of the forward's results, which are sharded over the batch as the first operand is."""
+    count = len(operator.forward.results)
+    [x] = _like(operands[:1], _explicit_mesh(operands))
+    y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
+    return (y,) * count if count > 1 else y
 
 
 @functools.cache

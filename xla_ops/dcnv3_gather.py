@@ -115,5 +115,6 @@ def _take(pixels: jax.Array, index: jax.Array) -> jax.Array:
 
 def varying_like(value: jax.Array, *arrays: jax.Array) -> jax.Array:
     """Marks `value` as varying over the mesh axes that `arrays` vary over, as `shard_map` wants."""
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    varying = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
+    axes = frozenset().union(*map(varying, arrays)) - varying(value)
     return lax.pcast(value, tuple(axes), to="varying") if axes else value

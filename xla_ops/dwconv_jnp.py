@@ -66,4 +66,4 @@ def _sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y + contribution(padded, *tap), None
 
     taps = jnp.arange(size * size), kernel.reshape(size * size, c)
-    return lax.scan(step, varying_like(jnp.zeros(x.shape, x.dtype), x, kernel), taps)[0]
+    return lax.scan(step, varying_like(jnp.zeros_like(x), x, kernel), taps)[0]

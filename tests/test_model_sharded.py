@@ -1,0 +1,71 @@
+"""A training step over several devices, by jit and the types of a sharded batch."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from internimage_jax.config import InternImageConfig
+from internimage_jax.model import InternImage
+from tests.test_dwconv import mesh
+
+CONFIG = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(2, 4, 8, 16), num_classes=5)
+IMAGES = np.random.RandomState(0).standard_normal((4, 64, 64, 3)).astype(np.float32)
+LABELS = np.eye(5, dtype=np.float32)[[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "changes"),
+    [
+        ("gather", {"post_norm": True, "layer_scale": 0.5, "drop_path_rate": 0.2}),
+        (None, {"norm_layer": "BN", "act_layer": "SiLU", "with_cp": True}),
+        (
+            None,
+            {
+                "use_clip_projector": True,
+                "dw_kernel_size": 5,
+                "res_post_norm": True,
+                "center_feature_scale": True,
+                "level2_post_norm": True,
+                "level2_post_norm_block_ids": (0,),
+            },
+        ),
+    ],
+    ids=["like B", "BN", "like H"],
+)
+def test_gradients_over_a_mesh_of_explicit_axes_are_those_of_one_device(
+    implementation: Any, changes: dict[str, Any]
+) -> None:
+    model = InternImage(CONFIG.replace(**changes), rngs=nnx.Rngs(0), implementation=implementation)
+    graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def step(params: Any, statistics: Any, images: jax.Array, labels: jax.Array, key: jax.Array):
+        def loss(params: Any) -> jax.Array:
+            model = nnx.merge(graphdef, params, statistics, copy=True)
+            logits = model(images, train=True, key=key)
+            return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+
+        return jax.value_and_grad(loss)(params)
+
+    def leaves(*arguments: Any) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(step(*arguments, jax.random.key(0)))]
+
+    wanted = leaves(params, statistics, IMAGES, LABELS)
+    largest = max(np.abs(leaf).max() for leaf in wanted)
+    # As `jax.make_mesh` makes them. The mesh may be known from the arrays alone, or be set too.
+    devices = mesh(AxisType.Explicit)
+    everywhere, split = NamedSharding(devices, P()), NamedSharding(devices, P("data"))
+    state = jax.device_put((params, statistics), everywhere)
+    batch = jax.device_put((IMAGES, LABELS), split)
+    for context in (contextlib.nullcontext(), jax.set_mesh(devices)):
+        with context:
+            for one, other in zip(leaves(*state, *batch), wanted, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * largest)

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convert.check import FLOATS
-from convert.export import FORMAT, moved_when_done, write_settings, write_weights
+from convert.export import moved_when_done, settings_of, write_settings, write_weights
 from convert.head import with_classes
 from convert.permute import torch_layout
 from convert.rules import BATCH_COUNTER, Rule, rules
@@ -132,16 +131,9 @@ def convert(
 
 def _write_folder(folder: Path, source: Source, dtype: np.dtype, weights: Weights) -> None:
     tensors = {r.flax: (r.flax_shape, dtype_of(r, dtype)) for r in rules(source.config)}
-    settings: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": 1,
-        "model": source.name,
-        "dtype": dtype.name,
-        "config": source.config.to_dict(),
-        "preprocessing": source.preprocessing.to_dict(),
-        "source": {"layout": source.layout, "weights": weights, "files": []},
-        "notes": list(source.notes),
-    }
+    settings = settings_of(source.name, dtype, source.config, source.preprocessing)
+    settings["source"] = {"layout": source.layout, "weights": weights, "files": []}
+    settings["notes"] = list(source.notes)
     stop = threading.Event()
     # Hashing takes about as long as the rest, on a core of its own.
     with ThreadPoolExecutor(1) as pool:

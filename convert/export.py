@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from internimage_jax.config import InternImageConfig
+from internimage_jax.preprocess import Preprocessing
+
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 FORMAT = "internimage_jax"  # `format` in the config.json of a converted folder
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
@@ -138,6 +141,20 @@ def write_weights(
         file.write(struct.pack("<Q", len(header)) + header)
         for array in arrays:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def settings_of(
+    name: str, dtype: np.dtype, config: InternImageConfig, preprocessing: Preprocessing
+) -> dict[str, Any]:
+    """What a converted folder's `config.json` says of the model."""
+    return {
+        "format": FORMAT,
+        "format_version": 1,
+        "model": name,
+        "dtype": dtype.name,
+        "config": config.to_dict(),
+        "preprocessing": preprocessing.to_dict(),
+    }
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

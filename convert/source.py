@@ -98,7 +98,8 @@ def open_source(
     Args:
         path: A file, an index of shards, or a folder.
         model: Which model it is of: a released name, the path of a config.json, or a config. Needed
-            where neither a config.json nor the file's name says it.
+            where neither a config.json nor the file's name says it. A config's settings of training
+            are taken in any case.
         weights: "model", or "ema" for the moving average that a training run keeps.
 
     Returns:
@@ -123,6 +124,8 @@ def open_source(
         else:
             name, config = _identify(path, folder, settings, model, tensors, layout)
             preprocessing = _preprocessing(folder, name, settings, model)
+        if isinstance(model, InternImageConfig):  # says too how the caller will train it
+            config = config.replace(**{key: getattr(model, key) for key in _TRAINING})
         yield Source(path, layout, name, config, preprocessing, tensors, checkpoint.files, notes)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from internimage_jax.model import InternImage, InternImageOutput
     from internimage_jax.predict import Prediction, Predictor
     from internimage_jax.preprocess import Preprocessing
-    from internimage_jax.pretrained import create_model, from_pretrained
+    from internimage_jax.pretrained import create_model, from_pretrained, save_pretrained
 
 # Imported when first asked for: the converter and the table of models need neither flax nor jax.
 _HOME = {
@@ -24,6 +24,7 @@ _HOME = {
     "Preprocessing": "preprocess",
     "create_model": "pretrained",
     "from_pretrained": "pretrained",
+    "save_pretrained": "pretrained",
 }
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "create_model",
     "from_pretrained",
     "list_models",
+    "save_pretrained",
 ]
 
 

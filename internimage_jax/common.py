@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -232,9 +232,9 @@ def scaled(norm: nnx.LayerNorm, factors: nnx.Param) -> list[jax.Array]:
     return [jnp.asarray(vector * factor) for vector in vectors]
 
 
-def activation(config: InternImageConfig) -> Callable[[jax.Array], jax.Array]:
-    """The function that `config.act_layer` names."""
-    return {"GELU": gelu, "SiLU": jax.nn.silu, "ReLU": jax.nn.relu}[config.act_layer]
+def activate(act_layer: str, x: jax.Array) -> jax.Array:
+    """Applies the function that a config's `act_layer` names."""
+    return {"GELU": gelu, "SiLU": jax.nn.silu, "ReLU": jax.nn.relu}[act_layer](x)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import nnx
 import xla_ops
 from internimage_jax.common import (
     Context,
-    activation,
+    activate,
     add_normalize,
     along_channels,
     apply,
@@ -43,7 +43,7 @@ class StemLayer(nnx.Module):
         self.norm1 = ctx.norm(channels // 2, kind)
         self.conv2 = ctx.conv(channels // 2, channels, 3, strides=2)
         self.norm2 = ctx.norm(channels, kind)
-        self.activation = activation(ctx.config)
+        self.act_layer = ctx.config.act_layer
         self.fused = ctx.config.act_layer == "GELU"
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
@@ -54,7 +54,7 @@ class StemLayer(nnx.Module):
             none = jnp.zeros(x.shape[-1], x.dtype)
             x = xla_ops.bias_gelu(x, none, implementation=self.implementation)
         else:
-            x = self.activation(x)
+            x = activate(self.act_layer, x)
         x = convolve(self.conv2, x, self.implementation)  # (N, H/4, W/4, C)
         return normalize(self.norm2, x, train, self.implementation)
 
@@ -88,7 +88,7 @@ class MLPLayer(nnx.Module):
         hidden = int(channels * ctx.config.mlp_ratio)
         self.fc1 = ctx.linear(channels, hidden)
         self.fc2 = ctx.linear(hidden, channels)
-        self.activation = activation(ctx.config)
+        self.act_layer = ctx.config.act_layer
         self.drop_rate = ctx.config.drop_rate
         self.fused = ctx.config.act_layer == "GELU"
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
@@ -100,7 +100,7 @@ class MLPLayer(nnx.Module):
         if self.fused:  # bias and activation, and maybe the product, in one pass
             x = apply(self.fc1, x, self.implementation, gelu=True)
         else:
-            x = self.activation(apply(self.fc1, x, self.implementation))
+            x = activate(self.act_layer, apply(self.fc1, x, self.implementation))
         x = dropout(x, self.drop_rate, key1)
         return dropout(apply(self.fc2, x, self.implementation), self.drop_rate, key2)
 
@@ -117,7 +117,7 @@ class DepthwiseLayer(nnx.Module):
         size = ctx.config.dw_kernel_size or 3
         self.conv = ctx.conv(channels, channels, size, feature_group_count=channels)
         self.norm = ctx.norm(channels, ctx.config.norm_layer)
-        self.activation = activation(ctx.config)
+        self.act_layer = ctx.config.act_layer
         # As one operator where it is the released models' kind.
         self.fused = (ctx.config.norm_layer, ctx.config.act_layer) == ("LN", "GELU")
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
@@ -135,7 +135,7 @@ class DepthwiseLayer(nnx.Module):
             )
         x = xla_ops.depthwise_convolution(x, kernel.astype(x.dtype))
         x = x + along_channels(self.conv.bias, x)
-        return self.activation(normalize(self.norm, x, train, self.implementation))
+        return activate(self.act_layer, normalize(self.norm, x, train, self.implementation))
 
 
 class DCNv3(nnx.Module):

@@ -20,7 +20,7 @@ import xla_ops
 from internimage_jax.clip_head import ClipHead
 from internimage_jax.common import (
     Context,
-    activation,
+    activate,
     apply,
     at_least_float32,
     dropout,
@@ -128,12 +128,12 @@ class ConvHead(nnx.Module):
         self.channels = int(channels * ctx.config.cls_scale)
         self.conv = ctx.linear(channels, self.channels, bias=False)
         self.norm = ctx.norm(self.channels, "BN")
-        self.activation = activation(ctx.config)
+        self.act_layer = ctx.config.act_layer
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         x = apply(self.conv, x, self.implementation)
-        x = self.activation(normalize(self.norm, x, train))
+        x = activate(self.act_layer, normalize(self.norm, x, train))
         return x.mean(axis=(1, 2))  # (N, channels)
 
     def fuse(self) -> None:

@@ -1,18 +1,21 @@
-"""From a name, a file or a folder to a model."""
+"""From a name, a file or a folder to a model, and back to a folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 import xla_ops
 from convert import convert, open_model, read_arrays
+from convert.export import moved_when_done, settings_of, write_settings, write_weights
 from convert.source import Weights
 from internimage_jax.cache import cache_folder
 from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
@@ -20,6 +23,7 @@ from internimage_jax.image_files import one_line
 from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import Preprocessing
+from internimage_jax.shapes import parameter_shapes
 
 # Files of a released repository, the first kind that it has.
 _BESIDE = ("config.json", "preprocessor_config.json")
@@ -33,6 +37,8 @@ def create_model(
     model: str | InternImageConfig,
     *,
     num_classes: int | None = None,
+    drop_path_rate: float | None = None,
+    with_cp: bool | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     implementation: xla_ops.Implementation | None = None,
@@ -43,6 +49,9 @@ def create_model(
     Args:
         model: A released name, or a config.
         num_classes: Classes of the head; None keeps the config's, 0 leaves the head out.
+        drop_path_rate: Of stochastic depth in training; None keeps the config's, which in those of
+            the released models is 0.
+        with_cp: Whether training recomputes what is within a layer; None keeps the config's.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters; None is `dtype`.
         implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
@@ -52,7 +61,8 @@ def create_model(
         The model.
 
     Raises:
-        ValueError: The name is unknown; the message lists the closest.
+        ValueError: The name is unknown, and the message lists the closest; or a value is out of
+            range.
     """
     if isinstance(model, InternImageConfig):
         name, config, preprocessing = "internimage", model, None
@@ -61,7 +71,7 @@ def create_model(
         name, config = released.name, released.config
         preprocessing = Preprocessing(released.image_size)
     return InternImage(
-        config if num_classes is None else config.replace(num_classes=num_classes),
+        _changed(config, num_classes=num_classes, drop_path_rate=drop_path_rate, with_cp=with_cp),
         dtype=dtype,
         param_dtype=dtype if param_dtype is None else param_dtype,
         implementation=implementation,
@@ -71,6 +81,10 @@ def create_model(
     )
 
 
+def _changed(config: InternImageConfig, **values: Any) -> InternImageConfig:
+    return config.replace(**{name: value for name, value in values.items() if value is not None})
+
+
 def from_pretrained(
     source: str | os.PathLike[str],
     *,
@@ -78,6 +92,8 @@ def from_pretrained(
     weights: Weights = "model",
     num_classes: int | None = None,
     to_1k: bool = False,
+    drop_path_rate: float | None = None,
+    with_cp: bool | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     implementation: xla_ops.Implementation | None = None,
@@ -92,11 +108,15 @@ def from_pretrained(
         source: A released name, such as "internimage_t_1k_224" or
             "OpenGVLab/internimage_t_1k_224", or a path: whatever `convert.convert` takes, or a
             folder that it wrote.
-        model: Which model a file is of; see `convert.convert`.
+        model: Which model a file is of; see `convert.convert`. Of a config the settings of training
+            (drop rates, `with_cp`) are taken in any case.
         weights: "model", or "ema" for the moving average that a training run keeps.
         num_classes: Classes wanted. A head of another size is replaced by a new one, which is
             logged; 0 leaves out the head.
         to_1k: Takes the ImageNet-1K classes out of a head of 21,841, by the released map.
+        drop_path_rate: Of stochastic depth in training; None keeps the checkpoint's, which of the
+            released models is 0.
+        with_cp: Whether training recomputes what is within a layer; None keeps the checkpoint's.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters; None is `dtype`.
         implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
@@ -115,7 +135,7 @@ def from_pretrained(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
         loaded = InternImage(
-            opened.config,
+            _changed(opened.config, drop_path_rate=drop_path_rate, with_cp=with_cp),
             dtype=dtype,
             param_dtype=param_dtype,
             implementation=implementation,
@@ -127,6 +147,52 @@ def from_pretrained(
         }
     fill(loaded, values)
     return loaded
+
+
+def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
+    """Writes a model, such as one that was trained, as `from_pretrained` and all commands take it.
+
+    Args:
+        model: With values; parameters are written in their dtype. Not a fused one, whose parameters
+            are not the released models'.
+        folder: For `model.safetensors` and `config.json`; replaces what was written before.
+
+    Returns:
+        The path of `folder`.
+
+    Raises:
+        FileExistsError: `folder` is a file, or has other files in it.
+        ValueError: The model is fused or has values that are not finite, or its arrays are not all
+            within reach of this process. Nothing is written then.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file; a model is written to a folder")
+    found = {
+        ".".join(map(str, path)): variable[...]
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    shapes = parameter_shapes(model.config)
+    if {name: array.shape for name, array in found.items()} != shapes:
+        raise ValueError("model: has other parameters than its config's; is it a fused one?")
+    for name, array in found.items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise ValueError(f"model: {name} is not all within reach of this process")
+    dtype = np.dtype(found["patch_embed.conv1.kernel"].dtype)
+
+    def arrays() -> Iterator[np.ndarray]:
+        for name in shapes:
+            array = np.asarray(found[name])
+            if not np.isfinite(array).all():
+                raise ValueError(f"model: {name} has values that are not finite")
+            yield array
+
+    with moved_when_done(folder) as unfinished:
+        tensors = {name: (shape, np.dtype(found[name].dtype)) for name, shape in shapes.items()}
+        write_weights(unfinished, tensors, arrays())
+        settings = settings_of(model.name, dtype, model.config, model.preprocessing)
+        write_settings(unfinished, settings)
+    return folder
 
 
 def locate(source: str | os.PathLike[str]) -> str:

@@ -193,6 +193,19 @@ def test_forward_mode_is_refused_with_what_to_use(form: str) -> None:
     jax.jit(lambda *a: jax.jvp(gather, a, a))(*arrays)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_refused_with_what_to_use(form: str) -> None:
+    arrays = operands(form)
+
+    def second(implementation: str | None) -> Callable:
+        squares = lambda *a: (operator(form, implementation)(*a) ** 2).sum()  # noqa: E731
+        return jax.grad(lambda *a: (jax.grad(squares)(*a) ** 2).sum())
+
+    with pytest.raises(ValueError, match=r"no second derivatives; use 'gather'"):
+        jax.jit(second(None))(*arrays)
+    assert np.isfinite(jax.jit(second("gather"))(*arrays)).all()
+
+
 def test_lowering_for_another_platform_takes_the_gather_form() -> None:
     arrays = operands("separate")
     lower = lambda f: jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",))  # noqa: E731

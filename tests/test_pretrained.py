@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from convert import convert
 from internimage_jax.config import RELEASED, InternImageConfig, ReleasedModel
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import Preprocessing
-from internimage_jax.pretrained import create_model, from_pretrained
+from internimage_jax.pretrained import create_model, from_pretrained, save_pretrained
 from tests.recipe_checkpoints import CONFIG, LAYOUTS, assert_same, flax_arrays, weights, write
 
 HEADS = ("head.", "conv_head.", "clip_head.")
@@ -87,6 +89,71 @@ def test_fresh_parameters_have_the_dtype_of_the_computation_unless_said_otherwis
 def test_float64_parameters_are_exact(tmp_path) -> None:
     model = from_pretrained(write(tmp_path / "hf", "hf"), dtype=jnp.float64)
     assert_same(arrays_of(model), {n: np.float64(a) for n, a in flax_arrays(CONFIG).items()})
+
+
+@pytest.mark.parametrize("layout", ["pth", "hf", "converted"])
+def test_how_a_model_is_trained_can_be_said_when_it_is_loaded(layout, tmp_path) -> None:
+    source = write(tmp_path / "source", "hf" if layout == "converted" else layout)
+    if layout == "converted":
+        source = convert(source, tmp_path / "converted")
+    named = CONFIG if layout == "pth" else None
+    model = from_pretrained(source, model=named, drop_path_rate=0.3, with_cp=True)
+    assert model.config == CONFIG.replace(drop_path_rate=0.3, with_cp=True)
+    assert model.levels[3].blocks[-1:] and model.levels[3].drop_path_rates[-1] == 0.3
+    given = CONFIG.replace(drop_rate=0.1, drop_path_rate=0.2, drop_path_type="uniform")
+    assert from_pretrained(source, model=given).config == given
+    with pytest.raises(ValueError, match=r"drop_path_rate must be in \[0, 1\), got 1.5"):
+        from_pretrained(source, model=named, drop_path_rate=1.5)
+    fresh = create_model(CONFIG, drop_path_rate=0.3, with_cp=True)
+    assert fresh.config == CONFIG.replace(drop_path_rate=0.3, with_cp=True)
+
+
+# ---- save_pretrained
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_a_saved_model_is_loaded_as_it_was(tmp_path, param_dtype) -> None:
+    config = CONFIG.replace(num_classes=7, drop_path_rate=0.1)
+    model = InternImage(
+        config,
+        rngs=nnx.Rngs(3),
+        param_dtype=param_dtype,
+        name="flowers",
+        preprocessing=Preprocessing(96),
+    )
+    assert save_pretrained(model, tmp_path / "saved") == tmp_path / "saved"
+    again = from_pretrained(tmp_path / "saved", param_dtype=param_dtype)
+    assert (again.name, again.config) == ("flowers", config)
+    assert again.preprocessing == Preprocessing(96)
+    assert_same(arrays_of(again), arrays_of(model))
+    # The converter takes it too, and so the official code does.
+    there = convert(tmp_path / "saved", tmp_path / "saved.pth", to_torch=True, dtype=param_dtype)
+    back = from_pretrained(there, model=config, param_dtype=param_dtype)
+    assert_same(arrays_of(back), arrays_of(model))
+    save_pretrained(again, tmp_path / "saved")  # over what was saved before
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
+    model = InternImage(CONFIG, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"has other parameters than its config's; .* fused"):
+        save_pretrained(model.fused(), tmp_path / "out")
+    bias = model.levels[1].blocks[0].mlp.fc1.bias
+    bias.set_value(bias[...].at[3].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"levels\.1\.blocks\.0\.mlp\.fc1\.bias has values that"):
+        save_pretrained(model, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file: is a file"):
+        save_pretrained(model, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_model_can_be_pickled() -> None:
+    model = InternImage(CONFIG, rngs=nnx.Rngs(0))
+    assert_same(arrays_of(pickle.loads(pickle.dumps(model))), arrays_of(model))
 
 
 def test_a_wrong_name_lists_the_closest() -> None:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def forward(
 
 
 class NoForwardMode(ValueError):
-    """A kernel has no forward mode."""
+    """A kernel has no forward mode, nor has its gradient."""
 
 
 @contextlib.contextmanager
@@ -172,14 +172,28 @@ def _differentiable(form: _Form, *operands: jax.Array) -> jax.Array:
 
 
 def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[jax.Array, Arrays]:
-    return _forward(form, *operands), operands
+    return _differentiable(form, *operands), operands  # for second derivatives' errors
 
 
 def _differentiable_backward(form: _Form, operands: Arrays, dy: jax.Array) -> Arrays:
-    return _backward(form, *_varying_alike(*operands, dy))
+    return _differentiable_no_more(form, *_varying_alike(*operands, dy))
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable_no_more(form: _Form, *operands: jax.Array) -> Arrays:
+    return _backward(form, *operands)
+
+
+@_differentiable_no_more.defjvp
+def _(form: _Form, operands: Arrays, tangents: Arrays) -> NoReturn:
+    plain = form.operator.plain
+    of_models = "" if plain == "gather" else ", of a model 'gather'"
+    raise NoForwardMode(
+        f"implementation: the kernel has no second derivatives; use {plain!r}{of_models}"
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

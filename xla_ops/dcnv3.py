@@ -53,10 +53,10 @@ def dcnv3(
         dilation: Pixels between points along (h, w).
         offset_scale: Factor on both the offsets and the grid of points itself.
         remove_center: Leaves out the middle point; square odd kernels only.
-        implementation: "gather" is jnp: it runs anywhere, and `jvp` and `jax.export` go through it;
-            "kernel" is the custom call of the platform that the program is compiled for; None takes
-            the kernel where `xla_ops.status()` has one, and the jnp form elsewhere. A program with
-            the kernel is exported with
+        implementation: "gather" is jnp: it runs anywhere, and has forward mode and second
+            derivatives; "kernel" is the custom call of the platform that the program is compiled
+            for; None takes the kernel where `xla_ops.status()` has one, and the jnp form elsewhere.
+            `jax.export` takes the jnp form, and a program with the kernel with
             `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("internimage_dcnv3_forward")]`.
 
     Returns:

@@ -42,9 +42,9 @@ def dwconv_norm_gelu(
         scale: Of the norm (C,).
         offset: Of the norm (C,).
         epsilon: Added to the variance.
-        implementation: "jnp" runs anywhere, and `jvp` and `jax.export` go through it; "kernel" is
-            the custom call of the platform that the program is compiled for; None takes the kernel
-            where there is one, and the jnp form elsewhere and beyond 4096 channels (2048 in
+        implementation: "jnp" runs anywhere, and has forward mode and second derivatives; "kernel"
+            is the custom call of the platform that the program is compiled for; None takes the
+            kernel where there is one, and the jnp form elsewhere and beyond 4096 channels (2048 in
             float64), which CUDA's kernel does not take. The targets to name for `jax.export` are
             "internimage_dwconv_norm_gelu_forward" and "internimage_dwconv_norm_gelu_backward".
 

@@ -131,7 +131,7 @@ def convert(
 
 def _write_folder(folder: Path, source: Source, dtype: np.dtype, weights: Weights) -> None:
     tensors = {r.flax: (r.flax_shape, dtype_of(r, dtype)) for r in rules(source.config)}
-    settings = settings_of(source.name, dtype, source.config, source.preprocessing)
+    settings = settings_of(source.name, dtype, source.config, source.preprocessing, source.classes)
     settings["source"] = {"layout": source.layout, "weights": weights, "files": []}
     settings["notes"] = list(source.notes)
     stop = threading.Event()

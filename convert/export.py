@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -144,10 +144,14 @@ def write_weights(
 
 
 def settings_of(
-    name: str, dtype: np.dtype, config: InternImageConfig, preprocessing: Preprocessing
+    name: str,
+    dtype: np.dtype,
+    config: InternImageConfig,
+    preprocessing: Preprocessing,
+    classes: Sequence[str] | None,
 ) -> dict[str, Any]:
     """What a converted folder's `config.json` says of the model."""
-    return {
+    settings = {
         "format": FORMAT,
         "format_version": 1,
         "model": name,
@@ -155,6 +159,7 @@ def settings_of(
         "config": config.to_dict(),
         "preprocessing": preprocessing.to_dict(),
     }
+    return settings if classes is None else {**settings, "classes": list(classes)}
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -64,7 +64,9 @@ def _new_head(source: Source, num_classes: int) -> Source:
     before = _classes(source)
     note = f"left out the head of {before} classes" if before else "the file has no head"
     note += f"; made a new one of {num_classes} classes, not trained" if num_classes else ""
-    return replace(source, config=config, tensors=tensors, made=made, notes=(*source.notes, note))
+    return replace(
+        source, config=config, tensors=tensors, made=made, notes=(*source.notes, note), classes=None
+    )
 
 
 def _initial(rule: Rule, stream: np.random.RandomState) -> np.ndarray:
@@ -92,4 +94,5 @@ def _mapped(source: Source) -> Source:
         "counterpart and is masked"
     )
     config = source.config.replace(num_classes=1000)
-    return replace(source, config=config, made=made, notes=(*source.notes, note))
+    notes = (*source.notes, note)
+    return replace(source, config=config, made=made, notes=notes, classes=None)

@@ -52,6 +52,7 @@ class Source:
         files: The files read, in a fixed order.
         notes: What the user should know of how the file was read, a sentence each.
         made: Arrays that do not come from the file, by Flax path.
+        classes: Names of the classes, where config.json has them.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Source:
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
     made: dict[str, np.ndarray] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
 
     def name_of(self, rule: Rule) -> str:
         """The array's name in this file."""
@@ -124,9 +126,13 @@ def open_source(
         else:
             name, config = _identify(path, folder, settings, model, tensors, layout)
             preprocessing = _preprocessing(folder, name, settings, model)
+        classes = _class_names(folder / "config.json", settings or {}, config.num_classes)
         if isinstance(model, InternImageConfig):  # says too how the caller will train it
             config = config.replace(**{key: getattr(model, key) for key in _TRAINING})
-        yield Source(path, layout, name, config, preprocessing, tensors, checkpoint.files, notes)
+        yield Source(
+            *(path, layout, name, config, preprocessing, tensors, checkpoint.files, notes),
+            classes=classes,
+        )
 
 
 def check_tensors(source: Source) -> None:
@@ -324,6 +330,23 @@ def _preprocessing(
     if values is not None:
         return Preprocessing.from_huggingface(values, str(path))
     return Preprocessing(RELEASED[name].image_size if name in RELEASED else 224)
+
+
+def _class_names(path: Path, settings: dict[str, Any], count: int) -> tuple[str, ...] | None:
+    """The names of `count` classes that a config.json has, None where it has none."""
+    names, labels = settings.get("classes"), settings.get("id2label")
+    if count == 0:
+        return None
+    if names is None and isinstance(labels, dict):  # Hugging Face's, which need not be about them
+        found = [str(labels.get(str(i), "LABEL_")) for i in range(count)]
+        return None if any(name.startswith("LABEL_") for name in found) else tuple(found)
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: classes must be a list of names")
+    if len(names) != count:
+        raise CheckpointError(f"{path}: classes must be {count} names, got {len(names)}")
+    return tuple(names)
 
 
 def _converted(

@@ -8,6 +8,7 @@ and there by reading along. All maps are (N, H, W, C). Reference: Wang et al., I
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -165,9 +166,12 @@ class InternImage(nnx.Module):
             `nnx.eval_shape` around the constructor would, but much faster.
         name: What reports call the model.
         preprocessing: How its images are made; None is ImageNet's at 224 pixels.
+        classes: Names of the classes, in the order of the logits; None are ImageNet's for a model
+            with as many.
 
     Raises:
-        ValueError: `implementation` is none of these, or a dtype none of the four floating ones.
+        ValueError: `implementation` is none of these, a dtype none of the four floating ones, or
+            there is not a name for each class.
     """
 
     def __init__(
@@ -180,6 +184,7 @@ class InternImage(nnx.Module):
         rngs: nnx.Rngs | None = None,
         name: str = "internimage",
         preprocessing: Preprocessing | None = None,
+        classes: Sequence[str] | None = None,
     ):
         if implementation not in ("kernel", "gather", None):
             raise ValueError(
@@ -189,11 +194,16 @@ class InternImage(nnx.Module):
             if jnp.dtype(value) not in geometry.DTYPES:
                 names = ", ".join(map(str, geometry.DTYPES))
                 raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
+        if classes is not None and len(classes) != config.num_classes:
+            raise ValueError(
+                f"classes: expected {config.num_classes} names, one a class, got {len(classes)}"
+            )
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.name = name
         self.preprocessing = preprocessing or Preprocessing(224)
+        self.classes = None if classes is None else tuple(classes)
         self.patch_embed = StemLayer(ctx)
         self.levels = nnx.List([InternImageBlock(ctx, level) for level in range(4)])
         if config.num_classes:

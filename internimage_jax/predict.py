@@ -17,7 +17,7 @@ from jax import lax
 from PIL import Image
 
 from internimage_jax.image_files import one_line, printable
-from internimage_jax.labels import class_names
+from internimage_jax.labels import ImageClass, class_names
 from internimage_jax.loader import check_on_error, default_workers, map_ahead
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import ImageSource, normalize, preprocess
@@ -87,6 +87,8 @@ class Predictor:
         self.batch_size = batch_size
         self._preprocessing = preprocessing = model.preprocessing
         self._classes = class_names(num_classes)
+        if model.classes is not None:
+            self._classes = tuple(ImageClass(i, None, name) for i, name in enumerate(model.classes))
         self._dtype = model.dtype
 
         # Compiled by hand, and called with a plain list of arrays: a call then costs no walk over

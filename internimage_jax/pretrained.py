@@ -37,6 +37,7 @@ def create_model(
     model: str | InternImageConfig,
     *,
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
     drop_path_rate: float | None = None,
     with_cp: bool | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -49,6 +50,7 @@ def create_model(
     Args:
         model: A released name, or a config.
         num_classes: Classes of the head; None keeps the config's, 0 leaves the head out.
+        classes: Names of the classes, which also say how many there are.
         drop_path_rate: Of stochastic depth in training; None keeps the config's, which in those of
             the released models is 0.
         with_cp: Whether training recomputes what is within a layer; None keeps the config's.
@@ -70,6 +72,8 @@ def create_model(
         released = released_model(model)
         name, config = released.name, released.config
         preprocessing = Preprocessing(released.image_size)
+    if num_classes is None and classes is not None:
+        num_classes = len(classes)
     return InternImage(
         _changed(config, num_classes=num_classes, drop_path_rate=drop_path_rate, with_cp=with_cp),
         dtype=dtype,
@@ -78,6 +82,7 @@ def create_model(
         rngs=nnx.Rngs(seed),
         name=name,
         preprocessing=preprocessing,
+        classes=classes,
     )
 
 
@@ -91,6 +96,7 @@ def from_pretrained(
     model: str | InternImageConfig | None = None,
     weights: Weights = "model",
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
     to_1k: bool = False,
     drop_path_rate: float | None = None,
     with_cp: bool | None = None,
@@ -113,6 +119,8 @@ def from_pretrained(
         weights: "model", or "ema" for the moving average that a training run keeps.
         num_classes: Classes wanted. A head of another size is replaced by a new one, which is
             logged; 0 leaves out the head.
+        classes: Names of the classes wanted, which also say how many there are; None are those in
+            the checkpoint's config.json, if any.
         to_1k: Takes the ImageNet-1K classes out of a head of 21,841, by the released map.
         drop_path_rate: Of stochastic depth in training; None keeps the checkpoint's, which of the
             released models is 0.
@@ -131,6 +139,8 @@ def from_pretrained(
     """
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
     path = locate(source)
+    if num_classes is None and classes is not None:
+        num_classes = len(classes)
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
@@ -141,6 +151,7 @@ def from_pretrained(
             implementation=implementation,
             name=opened.name,
             preprocessing=opened.preprocessing,
+            classes=opened.classes if classes is None else classes,
         )
         values = {
             rule.flax: jax.device_put(array) for rule, array in read_arrays(opened, param_dtype)
@@ -190,8 +201,8 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
     with moved_when_done(folder) as unfinished:
         tensors = {name: (shape, np.dtype(found[name].dtype)) for name, shape in shapes.items()}
         write_weights(unfinished, tensors, arrays())
-        settings = settings_of(model.name, dtype, model.config, model.preprocessing)
-        write_settings(unfinished, settings)
+        about = model.name, dtype, model.config, model.preprocessing, model.classes
+        write_settings(unfinished, settings_of(*about))
     return folder
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,12 @@ from flax import nnx
 from convert import convert
 from internimage_jax.config import RELEASED, InternImageConfig, ReleasedModel
 from internimage_jax.model import InternImage
+from internimage_jax.predict import Predictor
 from internimage_jax.preprocess import Preprocessing
 from internimage_jax.pretrained import create_model, from_pretrained, save_pretrained
 from tests.recipe_checkpoints import CONFIG, LAYOUTS, assert_same, flax_arrays, weights, write
 
+PIXELS = np.random.RandomState(0).randint(0, 256, (80, 80, 3)).astype(np.uint8)
 HEADS = ("head.", "conv_head.", "clip_head.")
 
 
@@ -113,18 +117,20 @@ def test_how_a_model_is_trained_can_be_said_when_it_is_loaded(layout, tmp_path) 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, param_dtype) -> None:
-    config = CONFIG.replace(num_classes=7, drop_path_rate=0.1)
+    config, names = CONFIG.replace(num_classes=7, drop_path_rate=0.1), tuple("abcdefg")
     model = InternImage(
         config,
         rngs=nnx.Rngs(3),
         param_dtype=param_dtype,
         name="flowers",
         preprocessing=Preprocessing(96),
+        classes=names,
     )
     assert save_pretrained(model, tmp_path / "saved") == tmp_path / "saved"
     again = from_pretrained(tmp_path / "saved", param_dtype=param_dtype)
     assert (again.name, again.config) == ("flowers", config)
     assert again.preprocessing == Preprocessing(96)
+    assert again.classes == names
     assert_same(arrays_of(again), arrays_of(model))
     # The converter takes it too, and so the official code does.
     there = convert(tmp_path / "saved", tmp_path / "saved.pth", to_torch=True, dtype=param_dtype)
@@ -135,6 +141,43 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, param_dtype) -> None:
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path) -> None:
+    names = [f"flower {i}" for i in range(10)]
+    source = write(tmp_path / "hf", "hf")
+    config = json.loads((source / "config.json").read_text())
+
+    def with_labels(labels: object) -> Path:
+        (source / "config.json").write_text(json.dumps({**config, "id2label": labels}))
+        return source
+
+    numbers = {str(i): f"LABEL_{i}" for i in range(10)}
+    assert from_pretrained(with_labels(numbers)).classes is None
+    labels = dict(sorted(((str(i), name) for i, name in enumerate(names)), reverse=True))
+    assert from_pretrained(with_labels(labels)).classes == tuple(names)
+    converted = convert(source, tmp_path / "converted")
+    model = from_pretrained(converted)
+    assert model.classes == tuple(names)
+    [prediction] = Predictor(model, topk=10)([PIXELS])
+    assert all(one.name == names[one.index] for one in prediction.classes)
+    assert from_pretrained(converted, num_classes=3).classes is None
+    three = from_pretrained(converted, classes=["a", "b", "c"])
+    assert (three.config.num_classes, three.classes) == (3, ("a", "b", "c"))
+    assert create_model(CONFIG, classes=["a", "b"]).config.num_classes == 2
+    with pytest.raises(ValueError, match="classes: expected 3 names, one a class, got 2"):
+        from_pretrained(converted, num_classes=3, classes=["a", "b"])
+    for unusable in ({"0": "a", "1": "b"}, {"0": "a", "2": "b"}, []):
+        assert from_pretrained(with_labels(unusable)).classes is None
+    settings = json.loads((converted / "config.json").read_text())
+    for wrong, message in (
+        (["a", "b"], "classes must be 10 names, got 2"),
+        ({"0": "a"}, "classes must be a list of names"),
+        ([*range(10)], "classes must be a list of names"),
+    ):
+        (converted / "config.json").write_text(json.dumps({**settings, "classes": wrong}))
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+            from_pretrained(converted)
 
 
 def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:

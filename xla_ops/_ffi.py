@@ -143,7 +143,7 @@ def _operator(target: str) -> str:
     return target.rpartition("_")[0]
 
 
-def _try(platform: str, devices: Sequence[jax.Device], targets: frozenset[str]) -> dict[str, str]:
+def _try(platform: str, devices: Sequence[Any], targets: frozenset[str]) -> dict[str, str]:
     """Tries the kernels on a device of each kind: XLA compiles for a platform, whichever runs it.
 
     Returns those that do not serve on one of them, and why.

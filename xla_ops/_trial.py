@@ -30,7 +30,7 @@ class _Call(NamedTuple):
     expected: list[Any]  # what these begin with
 
 
-def failures(targets: Collection[str], device: jax.Device, platform: str) -> dict[str, str]:
+def failures(targets: Collection[str], device: Any, platform: str) -> dict[str, str]:
     """Calls each of `targets` on a device; returns those that gave something wrong, and what.
 
     Raises whatever the runtime does where the program fails.
@@ -141,7 +141,7 @@ def _nine_points(dtype: Any, cuda: bool) -> Iterator[tuple[_Call, _Call]]:
     taken = order < 2 ** random.randint(0, 4, (*_PIXELS, group, 1))
     mask = (taken / taken.sum(-1, keepdims=True)).reshape(*_PIXELS, -1)
     logits = np.where(taken, 0, -200).reshape(mask.shape)
-    record = _RECORD.join(offset, logits).astype(dtype)
+    record = np.asarray(_RECORD.join(offset, logits)).astype(dtype)
     operands = x, offset.astype(dtype), mask.astype(dtype)
 
     plain = _dcnv3(kernel=3, pad=1, group=group)
@@ -168,7 +168,7 @@ def _as_fused(call: _Call, results: list[Any]) -> list[np.ndarray]:
     # The derivative of a softmax.
     mask, dmask = (a.reshape(*_PIXELS, _RECORD.group, -1) for a in (mask, dmask))
     dlogits = mask * (dmask - (mask * dmask).sum(-1, keepdims=True))
-    return [y_or_dx, _RECORD.join(doffset, dlogits.reshape(*_PIXELS, -1))]
+    return [y_or_dx, np.asarray(_RECORD.join(doffset, dlogits.reshape(*_PIXELS, -1)))]
 
 
 def _product() -> tuple[tuple[np.ndarray, ...], np.ndarray]:

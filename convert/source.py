@@ -23,6 +23,7 @@ from convert.permute import flax_layout
 from convert.rules import Rule, from_huggingface, rules
 from convert.torch_file import CheckpointError, LazyTensor, open_checkpoint
 from internimage_jax.config import RELEASED, InternImageConfig, released_model
+from internimage_jax.labels import NUM_CLASSES_1K, NUM_CLASSES_22K
 from internimage_jax.preprocess import Preprocessing
 
 Weights = Literal["model", "ema"]
@@ -337,11 +338,12 @@ def _class_names(path: Path, settings: dict[str, Any], count: int) -> tuple[str,
     names, labels = settings.get("classes"), settings.get("id2label")
     if count == 0:
         return None
-    if names is None and isinstance(labels, dict):  # Hugging Face's, which need not be about them
+    if names is None:
+        # Hugging Face's need not be about them, and ImageNet's are known.
+        if not isinstance(labels, dict) or count in (NUM_CLASSES_1K, NUM_CLASSES_22K):
+            return None
         found = [str(labels.get(str(i), "LABEL_")) for i in range(count)]
         return None if any(name.startswith("LABEL_") for name in found) else tuple(found)
-    if names is None:
-        return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: classes must be a list of names")
     if len(names) != count:

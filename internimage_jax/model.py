@@ -194,6 +194,8 @@ class InternImage(nnx.Module):
             if jnp.dtype(value) not in geometry.DTYPES:
                 names = ", ".join(map(str, geometry.DTYPES))
                 raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes or ()):
+            raise ValueError(f"classes: expected a sequence of names, got {classes!r:.80}")
         if classes is not None and len(classes) != config.num_classes:
             raise ValueError(
                 f"classes: expected {config.num_classes} names, one a class, got {len(classes)}"

@@ -167,6 +167,9 @@ def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path) -> None:
     assert create_model(CONFIG, classes=["a", "b"]).config.num_classes == 2
     with pytest.raises(ValueError, match="classes: expected 3 names, one a class, got 2"):
         from_pretrained(converted, num_classes=3, classes=["a", "b"])
+    for wrong in ("ab", [1, 2]):
+        with pytest.raises(ValueError, match="classes: expected a sequence of names"):
+            create_model(CONFIG, classes=wrong)
     for unusable in ({"0": "a", "1": "b"}, {"0": "a", "2": "b"}, []):
         assert from_pretrained(with_labels(unusable)).classes is None
     settings = json.loads((converted / "config.json").read_text())

@@ -34,7 +34,9 @@ def with_classes(source: Source, num_classes: int | None, to_1k: bool) -> Source
     present = _classes(source)
     if num_classes is not None and num_classes == present:
         # The caller vouches for the size of the head, which config or name may give differently.
-        source = replace(source, config=source.config.replace(num_classes=num_classes))
+        classes = source.classes if source.config.num_classes == present else None
+        config = source.config.replace(num_classes=num_classes)
+        source = replace(source, config=config, classes=classes)
     elif num_classes is not None:
         source = _new_head(source, num_classes)
     check_tensors(source)

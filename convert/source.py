@@ -127,7 +127,10 @@ def open_source(
         else:
             name, config = _identify(path, folder, settings, model, tensors, layout)
             preprocessing = _preprocessing(folder, name, settings, model)
-        classes = _class_names(folder / "config.json", settings or {}, config.num_classes)
+        about = folder / "config.json"
+        if settings is None and (named := _named_file(model)):
+            about, settings = named, _read_json(named)
+        classes = _class_names(about, settings or {}, config.num_classes)
         if isinstance(model, InternImageConfig):  # says too how the caller will train it
             config = config.replace(**{key: getattr(model, key) for key in _TRAINING})
         yield Source(
@@ -340,10 +343,13 @@ def _class_names(path: Path, settings: dict[str, Any], count: int) -> tuple[str,
         return None
     if names is None:
         # Hugging Face's need not be about them, and ImageNet's are known.
-        if not isinstance(labels, dict) or count in (NUM_CLASSES_1K, NUM_CLASSES_22K):
+        if not isinstance(labels, dict) or len(labels) != count:
             return None
-        found = [str(labels.get(str(i), "LABEL_")) for i in range(count)]
-        return None if any(name.startswith("LABEL_") for name in found) else tuple(found)
+        found = [labels.get(str(i)) for i in range(count)]
+        known = count in (NUM_CLASSES_1K, NUM_CLASSES_22K)
+        if known or not all(isinstance(n, str) and not n.startswith("LABEL_") for n in found):
+            return None
+        return tuple(found)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: classes must be a list of names")
     if len(names) != count:

@@ -20,6 +20,7 @@ from internimage_jax.labels import (
     CLASSES_WITHOUT_22K,
     NUM_CLASSES_1K,
     NUM_CLASSES_22K,
+    class_names,
     map_22k_to_1k,
 )
 from internimage_jax.model import InternImage
@@ -176,6 +177,13 @@ def check_classes(model: InternImage) -> None:
             f"{model.name}: has {count} classes, expected {NUM_CLASSES_1K} (ImageNet-1K) or "
             f"{NUM_CLASSES_22K} (ImageNet-22K), which the labels can be compared with"
         )
+    if model.classes is not None:
+        for known, name in zip(class_names(count), model.classes, strict=True):
+            if name != known.name:
+                raise ValueError(
+                    f"{model.name}: class {known.index} is {name!r}, expected ImageNet's "
+                    f"{known.name!r}, which the labels can be compared with"
+                )
 
 
 def class_notes(num_classes: int) -> tuple[str, ...]:

@@ -88,7 +88,10 @@ class Predictor:
         self._preprocessing = preprocessing = model.preprocessing
         self._classes = class_names(num_classes)
         if model.classes is not None:
-            self._classes = tuple(ImageClass(i, None, name) for i, name in enumerate(model.classes))
+            self._classes = tuple(
+                known if known.name == name else ImageClass(known.index, None, name)
+                for known, name in zip(self._classes, model.classes, strict=True)
+            )
         self._dtype = model.dtype
 
         # Compiled by hand, and called with a plain list of arrays: a call then costs no walk over

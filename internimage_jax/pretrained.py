@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import Preprocessing
 from internimage_jax.shapes import parameter_shapes
+
+log = logging.getLogger("internimage_jax")
 
 # Files of a released repository, the first kind that it has.
 _BESIDE = ("config.json", "preprocessor_config.json")
@@ -119,8 +122,8 @@ def from_pretrained(
         weights: "model", or "ema" for the moving average that a training run keeps.
         num_classes: Classes wanted. A head of another size is replaced by a new one, which is
             logged; 0 leaves out the head.
-        classes: Names of the classes wanted, which also say how many there are; None are those in
-            the checkpoint's config.json, if any.
+        classes: Names of the classes wanted, which also say how many there are; a head of as many
+            is kept. None are those in the checkpoint's config.json, if any.
         to_1k: Takes the ImageNet-1K classes out of a head of 21,841, by the released map.
         drop_path_rate: Of stochastic depth in training; None keeps the checkpoint's, which of the
             released models is 0.
@@ -144,6 +147,9 @@ def from_pretrained(
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
+        kept = classes is not None and "head.kernel" not in opened.made
+        if kept and opened.classes not in (None, tuple(classes)):
+            log.warning("%s: kept the head, under the names given for its classes", path)
         loaded = InternImage(
             _changed(opened.config, drop_path_rate=drop_path_rate, with_cp=with_cp),
             dtype=dtype,
@@ -165,7 +171,7 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         model: With values; parameters are written in their dtype. Not a fused one, whose parameters
-            are not the released models'.
+            are not the released models'. Of several processes that have it, one is to write it.
         folder: For `model.safetensors` and `config.json`; replaces what was written before.
 
     Returns:
@@ -173,21 +179,24 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: `folder` is a file, or has other files in it.
-        ValueError: The model is fused or has values that are not finite, or its arrays are not all
-            within reach of this process. Nothing is written then.
+        ValueError: The model is fused, has no values or some that are not finite, or its arrays are
+            not all within reach of this process. Nothing is written then.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; a model is written to a folder")
     found = {
-        ".".join(map(str, path)): variable[...]
+        ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
     shapes = parameter_shapes(model.config)
     if {name: array.shape for name, array in found.items()} != shapes:
         raise ValueError("model: has other parameters than its config's; is it a fused one?")
     for name, array in found.items():
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if isinstance(array, jax.ShapeDtypeStruct):
+            raise ValueError(f"model: {name} has no values")
+        local = isinstance(array, np.ndarray) or array.is_fully_addressable
+        if not local and not array.is_fully_replicated:
             raise ValueError(f"model: {name} is not all within reach of this process")
     dtype = np.dtype(found["patch_embed.conv1.kernel"].dtype)
 

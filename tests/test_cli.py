@@ -128,9 +128,16 @@ def test_a_bad_image_can_be_skipped_and_is_one_line(
     arguments = ["predict", *paths, "--model", checkpoint, "--on-error", "skip"]
     assert main([*arguments, *options]) == 0
     out, err = capsys.readouterr()
-    assert [path for path in paths if path in out] == [paths[0], paths[2]]
-    assert err.startswith(f"skipped: {paths[1]}: ")
-    assert err.count("\n") == 1
+    if options:
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert [line["file"] for line in lines] == paths
+        assert [len(line["predictions"]) for line in lines] == [5, 0, 5]
+        assert [line.get("error", "")[: len(paths[1])] for line in lines] == ["", paths[1], ""]
+        assert err == ""
+    else:
+        assert [path for path in paths if path in out] == [paths[0], paths[2]]
+        assert err.startswith(f"skipped: {paths[1]}: ")
+        assert err.count("\n") == 1
 
 
 def test_a_table_shows_path_class_wordnet_id_probability_and_name(capsys: Capture) -> None:

@@ -434,6 +434,12 @@ def test_a_model_of_other_classes_is_an_error_that_names_both_numbers(dataset: D
         evaluate(model, dataset)
 
 
+def test_a_model_of_as_many_classes_of_its_own_is_an_error(dataset: Dataset) -> None:
+    model = InternImage(CONFIG, classes=[f"flower {i}" for i in range(1000)])
+    with pytest.raises(ValueError, match=r"class 0 is 'flower 0', expected ImageNet's 'tench'"):
+        evaluate(model, dataset)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

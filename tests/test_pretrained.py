@@ -143,7 +143,7 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, param_dtype) -> None:
     ]
 
 
-def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path) -> None:
+def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path, caplog) -> None:
     names = [f"flower {i}" for i in range(10)]
     source = write(tmp_path / "hf", "hf")
     config = json.loads((source / "config.json").read_text())
@@ -162,6 +162,12 @@ def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path) -> None:
     [prediction] = Predictor(model, topk=10)([PIXELS])
     assert all(one.name == names[one.index] for one in prediction.classes)
     assert from_pretrained(converted, num_classes=3).classes is None
+    assert from_pretrained(converted, num_classes=10).classes == tuple(names)
+    there = convert(converted, tmp_path / "there.pth", to_torch=True)
+    assert from_pretrained(there, model=str(converted)).classes == tuple(names)
+    caplog.clear()
+    assert from_pretrained(converted, classes=[*"abcdefghij"]).classes == tuple("abcdefghij")
+    assert "kept the head, under the names given for its classes" in caplog.text
     three = from_pretrained(converted, classes=["a", "b", "c"])
     assert (three.config.num_classes, three.classes) == (3, ("a", "b", "c"))
     assert create_model(CONFIG, classes=["a", "b"]).config.num_classes == 2
@@ -170,8 +176,11 @@ def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path) -> None:
     for wrong in ("ab", [1, 2]):
         with pytest.raises(ValueError, match="classes: expected a sequence of names"):
             create_model(CONFIG, classes=wrong)
-    for unusable in ({"0": "a", "1": "b"}, {"0": "a", "2": "b"}, []):
+    for unusable in ({"0": "a", "1": "b"}, {**labels, "9": None}, {**labels, "10": "k"}, []):
         assert from_pretrained(with_labels(unusable)).classes is None
+    more = {"num_classes": 12, "id2label": {**labels, "10": "k", "11": "l"}}
+    (source / "config.json").write_text(json.dumps({**config, **more}))
+    assert from_pretrained(source, num_classes=10).classes is None  # for those are of 12
     settings = json.loads((converted / "config.json").read_text())
     for wrong, message in (
         (["a", "b"], "classes must be 10 names, got 2"),
@@ -187,6 +196,8 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
     model = InternImage(CONFIG, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"has other parameters than its config's; .* fused"):
         save_pretrained(model.fused(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"model: .* has no values"):
+        save_pretrained(InternImage(CONFIG), tmp_path / "out")
     bias = model.levels[1].blocks[0].mlp.fc1.bias
     bias.set_value(bias[...].at[3].set(jnp.nan))
     with pytest.raises(ValueError, match=r"levels\.1\.blocks\.0\.mlp\.fc1\.bias has values that"):

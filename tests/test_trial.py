@@ -79,7 +79,7 @@ def test_of_gpus_of_several_kinds_each_is_tried_and_all_have_to_serve(
         return {"norm": "its trial gave 1, expected 2"} if device.device_kind == "A100" else {}
 
     monkeypatch.setattr(_trial, "failures", failures)
-    set_aside = _ffi._try("cuda", devices, frozenset({"dcnv3", "linear", "mlp", "norm"}))  # type: ignore[arg-type]
+    set_aside = _ffi._try("cuda", devices, frozenset({"dcnv3", "linear", "mlp", "norm"}))
     assert sorted(set_aside) == ["linear", "mlp", "norm"]
     assert "T4" in set_aside["linear"] and "expected 2" in set_aside["norm"]
     assert {kind for kind, _ in tried} == {"H100", "A100", "T4"} and len(tried) == 3

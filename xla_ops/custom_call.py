@@ -190,7 +190,7 @@ def _differentiable_no_more(form: _Form, *operands: jax.Array) -> Arrays:
 @_differentiable_no_more.defjvp
 def _(form: _Form, operands: Arrays, tangents: Arrays) -> NoReturn:
     plain = form.operator.plain
-    of_models = "" if plain == "gather" else ", of a model 'gather'"
+    of_models = "" if plain == "gather" else " (for a model: 'gather')"
     raise NoForwardMode(
         f"implementation: the kernel has no second derivatives; use {plain!r}{of_models}"
     )

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="what an image does that cannot be read (default: %(default)s)",
+        help="an image that cannot be read ends the run, or is named on stderr (with --json by an "
+        "object with an error) and left out (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object an image")
 
@@ -90,18 +91,23 @@ def _run(args: argparse.Namespace) -> None:
     ) as progress:
         predictions = predictor(images, on_error=args.on_error)
         for prediction in progress.track(predictions, len(images), description="Images"):
-            if prediction.error is not None:
-                print("skipped:", prediction.error, file=sys.stderr)
-            elif args.json:
+            if args.json:
                 print_json(prediction, model.name)
+            elif prediction.error is not None:
+                print("skipped:", prediction.error, file=sys.stderr)
             else:
                 print_table(prediction)
 
 
 def print_json(prediction: Prediction, model: str) -> None:
-    """Prints {"file", "model", "predictions": [{"index", "wnid", "name", "probability"}, ...]}."""
+    """Prints {"file", "model", "predictions": [{"index", "wnid", "name", "probability"}, ...]}.
+
+    Of an image that could not be read there are no predictions, and "error" says why.
+    """
     classes = [asdict(one) for one in prediction.classes]
     line = {"file": prediction.file, "model": model, "predictions": classes}
+    if prediction.error is not None:
+        line["error"] = prediction.error
     print(json.dumps(line), flush=True)
 
 

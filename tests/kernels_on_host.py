@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
 import functools
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -68,6 +71,32 @@ def register() -> None:
 @functools.cache
 def extension() -> Any:
     """The extension `_cuda`, built for the host."""
+    path = str(_built())
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", path)
+    spec = importlib.util.spec_from_loader("_cuda", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _built() -> Path:
+    """Builds it, which takes a minute or two: the first of pytest's processes, for all of them."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return _build(folder)
+    folder = Path(tempfile.gettempdir(), f"internimage-cuda-on-host-{run}")
+    folder.mkdir(exist_ok=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        built = folder / "_cuda.so"
+        return built if built.exists() else _build(folder)
+
+
+def _build(folder: Path) -> Path:
     import pybind11
 
     includes = pybind11.get_include(), jax.ffi.include_dir(), sysconfig.get_path("include")
@@ -78,14 +107,8 @@ def extension() -> Any:
         f"-I{TESTS / 'cuda_on_host'}",
         *(f"-isystem{path}" for path in includes),
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "_cuda.so")
-        command = [COMPILER, *options, str(TESTS / "cuda_on_host" / "module.cc"), "-o", path]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        loader = importlib.machinery.ExtensionFileLoader("_cuda", path)
-        spec = importlib.util.spec_from_loader("_cuda", loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    return module
+    unfinished, path = folder / "unfinished.so", folder / "_cuda.so"
+    command = [COMPILER, *options, str(TESTS / "cuda_on_host" / "module.cc"), "-o", str(unfinished)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return unfinished.replace(path)

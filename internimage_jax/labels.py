@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from types import MappingProxyType
@@ -102,6 +102,23 @@ def class_names(num_classes: int) -> tuple[ImageClass, ...]:
             if one.index not in CLASSES_WITHOUT_22K
         }
     return tuple(known.get(i) or ImageClass(i, None, f"class {i}") for i in range(num_classes))
+
+
+def checked_names(classes: Sequence[str], num_classes: int | None = None) -> tuple[str, ...]:
+    """Return names of a model's classes, of which there are `num_classes`, as a tuple.
+
+    Raises ValueError where they are no sequence of str, none, or not as many.
+    """
+    if not isinstance(classes, Sequence) or isinstance(classes, str):
+        raise ValueError(f"classes: expected a list of names, got a {type(classes).__name__}")
+    odd = [name for name in classes if not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"classes: expected a list of names, got {odd[0]!r}")
+    if not classes:
+        raise ValueError("classes: expected at least one name, got none")
+    if num_classes is not None and len(classes) != num_classes:
+        raise ValueError(f"classes: expected {num_classes} names, got {len(classes)}")
+    return tuple(classes)
 
 
 def _parse_classes(text: str, name: str) -> tuple[ImageClass, ...]:

@@ -31,6 +31,7 @@ from internimage_jax.common import (
 )
 from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
+from internimage_jax.labels import checked_names
 from internimage_jax.layers import DownsampleLayer, InternImageLayer, StemLayer
 from internimage_jax.preprocess import Preprocessing
 from xla_ops import geometry
@@ -194,18 +195,12 @@ class InternImage(nnx.Module):
             if jnp.dtype(value) not in geometry.DTYPES:
                 names = ", ".join(map(str, geometry.DTYPES))
                 raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes or ()):
-            raise ValueError(f"classes: expected a sequence of names, got {classes!r:.80}")
-        if classes is not None and len(classes) != config.num_classes:
-            raise ValueError(
-                f"classes: expected {config.num_classes} names, one a class, got {len(classes)}"
-            )
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.name = name
         self.preprocessing = preprocessing or Preprocessing(224)
-        self.classes = None if classes is None else tuple(classes)
+        self.classes = None if classes is None else checked_names(classes, config.num_classes)
         self.patch_embed = StemLayer(ctx)
         self.levels = nnx.List([InternImageBlock(ctx, level) for level in range(4)])
         if config.num_classes:

@@ -22,6 +22,7 @@ from internimage_jax.cache import cache_folder
 from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
 from internimage_jax.image_files import one_line
 from internimage_jax.initial import fill
+from internimage_jax.labels import checked_names
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import Preprocessing
 from internimage_jax.shapes import parameter_shapes
@@ -75,8 +76,8 @@ def create_model(
         released = released_model(model)
         name, config = released.name, released.config
         preprocessing = Preprocessing(released.image_size)
-    if num_classes is None and classes is not None:
-        num_classes = len(classes)
+    if classes is not None:
+        num_classes = len(checked_names(classes, num_classes))
     return InternImage(
         _changed(config, num_classes=num_classes, drop_path_rate=drop_path_rate, with_cp=with_cp),
         dtype=dtype,
@@ -141,9 +142,9 @@ def from_pretrained(
         OSError: The hub cannot be reached.
     """
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
+    if classes is not None:
+        num_classes = len(checked_names(classes, num_classes))
     path = locate(source)
-    if num_classes is None and classes is not None:
-        num_classes = len(classes)
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
@@ -190,8 +191,14 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
     shapes = parameter_shapes(model.config)
-    if {name: array.shape for name, array in found.items()} != shapes:
-        raise ValueError("model: has other parameters than its config's; is it a fused one?")
+    found_shapes = {name: array.shape for name, array in found.items()}
+    if differing := sorted(dict(found_shapes.items() ^ shapes.items())):
+        raise ValueError(
+            f"model: {differing[0]} is not as its config has it; fused models cannot be saved"
+        )
+    classes = (
+        None if model.classes is None else checked_names(model.classes, model.config.num_classes)
+    )
     for name, array in found.items():
         if isinstance(array, jax.ShapeDtypeStruct):
             raise ValueError(f"model: {name} has no values")
@@ -210,7 +217,7 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
     with moved_when_done(folder) as unfinished:
         tensors = {name: (shape, np.dtype(found[name].dtype)) for name, shape in shapes.items()}
         write_weights(unfinished, tensors, arrays())
-        about = model.name, dtype, model.config, model.preprocessing, model.classes
+        about = model.name, dtype, model.config, model.preprocessing, classes
         write_settings(unfinished, settings_of(*about))
     return folder
 

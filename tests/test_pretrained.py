@@ -171,10 +171,15 @@ def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path, caplog) -
     three = from_pretrained(converted, classes=["a", "b", "c"])
     assert (three.config.num_classes, three.classes) == (3, ("a", "b", "c"))
     assert create_model(CONFIG, classes=["a", "b"]).config.num_classes == 2
-    with pytest.raises(ValueError, match="classes: expected 3 names, one a class, got 2"):
+    with pytest.raises(ValueError, match="classes: expected 3 names, got 2"):
         from_pretrained(converted, num_classes=3, classes=["a", "b"])
-    for wrong in ("ab", [1, 2]):
-        with pytest.raises(ValueError, match="classes: expected a sequence of names"):
+    for wrong, message in (
+        ("ab", "a list of names, got a str"),
+        ({"a", "b"}, "a list of names, got a set"),
+        (["a", 2], "a list of names, got 2"),
+        ([], "at least one name, got none"),
+    ):
+        with pytest.raises(ValueError, match=f"classes: expected {message}"):
             create_model(CONFIG, classes=wrong)
     for unusable in ({"0": "a", "1": "b"}, {**labels, "9": None}, {**labels, "10": "k"}, []):
         assert from_pretrained(with_labels(unusable)).classes is None
@@ -194,8 +199,12 @@ def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path, caplog) -
 
 def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
     model = InternImage(CONFIG, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"has other parameters than its config's; .* fused"):
+    with pytest.raises(ValueError, match=r"is not as its config has it; fused models cannot"):
         save_pretrained(model.fused(), tmp_path / "out")
+    model.classes = ["only"]
+    with pytest.raises(ValueError, match="classes: expected 10 names, got 1"):
+        save_pretrained(model, tmp_path / "out")
+    model.classes = None
     with pytest.raises(ValueError, match=r"model: .* has no values"):
         save_pretrained(InternImage(CONFIG), tmp_path / "out")
     bias = model.levels[1].blocks[0].mlp.fc1.bias

@@ -179,7 +179,7 @@ def check_classes(model: InternImage) -> None:
         )
     if model.classes is not None:
         for known, name in zip(class_names(count), model.classes, strict=True):
-            if name != known.name:
+            if known.wnid is not None and name != known.name:
                 raise ValueError(
                     f"{model.name}: class {known.index} is {name!r}, expected ImageNet's "
                     f"{known.name!r}, which the labels can be compared with"

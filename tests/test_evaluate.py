@@ -24,9 +24,9 @@ from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import InternImageConfig
 from internimage_jax.data import Dataset, open_dataset
 from internimage_jax.evaluate import evaluate
-from internimage_jax.evaluation_step import Outputs, Step, make_step
+from internimage_jax.evaluation_step import Outputs, Step, check_classes, make_step
 from internimage_jax.initial import fill
-from internimage_jax.labels import imagenet1k_classes, map_22k_to_1k
+from internimage_jax.labels import class_names, imagenet1k_classes, map_22k_to_1k
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import read_predictions
 from internimage_jax.preprocess import Preprocessing, normalize, preprocess
@@ -438,6 +438,8 @@ def test_a_model_of_as_many_classes_of_its_own_is_an_error(dataset: Dataset) -> 
     model = InternImage(CONFIG, classes=[f"flower {i}" for i in range(1000)])
     with pytest.raises(ValueError, match=r"class 0 is 'flower 0', expected ImageNet's 'tench'"):
         evaluate(model, dataset)
+    names = [one.name if one.wnid else f"synset {one.index}" for one in class_names(21841)]
+    check_classes(InternImage(CONFIG.replace(num_classes=21841), classes=names))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internimage_jax.config import InternImageConfig
 from internimage_jax.model import InternImage
 from tests.test_dwconv import mesh
+from tests.test_model import SMALLEST
 
-CONFIG = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(2, 4, 8, 16), num_classes=5)
 IMAGES = np.random.RandomState(0).standard_normal((4, 64, 64, 3)).astype(np.float32)
 LABELS = np.eye(5, dtype=np.float32)[[0, 1, 2, 3]]
 
@@ -43,7 +42,9 @@ LABELS = np.eye(5, dtype=np.float32)[[0, 1, 2, 3]]
 def test_gradients_over_a_mesh_of_explicit_axes_are_those_of_one_device(
     implementation: Any, changes: dict[str, Any]
 ) -> None:
-    model = InternImage(CONFIG.replace(**changes), rngs=nnx.Rngs(0), implementation=implementation)
+    model = InternImage(
+        SMALLEST.replace(**changes), rngs=nnx.Rngs(0), implementation=implementation
+    )
     graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
 
     @jax.jit

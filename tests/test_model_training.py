@@ -1,0 +1,218 @@
+"""Training: gradients against the official model's, dropout, statistics, and README's loop."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.rules import rules
+from internimage_jax.model import InternImage
+from tests.support import TOLERANCE, golden_input, recipe_model, reference, reference_config
+from tests.test_model import SMALLEST, images
+
+README = Path(__file__).parent.parent / "README.md"
+WITH_GRADIENTS = (
+    "tiny_g_like",
+    "tiny_h_like",
+    "tiny_offset_scale2",
+    "tiny_postnorm_layerscale",
+    "tiny_prenorm",
+    "tiny_remove_center",
+)
+# A constant added to all keys does not change the softmax: in exact arithmetic these gradients
+# are 0, so they are held to the size of those of the values.
+CANCELLING = {
+    "clip_projector.norm1_k.0.bias": "clip_projector.norm1_v.0.bias",
+    "clip_projector.cross_dcn.k_bias": "clip_projector.cross_dcn.v_bias",
+}
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_gradients_match_the_official_model(name):
+    golden = np.load(reference(f"goldens/{name}.npz"))
+    wanted = np.load(reference(f"goldens/{name}.grads.npz"))
+    config = reference_config(name)
+    graphdef, state = nnx.split(recipe_model(config))
+    weights = np.random.RandomState(4321).standard_normal(golden["logits"].shape)
+
+    @jax.jit
+    def gradients(state, x):
+        def loss(state, x):
+            return (nnx.merge(graphdef, state)(x) * weights.astype(np.float32)).sum()
+
+        return jax.grad(loss, (0, 1), allow_int=True)(state, x)
+
+    by_path, by_input = gradients(state, golden_input(golden))
+    by_path = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(by_path)}
+    found = {"input": np.asarray(by_input).transpose(0, 3, 1, 2).reshape(-1)}
+    for rule in rules(config):
+        gradient = np.asarray(by_path[rule.flax])
+        if rule.axes is not None:
+            gradient = gradient.transpose(np.argsort(rule.axes)).reshape(rule.torch_shape)
+        found[rule.torch] = gradient.reshape(-1)
+    for key in wanted:
+        name, what = key.rsplit("/", 1)
+        if what == "values":
+            step = max(1, found[name].size // (256 if name == "input" else 64))
+            difference = np.abs(found[name][::step] - wanted[key]).max()
+            scale = wanted[f"{CANCELLING.get(name, name)}/rms"]
+            assert difference <= TOLERANCE["gradient"] * scale, name
+    assert {key.rsplit("/", 1)[0] for key in wanted} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"act_layer": "SiLU", "mlp_ratio": 2.5, "cls_scale": 0.75, "dw_kernel_size": 1},
+        {"norm_layer": "BN", "center_feature_scale": True, "with_cp": True},
+        {
+            "remove_center": True,
+            "offset_scale": 1.5,
+            "res_post_norm": True,
+            "level2_post_norm": True,
+            "level2_post_norm_block_ids": (0,),
+        },
+    ],
+    ids=str,
+)
+def test_every_option_builds_a_model_that_computes_and_trains(changes):
+    model = InternImage(SMALLEST.replace(**changes), rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def slopes(state, x):
+        return jax.grad(lambda s: (nnx.merge(graphdef, s)(x) ** 2).sum())(state)
+
+    leaves = jax.tree.leaves(slopes(state, images()))
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_with_cp_recomputes_and_does_not_change_the_result():
+    plain = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    recomputed = InternImage(SMALLEST.replace(with_cp=True), rngs=nnx.Rngs(0))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def slopes(graphdef, state, x):
+        return jax.grad(lambda s: (nnx.merge(graphdef, s)(x) ** 2).sum())(state)
+
+    x = images()
+    both = [nnx.split(model) for model in (plain, recomputed)]
+    compiled = [slopes.lower(graphdef, state, x).compile() for graphdef, state in both]
+    got = [jax.tree.leaves(c(s, x)) for c, (_, s) in zip(compiled, both, strict=True)]
+    for one, other in zip(*got, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    recomputations = [
+        str(slopes.trace(g, s, x).jaxpr).count("differentiated=True") for g, s in both
+    ]
+    assert recomputations[1] > recomputations[0]
+
+
+def test_training_updates_batch_statistics_and_evaluation_does_not():
+    for config in (SMALLEST, SMALLEST.replace(norm_layer="BN", with_cp=True)):
+        graphdef, state = nnx.split(InternImage(config, rngs=nnx.Rngs(0)))
+
+        @functools.partial(jax.jit, static_argnums=(0, 3))
+        def statistics(graphdef, state, x, train):
+            model = nnx.merge(graphdef, state)
+            model(x, train=train)
+            return nnx.state(model, nnx.BatchStat)
+
+        def changed(train, graphdef=graphdef, state=state, statistics=statistics):
+            before = nnx.merge(graphdef, state)
+            after = statistics(graphdef, state, images(), train)
+            same = jax.tree.map(
+                lambda a, b: (a == b).all(), nnx.state(before, nnx.BatchStat), after
+            )
+            return [not leaf for leaf in jax.tree.leaves(same)]
+
+        assert not any(changed(train=False))
+        assert all(changed(train=True))
+
+
+@pytest.mark.parametrize("devices", ["one device", "several devices"])
+def test_the_training_loop_of_the_readme_lowers_the_loss(devices):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (loop,) = (block for block in blocks if "def step(" in block)
+    if devices == "several devices":
+        (spread,) = (block for block in blocks if "jax.make_mesh" in block)
+        loop = loop.replace("\nfor images", spread + "\nfor images")
+    config = SMALLEST.replace(drop_path_rate=0.1)
+    labels, losses = jnp.asarray([0, 1, 2, 3]), []
+
+    def batches():
+        for i in range(4):
+            yield images(4), labels, jax.random.key(i)
+            losses.append(float(names["value"]))
+
+    names = {"model": InternImage(config, rngs=nnx.Rngs(0)), "batches": batches()}
+    before = jax.tree.map(np.asarray, nnx.split(names["model"], nnx.Param, ...)[2])
+    exec(loop.replace("1e-3", "1e-2"), names)
+    assert losses[-1] < losses[0]
+    after = nnx.split(names["model"], nnx.Param, ...)[2]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_dropout_and_stochastic_depth_act_in_training_alone():
+    config = SMALLEST.replace(drop_rate=0.3, drop_path_rate=0.3, drop_path_type="uniform")
+    model = InternImage(config, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def logits(state, x, key, *, train):
+        return nnx.merge(graphdef, state)(x, train=train, key=key)
+
+    def run(seed, train):
+        return np.asarray(logits(state, x, jax.random.key(seed), train=train))
+
+    x = images()
+    assert (run(0, False) == run(1, False)).all()
+    assert (run(0, True) == run(0, True)).all()
+    assert (run(0, True) != run(1, True)).any()
+    with pytest.raises(ValueError, match=r"key: .* needs a PRNG key, got None"):
+        model(x, train=True)
+
+
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+    from internimage_jax.common import drop_path, dropout
+
+    x = jnp.ones((4000, 2, 2, 1))
+    dropped = drop_path(x, 0.25, jax.random.key(0))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert abs(dropped.mean() - 1) < 0.05
+    values = dropout(x, 0.25, jax.random.key(0))
+    assert (values != values[:, :1, :1]).any()
+    assert abs(values.mean() - 1) < 0.05
+
+
+def test_stochastic_depth_grows_with_depth_unless_uniform():
+    config = SMALLEST.replace(depths=(1, 2, 1, 1), drop_path_rate=0.4)
+    assert sum(config.drop_path_rates, ()) == pytest.approx((0, 0.1, 0.2, 0.3, 0.4))
+    uniform = config.replace(drop_path_type="uniform")
+    assert sum(uniform.drop_path_rates, ()) == pytest.approx((0.4,) * 5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"post_norm": True, "layer_scale": 0.5}, {"res_post_norm": True}], ids=str
+)
+def test_a_branch_is_added_alike_with_and_without_drop_path(changes):
+    block = InternImage(SMALLEST.replace(**changes), rngs=nnx.Rngs(0)).levels[0].blocks[0]
+    names = ("norm1", "norm2", "res_post_norm1", "res_post_norm2")
+    norms = [getattr(block, name) for name in names if hasattr(block, name)]
+    vectors = [vector for norm in norms for vector in (norm.scale, norm.bias)]
+    if "layer_scale" in changes:
+        vectors += [block.gamma1, block.gamma2]
+    for i, vector in enumerate(vectors):
+        vector.set_value(1 + 0.5 * jnp.cos(jnp.arange(16.0) * (i + 1)))
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 6, 5, 16)), "float32")
+    one_pass, _ = block(x)
+    apart, _ = block(x, key=jax.random.key(0), drop_path_rate=0.0)  # which drops nothing
+    np.testing.assert_allclose(one_pass, apart, rtol=0, atol=1e-5 * np.abs(apart).max())

@@ -25,9 +25,11 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     )
 # What several tests or their processes compile is compiled once; pytest-xdist's workers share it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="internimage-tests-")
+    folder = tempfile.mkdtemp(prefix="internimage-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["INTERNIMAGE_TESTS_FOLDER"] = folder
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/xla"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import fcntl
 import functools
 import importlib.machinery
 import importlib.util
-import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ from unittest import mock
 
 import jax
 
-from tests.native import COMPILER, CSRC, TESTS
+from tests.native import COMPILER, OPTIONS, TESTS, once_a_run
 from xla_ops import _ffi, custom_call
 from xla_ops.custom_call import Target
 from xla_ops.dcnv3_kernel import DCNv3
@@ -70,8 +66,8 @@ def register() -> None:
 
 @functools.cache
 def extension() -> Any:
-    """The extension `_cuda`, built for the host."""
-    path = str(_built())
+    """The extension `_cuda`, built for the host in a minute."""
+    path = str(once_a_run("_cuda.so", _build))
     loader = importlib.machinery.ExtensionFileLoader("_cuda", path)
     spec = importlib.util.spec_from_loader("_cuda", loader)
     assert spec is not None
@@ -80,35 +76,12 @@ def extension() -> Any:
     return module
 
 
-def _built() -> Path:
-    """Builds it, which takes a minute or two: the first of pytest's processes, for all of them."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
-        folder = Path(tempfile.mkdtemp())
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return _build(folder)
-    folder = Path(tempfile.gettempdir(), f"internimage-cuda-on-host-{run}")
-    folder.mkdir(exist_ok=True)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
-        built = folder / "_cuda.so"
-        return built if built.exists() else _build(folder)
-
-
-def _build(folder: Path) -> Path:
+def _build(path: Path) -> None:
     import pybind11
 
     includes = pybind11.get_include(), jax.ffi.include_dir(), sysconfig.get_path("include")
-    options = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-DCPU_BASELINE"]
-    options += ["-fPIC", "-shared", "-fvisibility=hidden"]
-    options += [
-        f"-I{CSRC}",
-        f"-I{TESTS / 'cuda_on_host'}",
-        *(f"-isystem{path}" for path in includes),
-    ]
-    unfinished, path = folder / "unfinished.so", folder / "_cuda.so"
-    command = [COMPILER, *options, str(TESTS / "cuda_on_host" / "module.cc"), "-o", str(unfinished)]
+    options = [*OPTIONS, "-O1", "-DCPU_BASELINE", "-fPIC", "-shared", "-fvisibility=hidden"]
+    options += [f"-isystem{path}" for path in includes]
+    command = [COMPILER, *options, str(TESTS / "cuda_on_host" / "module.cc"), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return unfinished.replace(path)

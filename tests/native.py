@@ -1,11 +1,12 @@
-"""Builds C++ programs that run kernels without JAX or a GPU, under sanitizers if there are any."""
+"""C++ that tests build: programs that run kernels without JAX or a GPU, under sanitizers if possible."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,29 +14,47 @@ import pytest
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "xla_ops" / "csrc"
 COMPILER = os.environ.get("CXX", "c++")
+# For kernels that run on the host: .cu files there are, as C++.
+OPTIONS = ["-std=c++17", "-w", "-fno-strict-aliasing", f"-I{CSRC}", f"-I{TESTS / 'cuda_on_host'}"]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"
 )
 
 
-def build(folder: Path, name: str, kernels: Sequence[str] = (), portable: bool = True) -> Path:
-    """Compiles tests/`name` and sources of xla_ops/csrc; .cu files in it are built for the host.
+def program(name: str, kernels: Sequence[str] = (), portable: bool = True) -> Path:
+    """Compiles tests/`name` and sources of xla_ops/csrc, once a run of the tests.
 
-    Unless `portable` the CPU kernels are those of each instruction set, which takes a minute.
+    Unless `portable` the CPU kernels are those of each instruction set, which takes a minute. They
+    do without checks that would take it another, which the portable form has of the same lines.
     """
-    program = folder / Path(name).stem
-    options = ["-std=c++17", "-w", "-fno-strict-aliasing", f"-I{CSRC}"]
-    options += ["-DCPU_BASELINE"] * portable
-    options += [f"-I{TESTS / 'cuda_on_host'}", "-fno-sanitize-recover=all"]
+    options = ["-DCPU_BASELINE"] * portable
+    checks = "undefined" if portable else "alignment,bounds,shift,signed-integer-overflow"
+    options += [f"-fsanitize=address,{checks}", "-fno-sanitize-recover=all"]
     sources = [str(TESTS / name), *(str(CSRC / kernel) for kernel in kernels)]
-    for kind in (["-O0", "-fsanitize=address,undefined"], ["-O1"]):
-        command = [COMPILER, *options, *kind, *sources, "-o", str(program)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not ("sanitize" in done.stderr or "lasan" in done.stderr):
-            break
-    assert done.returncode == 0, done.stderr
-    return program
+
+    def build(path: Path) -> None:
+        for kind in (["-Og", *options], ["-O1", *options[:portable]]):
+            command = [COMPILER, *OPTIONS, *kind, *sources, "-o", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not ("sanitize" in done.stderr or "lasan" in done.stderr):
+                break
+        assert done.returncode == 0, done.stderr
+
+    return once_a_run(f"{Path(name).stem}-{'portable' if portable else 'own'}", build)
+
+
+def once_a_run(name: str, build: Callable[[Path], None]) -> Path:
+    """What `build` makes at the path it is given: the first of pytest's processes, for all."""
+    folder = Path(os.environ["INTERNIMAGE_TESTS_FOLDER"])  # conftest.py makes and removes it
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        path = folder / name
+        if not path.exists():
+            unfinished = folder / f"{name}.unfinished"
+            build(unfinished)
+            unfinished.rename(path)
+        return path
 
 
 def run(program: Path, *arguments: str, **environment: str) -> str:

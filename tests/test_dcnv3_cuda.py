@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import xla_ops
-from tests.native import build, needs_compiler, run
+from tests import native
 from tests.test_dcnv3_kernel import (
     CASES,
     GRADIENTS,
@@ -35,7 +35,7 @@ TYPES = ["float32", "float64", "bfloat16", "float16"]  # in the order of dcnv3::
 PLAIN = settings_of(CASES["plain"])
 
 pytestmark = [
-    needs_compiler,
+    native.needs_compiler,
     pytest.mark.skipif(
         xla_ops.status()["cpu"].implementation != "kernel",
         reason=f"no kernel for CPU to compare with: {xla_ops.status()['cpu'].detail}",
@@ -44,9 +44,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program() -> Path:
     """Either of the two things that fuzz_dcnv3_cuda.cc does."""
-    return build(tmp_path_factory.mktemp("cuda"), "fuzz_dcnv3_cuda.cc")
+    return native.program("fuzz_dcnv3_cuda.cc")
 
 
 LARGE, NONE = 227 * 1024, 0  # shared memory of a block: of an H100; too little to use
@@ -76,7 +76,7 @@ def on_host(
 
 
 def test_random_geometries_agree_with_the_definition(program: Path) -> None:
-    assert "30 geometries" in run(program, "fuzz", "30")
+    assert "30 geometries" in native.run(program, "fuzz", "30")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,15 +17,15 @@ from jax.sharding import PartitionSpec as P
 import xla_ops
 from internimage_jax.config import InternImageConfig
 from internimage_jax.model import InternImage
-from tests.native import build, needs_compiler, run
+from tests.native import needs_compiler, program, run
 from xla_ops import _ffi, _targets
 
 N, H, W, C, K = 4, 5, 6, 16, 3
 
 
 @needs_compiler
-def test_random_shapes_agree_with_the_definition(tmp_path: Path) -> None:
-    assert "60 shapes" in run(build(tmp_path, "fuzz_layers_cuda.cc"), "60")
+def test_random_shapes_agree_with_the_definition() -> None:
+    assert "60 shapes" in run(program("fuzz_layers_cuda.cc"), "60")
 
 
 def operands(dtype: str = "bfloat16") -> list[jax.Array]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import pytest
 
 import xla_ops
-from tests.native import build, needs_compiler, run
+from tests.native import needs_compiler, program, run
 
 PROGRAMS = {
     "fuzz_dcnv3_cpu.cc": (["dcnv3_cpu.cc"], "500 geometries"),
@@ -21,19 +20,19 @@ PROGRAMS = {
 
 @needs_compiler
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(name: str, tmp_path: Path) -> None:
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(name: str) -> None:
     kernels, printed = PROGRAMS[name]
-    assert printed in run(build(tmp_path, name, kernels), "500")
+    assert printed in run(program(name, kernels), "500")
 
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an x86 processor's instruction sets")
-def test_nor_in_the_layers_by_any_instruction_set_of_this_machine(tmp_path: Path) -> None:
+def test_nor_in_the_layers_by_any_instruction_set_of_this_machine() -> None:
     name = "fuzz_layers_cpu.cc"
-    program = build(tmp_path, name, PROGRAMS[name][0], portable=False)
+    fuzzer = program(name, PROGRAMS[name][0], portable=False)
     best = xla_ops.status()["cpu"].detail
     all_sets = ("amx", "avx512", "avx2")
     served = {"avx512": all_sets[1:], "avx2": all_sets[2:]}
     for instructions in served.get(best, all_sets):
-        printed = run(program, "60", INTERNIMAGE_CPU_ISA=instructions)
+        printed = run(fuzzer, "60", INTERNIMAGE_CPU_ISA=instructions)
         assert "60 shapes" in printed

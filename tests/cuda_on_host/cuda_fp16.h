@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 struct __half {
   uint16_t bits;
@@ -14,11 +15,18 @@ inline uint16_t __half_as_ushort(__half v) {
   return v.bits;
 }
 inline float __half2float(__half v) {
-  const int exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
-  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(float(fraction), -24)
-                                          : std::ldexp(float(1024 + fraction), exponent - 25);
-  return v.bits >> 15 ? -magnitude : magnitude;
+  static const std::vector<float> all = [] {  // looked up: kernels on the host do little else
+    std::vector<float> values(1 << 16);
+    for (int bits = 0; bits < 1 << 16; ++bits) {
+      const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+      const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                              : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                              : std::ldexp(float(1024 + fraction), exponent - 25);
+      values[bits] = bits >> 15 ? -magnitude : magnitude;
+    }
+    return values;
+  }();
+  return all[v.bits];
 }
 inline __half __float2half_rn(float v) {
   const uint16_t sign = std::signbit(v) ? 0x8000 : 0;

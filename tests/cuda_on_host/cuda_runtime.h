@@ -5,8 +5,6 @@
 // barrier orders, either may come first. Launches are made one at a time, by any thread.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +16,8 @@
 #include <mutex>
 #include <random>
 #include <vector>
+
+#include "stacks.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -89,7 +89,7 @@ enum class State { kReady, kAtWarp, kAtTeam, kAtBlock, kDone };  // kAt: at a ba
 
 struct Fiber {
   std::vector<char> stack = std::vector<char>(kStack);
-  ucontext_t context;
+  Place place;  // where it goes on
   void* saved;  // of the sanitizer
   State state;
   int team, members;  // where it waits, and for how many with itself
@@ -97,7 +97,7 @@ struct Fiber {
 inline std::vector<Fiber> fibers;
 inline std::map<int, int> passed;  // of each team's barrier, threads that do not wait there
 inline Fiber* current;
-inline ucontext_t scheduler;
+inline Place scheduler;
 inline const void* scheduler_stack;
 inline size_t scheduler_size;
 inline std::function<void()> body;
@@ -106,7 +106,7 @@ inline std::mt19937 chance;
 inline void leave(State state, void** saved) {
   current->state = state;
   __sanitizer_start_switch_fiber(saved, scheduler_stack, scheduler_size);
-  swapcontext(&current->context, &scheduler);
+  go(current->place, scheduler);
 }
 inline void wait_at(State barrier) {
   leave(barrier, &current->saved);
@@ -126,7 +126,7 @@ inline void resume(Fiber& fiber, unsigned thread) {
   current = &fiber;
   threadIdx.x = thread;
   __sanitizer_start_switch_fiber(&saved, fiber.stack.data(), kStack);
-  swapcontext(&scheduler, &fiber.context);
+  go(scheduler, fiber.place);
   __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
 }
 
@@ -178,11 +178,8 @@ inline void run_block(unsigned threads) {
     if (i % 32 == 0) warps.push_back(i);
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack.data(), kStack);  // of calls that never returned
+    begin(fiber.place, fiber.stack.data(), kStack, entry);
   }
   for (bool running = true; running;) {
     running = false;

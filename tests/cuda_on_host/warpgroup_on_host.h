@@ -85,15 +85,30 @@ inline unsigned column_of(unsigned sum) {
   return sum / 4 * 8 + threadIdx.x % 4 * 2 + sum % 2;
 }
 
+// A thread's sums, of the sixteen values of its two rows and the matrix b.
+template <class T, int N>
+void multiply_rows(const float (&rows)[2][16], uint64_t b, bool add, float (&sum)[N]) {
+  for (unsigned i = 0; i < N; i += 4) {
+    for (unsigned column = i; column < i + 2; ++column) {
+      float values[16];
+      for (unsigned k = 0; k < 16; ++k) values[k] = value_of<T>(b, false, k, column_of(column));
+      for (unsigned half = 0; half < 2; ++half) {
+        float& one = sum[column + 2 * half];
+        if (!add) one = 0;
+        for (unsigned k = 0; k < 16; ++k) one += rows[half][k] * values[k];
+      }
+    }
+  }
+}
+
 template <class T, bool add, int N>
 void multiply_shared(uint64_t a, uint64_t b, float (&sum)[N]) {
   make_product([=, &sum] {
-    for (unsigned i = 0; i < N; ++i) {
-      if (!add) sum[i] = 0;
-      for (unsigned k = 0; k < 16; ++k) {
-        sum[i] += value_of<T>(a, true, k, row_of(i)) * value_of<T>(b, false, k, column_of(i));
-      }
+    float rows[2][16];
+    for (unsigned half = 0; half < 2; ++half) {
+      for (unsigned k = 0; k < 16; ++k) rows[half][k] = value_of<T>(a, true, k, row_of(2 * half));
     }
+    multiply_rows<T>(rows, b, add, sum);
   });
 }
 
@@ -119,12 +134,7 @@ void multiply_registers(const uint32_t (&a)[4], uint64_t b, bool add, float (&su
       std::fputs("registers were written before the product that takes them was waited for\n", stderr);
       std::abort();
     }
-    for (unsigned i = 0; i < N; ++i) {
-      if (!add) sum[i] = 0;
-      for (unsigned k = 0; k < 16; ++k) {
-        sum[i] += taken.value[i % 4 / 2][k] * value_of<T>(b, false, k, column_of(i));
-      }
-    }
+    multiply_rows<T>(taken.value, b, add, sum);
   });
 }
 

@@ -1,4 +1,4 @@
-"""C++ that tests build: programs that run kernels without JAX or a GPU, under sanitizers if possible."""
+"""C++ that tests build: programs that run kernels without JAX or a GPU, sanitized if possible."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ struct Slopes {
 template <class Real>
 DCNV3_HD Slopes<Real> slopes(Real t, const Extent<Real>& extent) {
   const Real of_first = t < 0 ? Real(1) : Real(-1), of_second = t < 1 ? Real(1) : Real(-1);
-  return {std::fabs(t) < 1 ? of_first : Real(0), (t >= 0) & (t < extent.end) ? of_second : Real(0)};
+  return {std::fabs(t) < 1 ? of_first : Real(0), ((t >= 0) & (t < extent.end)) ? of_second : Real(0)};
 }
 
 // The same for one point: from the dots <dy, pixel> of its cell's four pixels to <dy, sample> and its

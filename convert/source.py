@@ -345,9 +345,9 @@ def _class_names(path: Path, settings: dict[str, Any], count: int) -> tuple[str,
         # Hugging Face's need not be about them, and ImageNet's are known.
         if not isinstance(labels, dict) or len(labels) != count:
             return None
-        found = [labels.get(str(i)) for i in range(count)]
+        found = [name for i in range(count) if isinstance(name := labels.get(str(i)), str)]
         known = count in (NUM_CLASSES_1K, NUM_CLASSES_22K)
-        if known or not all(isinstance(n, str) and not n.startswith("LABEL_") for n in found):
+        if known or len(found) != count or any(name.startswith("LABEL_") for name in found):
             return None
         return tuple(found)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -1,7 +1,7 @@
 """ImageNet and its relatives, in whatever form they lie: recognised, labelled, read in place.
 
-Classes come from names (WordNet ids, numbered folders, label files), never from the order of what
-happens to be there. What cannot be mapped to a class is an error.
+Classes come from names (WordNet ids, numbered folders, label files, a model's own classes), never
+from the order of what happens to be there. What cannot be mapped to a class is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from internimage_jax.data_labels import (
     assign,
     find_labels,
     is_wnid,
-    parse_class,
     read_labels,
 )
 from internimage_jax.data_sources import (
@@ -33,7 +32,7 @@ from internimage_jax.data_sources import (
     listing,
 )
 from internimage_jax.image_files import IMAGE_SUFFIXES, printable
-from internimage_jax.labels import class_subsets
+from internimage_jax.labels import LabelClasses, checked_names, class_subsets
 
 # Of a folder with several splits, the one that is evaluated; and where Kaggle's archive has it.
 EVALUATED = ("val", "validation", "ILSVRC2012_img_val", "Data", "CLS-LOC")
@@ -48,11 +47,12 @@ class Dataset:
         kind: What it was recognised as, in words.
         names: Of each image, none twice, in the order of the images: sorted by path, or as
             they lie in the shards of a WebDataset or of parquet files. Printable.
-        labels: Of each image, the classes from 0 to 999 that count as right: one, but for ReaL.
-        classes: The classes that logits are to be restricted to; None for all 1000.
+        labels: Of each image, the classes that count as right: one, but for ReaL.
+        classes: The classes that logits are to be restricted to; None for all.
         notes: What else a report should say, a sentence each.
         container: Where the images lie.
         positions: Of each image, in the container.
+        class_names: Of the classes that `labels` count; None for the 1000 of ImageNet-1K.
     """
 
     source: str
@@ -63,6 +63,7 @@ class Dataset:
     notes: tuple[str, ...]
     container: Source = field(repr=False)
     positions: Sequence[int] = field(repr=False)
+    class_names: tuple[str, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,7 +84,10 @@ class Dataset:
 
 
 def open_dataset(
-    path: str | os.PathLike[str], *, labels: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Dataset:
     """Recognises a data set by its content and finds the class of each image.
 
@@ -92,6 +96,8 @@ def open_dataset(
             parquet file; or a folder with one of these inside. See docs/data.md.
         labels: A label file, the ILSVRC2012 devkit or ReaL's real.json, which counts instead of
             what is found.
+        class_names: Of the classes, where they are a model's own: labels and folders are these, or
+            indices into them. None for ImageNet-1K's.
 
     Raises:
         ValueError: There are no images, an image has no class, a label no image, or a file is
@@ -102,24 +108,25 @@ def open_dataset(
     for needed in [path] if labels is None else [path, os.fsdecode(labels)]:
         if not os.path.exists(needed):
             raise FileNotFoundError(f"{printable(needed)}: no such file or folder")
-    place = _locate(path)
-    source = _open(place)
-    positions, names, notes = _without_splits(source)
+    known = LabelClasses(None if class_names is None else checked_names(class_names))
+    place = _locate(path, known)
+    source = _open(place, known)
+    positions, names, notes = _without_splits(source, known)
     notes = [*place.notes, *notes]
     shown = printable(path)
     if not positions:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise DataError(f"{printable(place.paths[0])}: no images; looked for {suffixes}")
 
-    given = None if labels is None else read_labels(os.fsdecode(labels))
+    given = None if labels is None else read_labels(os.fsdecode(labels), known)
     own = source.labels
     folders = [name.split("/")[0] if "/" in name else "" for name in names]
     if given is None and own is not None:
-        classes = _mapped([own[i] for i in positions], names, shown, "label")
+        classes = _mapped([own[i] for i in positions], names, shown, "label", known)
     elif given is None and any(folders):
-        classes = _mapped(folders, names, shown, "folder")
+        classes = _mapped(folders, names, shown, "folder", known)
     else:
-        given = given or _found_beside(place, shown)
+        given = given or _found_beside(place, shown, known)
         notes.append(f"labels from {printable(given.file)}")
         classes = assign(given, names, shown)
     if given is not None and given.is_real:
@@ -132,18 +139,19 @@ def open_dataset(
         positions = [positions[i] for i in kept]
         names = [names[i] for i in kept]
         classes = [classes[i] for i in kept]
-    subset = _subset(classes)
+    subset = _subset(classes) if known.names is None else None
     if subset:
         notes.append(f"the 200 classes of {subset}: logits are restricted to them")
     return Dataset(
         source=path,
-        kind=_kind_of(source, set(folders)),
+        kind=_kind_of(source, set(folders), known),
         names=[printable(name) for name in names],
         labels=classes,
         classes=class_subsets()[subset] if subset else None,
         notes=tuple(notes),
         container=source,
         positions=positions,
+        class_names=known.names,
     )
 
 
@@ -156,7 +164,7 @@ class _Place(NamedTuple):
     notes: list[str]
 
 
-def _locate(path: str) -> _Place:
+def _locate(path: str, known: LabelClasses) -> _Place:
     """Follows a folder to where the images are."""
     if not os.path.isdir(path):
         return _Place([path], _kind(path), [_parent(path)], [])
@@ -167,9 +175,10 @@ def _locate(path: str) -> _Place:
         inner = [name for name in entries if os.path.isdir(os.path.join(here, name))]
         files = [name for name in entries if name not in set(inner)]
         has_images = any(map(is_image, files))
-        chosen = _evaluated_folder(inner, has_images, alone=False)
+        chosen = _evaluated_folder(inner, has_images, known, alone=False)
         archives = [name for name in files if _kind_by_name(name)]
-        if chosen is None and archives and not has_images and not any(map(_is_class, inner)):
+        classes_here = any(known.parse(name) is not None for name in inner)
+        if chosen is None and archives and not has_images and not classes_here:
             names, others = _evaluated_archives(archives)
             if others:
                 notes.append(f"{listing('file', names)} read, not {listing('file', others)}")
@@ -181,7 +190,7 @@ def _locate(path: str) -> _Place:
                     "only tars or only parquet files"
                 )
             return _Place(paths, kinds.pop(), folders, notes)
-        chosen = chosen or _evaluated_folder(inner, has_images, alone=True)
+        chosen = chosen or _evaluated_folder(inner, has_images, known, alone=True)
         if chosen is None:
             # Beside the images' folder only where it was given itself.
             around = folders if len(folders) > 1 else [here, _parent(here)]
@@ -190,21 +199,19 @@ def _locate(path: str) -> _Place:
         folders.insert(0, os.path.join(here, chosen))
 
 
-def _evaluated_folder(folders: Sequence[str], has_images: bool, *, alone: bool) -> str | None:
+def _evaluated_folder(
+    folders: Sequence[str], has_images: bool, known: LabelClasses, *, alone: bool
+) -> str | None:
     """The folder to go into; None where the images or their class folders are here.
 
     alone: also where its name says nothing but it is the only one.
     """
-    if has_images or any(_is_class(name) or is_wnid(name) for name in folders):
+    if has_images or any(known.parse(name) is not None or is_wnid(name) for name in folders):
         return None
     for name in EVALUATED:
         if name in folders:
             return name
     return folders[0] if alone and len(folders) == 1 else None
-
-
-def _is_class(folder: str) -> bool:
-    return parse_class(folder) is not None
 
 
 def _other_splits(chosen: str, folders: Sequence[str]) -> list[str]:
@@ -249,7 +256,7 @@ def _kind(path: str) -> str:
     )
 
 
-def _open(place: _Place) -> Source:
+def _open(place: _Place, known: LabelClasses) -> Source:
     match place.kind:
         case "folder":
             return FolderSource(place.paths[0])
@@ -258,10 +265,10 @@ def _open(place: _Place) -> Source:
         case "tar":
             return TarSource(place.paths)
         case _:
-            return ParquetSource(place.paths)
+            return ParquetSource(place.paths, own_classes=known.names is not None)
 
 
-def _without_splits(source: Source) -> tuple[list[int], list[str], list[str]]:
+def _without_splits(source: Source, known: LabelClasses) -> tuple[list[int], list[str], list[str]]:
     """Positions and names of the evaluated images, without the folders that all of them are in.
 
     An archive may hold several splits, or one folder around all others, as a folder may.
@@ -273,7 +280,7 @@ def _without_splits(source: Source) -> tuple[list[int], list[str], list[str]]:
     while names:
         folders = sorted({name.split("/")[0] for name in names if "/" in name})
         has_images = any("/" not in name for name in names)
-        chosen = _evaluated_folder(folders, has_images, alone=True)
+        chosen = _evaluated_folder(folders, has_images, known, alone=True)
         if chosen is None:
             break
         notes += _other_splits(chosen, folders)
@@ -283,41 +290,44 @@ def _without_splits(source: Source) -> tuple[list[int], list[str], list[str]]:
     return positions, names, notes
 
 
-def _kind_of(source: Source, folders: set[str]) -> str:
+def _kind_of(source: Source, folders: set[str], known: LabelClasses) -> str:
     """What the data set is, in words; `folders` are those of the images, "" for none."""
     if source.labels is not None:
         return source.kind
     if folders == {""}:
         return f"flat {source.kind}"
-    kind = "class folders" if all(map(_is_class, folders)) else "folders"
+    are_classes = all(known.parse(folder) is not None for folder in folders)
+    kind = "class folders" if are_classes else "folders"
     return kind if source.kind == "folder" else f"{kind} in a {source.kind}"
 
 
-def _mapped(texts: list[str], names: list[str], source: str, noun: str) -> list[tuple[int, ...]]:
+def _mapped(
+    texts: list[str], names: list[str], source: str, noun: str, known: LabelClasses
+) -> list[tuple[int, ...]]:
     """The class of each image, from its folder's name or its label; `noun` says which."""
-    classes = {text: (parse_class(text),) for text in set(texts)}
+    classes = {text: (known.parse(text),) for text in set(texts)}
     unknown = [text for text, (index,) in classes.items() if index is None]
     if noun == "folder" and "" in unknown:
         stray = [name for name, text in zip(names, texts, strict=True) if not text]
         raise DataError(f"{source}: outside the class folders there is {listing('image', stray)}")
     if unknown:
+        whose = "of ImageNet-1K" if known.names is None else "of the model"
         raise DataError(
-            f"{source}: no class of ImageNet-1K for {listing(noun, unknown)}; expected WordNet ids "
-            "such as n01440764, or numbers from 0 to 999"
+            f"{source}: no class {whose} for {listing(noun, unknown)}; expected {known.expected}"
         )
     return [classes[text] for text in texts]  # type: ignore[misc] - None was sorted out
 
 
-def _found_beside(place: _Place, source: str) -> Labels:
+def _found_beside(place: _Place, source: str, known: LabelClasses) -> Labels:
     stem = os.path.splitext(os.path.basename(os.path.abspath(place.paths[0])))[0]
     path = find_labels(place.folders, stem)
-    if path is None and _is_class(stem):
+    if path is None and known.parse(stem) is not None:
         raise DataError(f"{source}: is the folder of one class; give the folder that it is in")
     if path is None:
         looked = ", ".join(dict.fromkeys(name.format(stem) for name in USUAL_NAMES))
         where = " and ".join(map(printable, place.folders))
         raise DataError(f"{source}: images without labels; looked in {where} for {looked}")
-    return read_labels(path)
+    return read_labels(path, known)
 
 
 def _subset(classes: Sequence[tuple[int, ...]]) -> str | None:

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 from internimage_jax.data_sources import DataError, listing, one_line_errors
 from internimage_jax.image_files import IMAGE_SUFFIXES, printable
-from internimage_jax.labels import NUM_CLASSES_1K, ilsvrc2012_wnids, wnid_to_index
+from internimage_jax.labels import (
+    NUM_CLASSES_1K,
+    LabelClasses,
+    ilsvrc2012_wnids,
+    wnid_to_index,
+)
 from internimage_jax.meta_mat import read_ilsvrc2012_ids
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -47,14 +52,6 @@ def is_wnid(text: str) -> bool:
     return re.fullmatch(r"n\d{8}", text, re.ASCII) is not None
 
 
-def parse_class(text: str) -> int | None:
-    """The class that a WordNet id or an index from 0 to 999 stands for, None for other text."""
-    if is_wnid(text):
-        return wnid_to_index().get(text)
-    number = int(text) if re.fullmatch(r"[0-9]{1,8}", text) else -1
-    return number if 0 <= number < NUM_CLASSES_1K else None
-
-
 def find_labels(folders: Iterable[str], name: str) -> str | None:
     """Returns the first label file with a usual name in `folders`, None if there is none.
 
@@ -69,12 +66,13 @@ def find_labels(folders: Iterable[str], name: str) -> str | None:
     return None
 
 
-def read_labels(path: str) -> Labels:
+def read_labels(path: str, known: LabelClasses) -> Labels:
     """Reads a label file, told apart by its content.
 
-    path: a text file of names and classes (separated by tab, comma or blank; WordNet ids or
-        indices); Kaggle's LOC_val_solution.csv; the devkit (folder, tar or tar.gz) or its ground
-        truth; a WordNet id a line; real.json.
+    path: a text file of names and classes (separated by tab, comma or blank; classes by name or
+        index); of ImageNet-1K's classes also Kaggle's LOC_val_solution.csv; the devkit (folder, tar
+        or tar.gz) or its ground truth; a WordNet id a line; real.json.
+    known: the classes that it may name.
 
     Raises ValueError where it is none of these, or has a class that is none or an image twice;
     FileNotFoundError.
@@ -92,20 +90,27 @@ def read_labels(path: str) -> Labels:
         start = file.read(512)
         is_tar = start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar"
         content = b"" if is_tar else start + file.read()
-    if is_tar:
+    if is_tar and known.names is None:
         return _devkit(path)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{printable(path)}: not a text file, expected labels") from None
-    if text.lstrip()[:1] == "[":
+    text = None if is_tar else _decoded(content)
+    if text is None:
+        raise DataError(f"{printable(path)}: not a text file, expected labels")
+    if text.lstrip()[:1] == "[" and known.names is None:
         return _real(path, text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{printable(path)}: empty, expected labels")
-    if all(re.fullmatch(r"\S+", line) and "," not in line for line in lines):
+    one_a_line = all(re.fullmatch(r"\S+", line) and "," not in line for line in lines)
+    if one_a_line and known.names is None:
         return _ground_truth(path, lines, _meta_beside(path))
-    return _names_and_classes(path, lines)
+    return _names_and_classes(path, lines, known)
+
+
+def _decoded(content: bytes) -> str | None:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
 
 
 def assign(labels: Labels, paths: Sequence[str], source: str) -> list[tuple[int, ...]]:
@@ -158,11 +163,13 @@ def _numbered(number: int) -> str:
     return f"ILSVRC2012_val_{number:08}"
 
 
-def _names_and_classes(path: str, lines: list[str]) -> Labels:
+def _names_and_classes(path: str, lines: list[str], known: LabelClasses) -> Labels:
     classes: dict[str, tuple[int, ...]] = {}
     wrong, twice = [], []
     for number, (name, label) in enumerate(_fields(lines), 1):
-        index = parse_class(label)
+        if known.names is None:
+            label = (label.split() or [""])[0]  # of Kaggle's labels with boxes, the first one's
+        index = known.parse(label)
         is_header = number == 1 and not re.fullmatch(r"n\d{8}|-?\d+", label)
         if index is None:
             if not is_header or len(lines) == 1:
@@ -173,14 +180,14 @@ def _names_and_classes(path: str, lines: list[str]) -> Labels:
             twice.append(name)
         classes[key] = (index,)
     if wrong:
-        _raise_unmapped(path, wrong, "a name with a WordNet id or an index from 0 to 999")
+        _raise_unmapped(path, wrong, f"an image's name and its class: {known.expected}")
     if twice:
         raise DataError(f"{printable(path)}: several labels for {listing('image', twice)}")
     return Labels(path, classes)
 
 
 def _fields(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields name and label of each line; of Kaggle's labels with boxes, the first one's."""
+    """Yields name and label of each line."""
     if "\t" in lines[0]:
         rows: Iterable[list[str]] = (line.split("\t", 1) for line in lines)
     elif "," in lines[0]:
@@ -189,7 +196,7 @@ def _fields(lines: list[str]) -> Iterator[tuple[str, str]]:
         rows = (line.rsplit(None, 1) for line in lines)
     for row in rows:
         name, label, *_ = (*row, "", "")
-        yield name.strip(), (label.split() or [""])[0]
+        yield name.strip(), label.strip()
 
 
 def _ground_truth(path: str, lines: list[str], meta: bytes | None) -> Labels:

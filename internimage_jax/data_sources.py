@@ -141,11 +141,15 @@ class ParquetSource(Source):
     """Images in parquet files as Hugging Face writes them: `image.bytes`, `image.path`, `label`.
 
     The row group of an image is read when the image is; the last ones are kept.
+
+    Args:
+        paths: Of the files.
+        own_classes: Labels are not ImageNet-1K's: whatever their names are, they count.
     """
 
     kind = "parquet"
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], own_classes: bool = False):
         try:
             from pyarrow import parquet
         except ImportError:
@@ -153,6 +157,7 @@ class ParquetSource(Source):
                 f"{printable(paths[0])}: parquet files need pyarrow: pip install pyarrow"
             ) from None
         self._parquet = parquet
+        self._own_classes = own_classes
         self._groups: list[tuple[str, int]] = []  # file and number of each row group
         self._rows: list[tuple[int, int]] = []  # row group and row of each image
         self._cached: OrderedDict[int, Any] = OrderedDict()
@@ -171,7 +176,7 @@ class ParquetSource(Source):
             if missing := {"image.bytes", "label"} - columns:
                 missing = " and ".join(sorted(missing))
                 raise DataError(f"{printable(path)}: has no column {missing}")
-            names = _label_names(file.schema_arrow.metadata, path)
+            names = _label_names(file.schema_arrow.metadata, path, self._own_classes)
             wanted = ["label", *({"image.path"} & columns)]
             stem = os.path.basename(path).removesuffix(".parquet")
             for number in range(file.num_row_groups):
@@ -313,14 +318,17 @@ def _classes_of(images: dict[str, Member], classes: dict[str, Member], source: s
     return [classes[stem].read()[:100].decode("ascii", "replace").strip() for stem in stems]
 
 
-def _label_names(metadata: dict[bytes, bytes] | None, path: str) -> list[str]:
-    """The names that Hugging Face's metadata give the labels if they are WordNet ids, else none."""
+def _label_names(metadata: dict[bytes, bytes] | None, path: str, own_classes: bool) -> list[str]:
+    """The names that Hugging Face's metadata give the labels.
+
+    Of ImageNet-1K's classes only where they are WordNet ids, else none.
+    """
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
         return []
-    if set(names) <= set(wnid_to_index()):
+    if own_classes or set(names) <= set(wnid_to_index()):
         return names
     if len(names) != 1000:  # labels 0 to 199 of ImageNet-R would be taken for other classes
         raise DataError(

@@ -1,4 +1,4 @@
-"""Evaluates a model on ImageNet: every image counted once, on all devices, with a report.
+"""Evaluates a model on ImageNet or its own classes: every image counted once, on all devices.
 
     from internimage_jax.evaluate import evaluate
 
@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import xla_ops
+from convert.source import open_source
 from internimage_jax.data import Dataset, open_dataset
 from internimage_jax.evaluation_folder import EvaluationFolder
 from internimage_jax.evaluation_settings import (
@@ -35,10 +36,12 @@ from internimage_jax.evaluation_step import (
     Outputs,
     Parallel,
     Step,
-    check_classes,
     class_notes,
     make_step,
+    own_classes,
 )
+from internimage_jax.image_files import printable
+from internimage_jax.labels import NUM_CLASSES_1K
 from internimage_jax.loader import Batch, load_batches, prefetch_to_device
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import ImageResult, from_lines, to_lines
@@ -71,8 +74,10 @@ def evaluate(
     """Evaluates a model on images with labels.
 
     Args:
-        model: A released name, a checkpoint's path, or a model; 1,000 or 21,841 classes.
-        data: A path, see `internimage_jax.data.open_dataset`, or what that returns.
+        model: A released name, a checkpoint's path, or a model; its classes are ImageNet's 1,000 or
+            21,841, or have names.
+        data: A path, see `internimage_jax.data.open_dataset`, or what that returns; with the
+            model's classes.
         batch_size: Images at a time on each device.
         dtype: Of parameters and computation; a model that is given has its own.
         implementation: Of DCNv3, see `xla_ops.dcnv3`; a model that is given has its own.
@@ -111,21 +116,28 @@ def evaluate(
         folder = EvaluationFolder(output, resume, group.index, group.count)
     if labels is not None and isinstance(data, Dataset):
         raise ValueError("labels: the data set given has labels, expected a path as data or None")
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, labels=labels)
+    own = _own_classes(model)
+    if isinstance(data, Dataset):
+        dataset = data
+    else:
+        dataset = open_dataset(data, labels=labels, class_names=own)
+    if dataset.class_names != own:
+        raise ValueError(
+            f"{printable(dataset.source)}: its labels are of {_whose(dataset.class_names)} classes,"
+            f" the model's of {_whose(own)}; open_dataset takes `class_names`"
+        )
     chosen = _evenly_spaced(len(dataset), num_images)
     notes: tuple[str, ...] = tuple(dataset.notes)
     if isinstance(model, InternImage):
-        check_classes(model)
         weights = array_digests(model)
     else:
         path = locate(model)
         model = from_pretrained(path, dtype=dtype, implementation=implementation)
-        check_classes(model)
         weights = file_digests(path)
         notes += conversion_notes(path)
-    notes += class_notes(model.config.num_classes)
+    notes += class_notes(model.config.num_classes) if own is None else ()
     settings = {
-        **model_settings(model, weights),
+        **model_settings(model, weights, own),
         **dataset_settings(dataset, chosen),
         "batch_size": batch_size,
         "parallel": parallel,
@@ -138,9 +150,10 @@ def evaluate(
 
     together = batch_size * jax.local_device_count()
     done = [] if folder is None else folder.done(settings, together, len(part))
-    if [(one.index, one.file) for one in done] != [
-        (i, dataset.names[i]) for i in part[: len(done)]
-    ]:
+    count = NUM_CLASSES_1K if own is None else len(own)
+    if [(one.index, one.file, one.labels) for one in done] != [
+        (i, dataset.names[i], tuple(dataset.labels[i])) for i in part[: len(done)]
+    ] or any(best >= count for one in done for best in one.top5):
         raise ValueError(f"{output}: its predictions are not of these images, in this order")
     loop = _Loop(dataset, model, done, len(part), folder, group, progress)
     if len(done) < len(part):
@@ -177,6 +190,20 @@ def evaluate(
         page = make_page(report, results, dataset.read) if group.index == 0 else ""
         folder.finish(report, page, results)
     return report
+
+
+def _own_classes(model: InternImage | str | os.PathLike[str]) -> tuple[str, ...] | None:
+    """As `own_classes`; of a checkpoint nothing but its description is read."""
+    if isinstance(model, InternImage):
+        return own_classes(model.name, model.config.num_classes, model.classes)
+    if not os.path.exists(model):
+        return None  # a released model, or none
+    with open_source(model) as opened:
+        return own_classes(opened.name, opened.config.num_classes, opened.classes)
+
+
+def _whose(names: tuple[str, ...] | None) -> str:
+    return "ImageNet's" if names is None else f"{len(names)} others, such as {names[0]!r}"
 
 
 class _Loop:

@@ -32,8 +32,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """The model, how its images are made, and what computes it."""
+def model_settings(
+    model: InternImage, weights: Sequence[dict[str, str]], classes: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """The model, how its images are made, and what computes it; `classes` of its own, if any."""
     import jax
 
     import xla_ops
@@ -47,6 +49,7 @@ def model_settings(model: InternImage, weights: Sequence[dict[str, str]]) -> dic
     return {
         "model": model.name,
         "num_classes": model.config.num_classes,
+        "classes": "ImageNet" if classes is None else list(classes),
         "config": model.config.to_dict(),
         "weights": list(weights),
         "image_size": model.preprocessing.image_size,

@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
     """What a step gives: `sums` over all its images, the rest for each image."""
 
     sums: Any  # int32 (3,): right in the first place, right among the first five, images
-    classes: Any  # int32 (N, 5), ImageNet-1K, most probable first
+    classes: Any  # int32 (N, 5), ImageNet-1K's or the model's own, most probable first
     probabilities: Any  # float32 (N, 5)
 
 
@@ -107,15 +107,16 @@ def make_step(
     Args:
         model: With the 1,000 classes of ImageNet-1K, or the 21,841 of ImageNet-22K: of those the
             1,000 are taken by the released map, and the one without counterpart is never chosen.
+            Or with classes of its own, which have names.
         batch_size: Images on each device.
-        restricted_to: ImageNet-1K classes to choose among; None is all.
+        restricted_to: Classes to choose among; None is all.
         labels: Most labels that an image has.
         parallel: "pmap" gives each device all parameters. "fsdp" spreads each parameter over the
             devices, and they fetch one from each other when they need it: for models that do not
             fit one device.
 
     Raises:
-        ValueError: The model has another number of classes, or a number is out of range.
+        ValueError: The model's classes are unknown, or a number is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -127,7 +128,7 @@ def make_step(
     whole = NamedSharding(mesh, PartitionSpec())
     graph, state = nnx.split(model.fused())
     leaves, tree = jax.tree.flatten(state)
-    choose = _chooser(model.config.num_classes, restricted_to)
+    choose = _chooser(model, restricted_to)
     side = model.preprocessing.image_size
     shapes = (
         jax.ShapeDtypeStruct((len(devices), batch_size, side, side, 3), np.uint8, sharding=spread),
@@ -169,26 +170,39 @@ def make_step(
     return Step(run, spread, devices, batch_size * len(devices), labels)
 
 
-def check_classes(model: InternImage) -> None:
-    """Raises ValueError unless the model's classes are those of ImageNet-1K or ImageNet-22K."""
-    count = model.config.num_classes
-    if count not in (NUM_CLASSES_1K, NUM_CLASSES_22K):
+def own_classes(
+    name: str, num_classes: int, classes: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes where they are its own, None where ImageNet's.
+
+    Args:
+        name: Of the model.
+        num_classes: How many it has.
+        classes: Their names, if it has any.
+
+    Raises:
+        ValueError: It cannot be said which classes they are.
+    """
+    of_imagenet = num_classes in (NUM_CLASSES_1K, NUM_CLASSES_22K)
+    if classes is None:
+        if of_imagenet:
+            return None
         raise ValueError(
-            f"{model.name}: has {count} classes, expected {NUM_CLASSES_1K} (ImageNet-1K) or "
-            f"{NUM_CLASSES_22K} (ImageNet-22K), which the labels can be compared with"
+            f"{name}: has {num_classes} classes without names, expected {NUM_CLASSES_1K} "
+            f"(ImageNet-1K), {NUM_CLASSES_22K} (ImageNet-22K) or names (`classes` of "
+            "from_pretrained; save_pretrained keeps them), which labels can be compared with"
         )
-    if model.classes is not None:
-        for known, name in zip(class_names(count), model.classes, strict=True):
-            if known.wnid is not None and name != known.name:
-                raise ValueError(
-                    f"{model.name}: class {known.index} is {name!r}, expected ImageNet's "
-                    f"{known.name!r}, which the labels can be compared with"
-                )
+    known = class_names(num_classes) if of_imagenet else ()
+    if known and all(
+        one.wnid is None or one.name == own for one, own in zip(known, classes, strict=True)
+    ):
+        return None
+    return tuple(classes)
 
 
 def class_notes(num_classes: int) -> tuple[str, ...]:
     """What a report has to say of how a model of `num_classes` is evaluated on the 1,000."""
-    if num_classes == NUM_CLASSES_1K:
+    if num_classes != NUM_CLASSES_22K:
         return ()
     without = ", ".join(map(str, sorted(CLASSES_WITHOUT_22K)))
     return (
@@ -199,12 +213,18 @@ def class_notes(num_classes: int) -> tuple[str, ...]:
 
 
 def _chooser(
-    num_classes: int, restricted_to: Sequence[int] | None
+    model: InternImage, restricted_to: Sequence[int] | None
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """A function from logits (N, num_classes) to ImageNet-1K classes and probabilities (N, 5)."""
-    within = np.arange(NUM_CLASSES_1K) if restricted_to is None else np.array(restricted_to)
+    """A function from logits (N, num_classes) to classes and probabilities (N, 5).
+
+    The classes are ImageNet-1K's or the model's own; of fewer than five all.
+    """
+    num_classes = model.config.num_classes
+    of_imagenet = own_classes(model.name, num_classes, model.classes) is None
+    count = NUM_CLASSES_1K if of_imagenet else num_classes
+    within = np.arange(count) if restricted_to is None else np.array(restricted_to)
     columns, masked = within, np.zeros(len(within), bool)
-    if num_classes == NUM_CLASSES_22K:
+    if of_imagenet and num_classes == NUM_CLASSES_22K:
         columns, masked = map_22k_to_1k()[within], np.isin(within, list(CLASSES_WITHOUT_22K))
 
     def choose(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

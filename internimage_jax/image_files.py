@@ -32,7 +32,7 @@ def printable(path: str) -> str:
     return path if path and path.isprintable() else repr(path)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns the message of `error` on one line; its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from types import MappingProxyType
@@ -79,6 +80,54 @@ def class_subsets() -> Mapping[str, tuple[int, ...]]:
         wnids = _parse_wnids(_read(file), file, 200)
         subsets[f"ImageNet-{name}"] = tuple(sorted(wnid_to_index()[wnid] for wnid in wnids))
     return MappingProxyType(subsets)
+
+
+@dataclass(frozen=True)
+class LabelClasses:
+    """The classes that labels stand for: ImageNet-1K's, or a model's own.
+
+    Args:
+        names: Of a model's own classes, in the order of its outputs; None for ImageNet-1K's.
+    """
+
+    names: tuple[str, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        return NUM_CLASSES_1K if self.names is None else len(self.names)
+
+    @property
+    def expected(self) -> str:
+        """What a label has to be, in words."""
+        if self.names is None:
+            return f"WordNet ids such as n01440764, or numbers from 0 to {self.count - 1}"
+        return f"the model's, such as {self.names[0]!r}, or numbers from 0 to {self.count - 1}"
+
+    def parse(self, text: str) -> int | None:
+        """The class that a name or an index stands for, None for other text.
+
+        Names are ImageNet-1K's WordNet ids, or those of the model's own classes, in which "_" may
+        stand for a blank.
+        """
+        if (index := self._indices.get(text)) is not None:
+            return index
+        number = int(text) if re.fullmatch(r"[0-9]{1,8}", text) else -1
+        return number if 0 <= number < self.count else None
+
+    @functools.cached_property
+    def _indices(self) -> Mapping[str, int]:
+        if self.names is None:
+            return wnid_to_index()
+        by_name = _without_repeats((name, i) for i, name in enumerate(self.names))
+        folded = ((name.replace(" ", "_"), i) for i, name in enumerate(self.names))
+        return _without_repeats(folded) | by_name
+
+
+def _without_repeats(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """A table of what is there under one name alone."""
+    pairs = list(pairs)
+    counts = Counter(name for name, _ in pairs)
+    return {name: index for name, index in pairs if counts[name] == 1}
 
 
 @functools.lru_cache(maxsize=4)

@@ -148,8 +148,8 @@ def from_pretrained(
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
-        kept = classes is not None and "head.kernel" not in opened.made
-        if kept and opened.classes not in (None, tuple(classes)):
+        kept = "head.kernel" not in opened.made
+        if kept and classes is not None and opened.classes not in (None, tuple(classes)):
             log.warning("%s: kept the head, under the names given for its classes", path)
         loaded = InternImage(
             _changed(opened.config, drop_path_rate=drop_path_rate, with_cp=with_cp),
@@ -202,8 +202,8 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
     for name, array in found.items():
         if isinstance(array, jax.ShapeDtypeStruct):
             raise ValueError(f"model: {name} has no values")
-        local = isinstance(array, np.ndarray) or array.is_fully_addressable
-        if not local and not array.is_fully_replicated:
+        spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+        if spread and not array.is_fully_replicated:
             raise ValueError(f"model: {name} is not all within reach of this process")
     dtype = np.dtype(found["patch_embed.conv1.kernel"].dtype)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from internimage_jax.labels import imagenet1k_classes
+from internimage_jax.labels import ImageClass, imagenet1k_classes
 from internimage_jax.predictions import ImageResult
 
 CALIBRATION_BINS = 15
@@ -63,7 +63,7 @@ def make_report(
         "source": source,
         "notes": list(notes),
         "calibration": calibration(evaluated),
-        "per_class": per_class(evaluated),
+        "per_class": per_class(evaluated, classes_of(settings)),
         "skipped": [{"file": one.file, "error": one.error} for one in skipped],
     }
 
@@ -118,7 +118,16 @@ def calibration(results: Sequence[ImageResult]) -> dict[str, Any]:
     }
 
 
-def per_class(results: Sequence[ImageResult]) -> list[dict[str, Any]]:
+def classes_of(settings: Mapping[str, Any]) -> Sequence[ImageClass]:
+    """The classes that an evaluation's labels count, by its settings or report."""
+    if settings["classes"] == "ImageNet":
+        return imagenet1k_classes()
+    return [ImageClass(i, None, name) for i, name in enumerate(settings["classes"])]
+
+
+def per_class(
+    results: Sequence[ImageResult], classes: Sequence[ImageClass]
+) -> list[dict[str, Any]]:
     """Accuracy by class, in the order of the classes; only those that have images.
 
     An image with several labels counts for each of them: it is right for all or for none.
@@ -130,8 +139,8 @@ def per_class(results: Sequence[ImageResult]) -> list[dict[str, Any]]:
     return [
         {
             "index": label,
-            "wnid": imagenet1k_classes()[label].wnid,
-            "name": imagenet1k_classes()[label].name,
+            "wnid": classes[label].wnid,
+            "name": classes[label].name,
             "images": len(images[label]),
             "correct_top1": sum(one.right for one in images[label]),
             "correct_top5": sum(one.right5 for one in images[label]),

@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from internimage_jax.config import RELEASED
-from internimage_jax.labels import imagenet1k_classes
 from internimage_jax.predictions import ImageResult
 from internimage_jax.preprocess import Preprocessing, preprocess
+from internimage_jax.report import classes_of
 
 MISTAKES = 25  # shown with their pictures
 PICTURE = 200  # pixels of a side
@@ -38,18 +38,19 @@ def make_page(
         HTML, with style, script and pictures in it.
     """
     wrong = [one for one in results if one.error is None and not one.right]
+    names = [one.name for one in classes_of(report)]
     title = f"{report['model']} on {report['dataset']['kind']}"
     parts = [
         f"<h1>{escape(report['model'])}</h1>",
         f'<p class="lead">{_lead(report)}</p>',
         *(f'<p class="note">{escape(note)}</p>' for note in report["notes"]),
         _figures(report),
-        _by_class(report, wrong),
+        _by_class(report, wrong, names),
         '<div class="columns">',
         _calibration(report["calibration"]),
-        _confusions(wrong),
+        _confusions(wrong, names),
         "</div>",
-        _mistakes(wrong, read),
+        _mistakes(wrong, names, read),
         _skipped(report["skipped"]),
         _setup(report),
     ]
@@ -68,7 +69,8 @@ def _lead(report: Mapping[str, Any]) -> str:
         f"{report['image_size']} pixels, {report['dtype']}"
     )
     released = RELEASED.get(report["model"])
-    if released is not None and released.accuracy is not None:
+    of_imagenet = report["classes"] == "ImageNet"
+    if of_imagenet and released is not None and released.accuracy is not None:
         text += f". The model card gives {released.accuracy:.1f} % top-1 on ImageNet-1K validation"
     return escape(text + ".")
 
@@ -108,7 +110,7 @@ def _figures(report: Mapping[str, Any]) -> str:
     )
 
 
-def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult]) -> str:
+def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult], names: Sequence[str]) -> str:
     classes = report["per_class"]
     rising = sorted(classes, key=lambda one: (one["top1"], one["top5"], one["index"]))
     taken_for: dict[int, Counter[int]] = {}
@@ -122,7 +124,7 @@ def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult]) -> str:
         if one["top1"] == 100:
             break
         usual = taken_for.get(one["index"], Counter()).most_common(1)
-        confused = f"{escape(_name(usual[0][0]))} ({usual[0][1]})" if usual else ""
+        confused = f"{escape(names[usual[0][0]])} ({usual[0][1]})" if usual else ""
         rows.append(
             f"<tr><td>{escape(one['name'])}</td><td>{_meter(one['top1'])}</td>"
             f'<td class="number">{one["correct_top1"]} of {one["images"]}</td>'
@@ -231,12 +233,12 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     )
 
 
-def _confusions(wrong: Sequence[ImageResult]) -> str:
+def _confusions(wrong: Sequence[ImageResult], names: Sequence[str]) -> str:
     if not wrong:
         return ""
     pairs = Counter((one.labels[0], one.top5[0]) for one in wrong)
     rows = "".join(
-        f'<tr><td>{escape(_name(label))}</td><td class="said">{escape(_name(said))}</td>'
+        f'<tr><td>{escape(names[label])}</td><td class="said">{escape(names[said])}</td>'
         f'<td class="number">{count:,}</td></tr>'
         for (label, said), count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[
             : LISTED + 4
@@ -250,14 +252,16 @@ def _confusions(wrong: Sequence[ImageResult]) -> str:
     )
 
 
-def _mistakes(wrong: Sequence[ImageResult], read: Callable[[int], bytes]) -> str:
+def _mistakes(
+    wrong: Sequence[ImageResult], names: Sequence[str], read: Callable[[int], bytes]
+) -> str:
     if not wrong:
         return ""
     worst = sorted(wrong, key=lambda one: (-one.probabilities[0], one.index))[:MISTAKES]
     figures = "".join(
         f"<figure>{_picture(one, read)}<figcaption>"
-        f'<b class="said">{escape(_name(one.top5[0]))}</b> {100 * one.probabilities[0]:.1f} %<br>'
-        f'is <b class="is">{escape(", ".join(map(_name, one.labels)))}</b>{_chance(one)}'
+        f'<b class="said">{escape(names[one.top5[0]])}</b> {100 * one.probabilities[0]:.1f} %<br>'
+        f'is <b class="is">{escape(", ".join(names[i] for i in one.labels))}</b>{_chance(one)}'
         f'<span class="file">{escape(one.file)}</span></figcaption></figure>'
         for one in worst
     )
@@ -355,10 +359,6 @@ def _meter(percent: float) -> str:
 def _devices(devices: Sequence[str], processes: int) -> str:
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(devices).items())
     return kinds if processes == 1 else f"{processes} processes with {kinds} each"
-
-
-def _name(index: int) -> str:
-    return imagenet1k_classes()[index].name
 
 
 def _file(name: str) -> str:

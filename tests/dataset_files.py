@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 TENCH, SNAKE, TISSUE = "n01440764", "n01751748", "n15075141"  # classes 0, 65 and 999
@@ -52,4 +54,17 @@ def write_zip(
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
+    return path
+
+
+def write_parquet(path: Path, rows: range, *, metadata: object = None, group: int = 2) -> Path:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+
+    images = [{"bytes": encoded(i), "path": val(i)} for i in rows]
+    table = pyarrow.table({"image": images, "label": [i % 3 for i in rows]})
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=group)
     return path

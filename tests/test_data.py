@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from tests.dataset_files import (
     encoded,
     val,
     write_folder,
+    write_parquet,
     write_tar,
     write_zip,
 )
@@ -265,19 +265,6 @@ def test_webdataset_shards_have_their_labels_beside_the_images(tmp_path: Path) -
     assert [dataset.read(i) for i in (0, 2, 3)] == [encoded(0), encoded(1), encoded(9)]
     one = open_dataset(tmp_path / shards[1])
     assert list(one.names) == ["0.jpg", "1.JPG"] and one.read(0) == encoded(1)
-
-
-def write_parquet(path: Path, rows: range, *, metadata: object = None, group: int = 2) -> Path:
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    from pyarrow import parquet
-
-    images = [{"bytes": encoded(i), "path": val(i)} for i in rows]
-    table = pyarrow.table({"image": images, "label": [i % 3 for i in rows]})
-    if metadata is not None:
-        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table, path, row_group_size=group)
-    return path
 
 
 def test_parquet_shards_are_read_row_group_by_row_group(

@@ -71,7 +71,7 @@ def test_images_without_a_label_file_say_what_was_looked_for(tmp_path: Path) -> 
     [
         (f"{val(1)} 65\n", f"FILE: no label for image {val(2)} of DATA"),
         (f"{val(1)} 1\n{val(2)} 2\n{val(3)} 3\n", f"DATA does not have image {val(3)[:-5]}"),
-        (f"{val(1)} 65\n{val(2)} 1000\n", "FILE: no class: line 2: 1000; expected a name with"),
+        (f"{val(1)} 65\n{val(2)} 1000\n", "FILE: no class: line 2: 1000; expected an image's name"),
         (f"{val(1)} 65\n{val(2)} -1\n", "FILE: no class: line 2: -1; expected"),
         (f"{val(1)} 65\n{val(2)} n00000001\n", "FILE: no class: line 2: n00000001; expected"),
         (f"{val(1)} 1\n{val(1)} 1\n{val(2)} 1\n", f"FILE: several labels for image {val(1)}"),

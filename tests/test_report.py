@@ -27,6 +27,7 @@ from internimage_jax.report_html import MISTAKES, make_page
 SETTINGS: dict[str, Any] = {
     "model": "a <b> & c",
     "num_classes": 1000,
+    "classes": "ImageNet",
     "weights": [{"file": "w.safetensors", "sha256": "0" * 64}],
     "image_size": 32,
     "preprocessing": {"image_size": 32, "resize_size": None, "mean": [0.5] * 3, "std": [1.0] * 3},
@@ -114,7 +115,8 @@ def test_probabilities_at_the_ends_have_a_bin() -> None:
 
 
 def test_an_image_counts_for_each_of_its_labels() -> None:
-    rows = per_class([result(0, RIGHT, (0, 9)), result(1, WRONG, (9,)), result(2, RIGHT)])
+    results = [result(0, RIGHT, (0, 9)), result(1, WRONG, (9,)), result(2, RIGHT)]
+    rows = per_class(results, imagenet1k_classes())
     assert [(one["index"], one["images"], one["correct_top1"]) for one in rows] == [
         (0, 2, 2),
         (9, 2, 1),
@@ -157,7 +159,7 @@ def test_only_a_torn_last_line_is_left_out(cut: int) -> None:
         b'{"index": 0, "file": "a", "labels": [], "top5": [1], "probabilities": [1]}',
         b'{"index": 0, "file": "a", "labels": [0], "top5": [1], "probabilities": []}',
         b'{"index": 0, "file": "a", "labels": [0], "top5": "x", "probabilities": [1]}',
-        b'{"index": 0, "file": "a", "labels": [0], "top5": [1000], "probabilities": [1]}',
+        b'{"index": 0, "file": "a", "labels": [0], "top5": [-1], "probabilities": [1]}',
         b'{"index": 0, "file": "a", "labels": [0], "top5": [1], "probabilities": [NaN]}',
         b'{"index": 0, "file": "a", "labels": [0], "error": 3}',
         b'{"index": 1e999, "file": "a", "labels": [0], "top5": [1], "probabilities": [1]}',

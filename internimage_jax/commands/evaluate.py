@@ -1,4 +1,4 @@
-"""Evaluate a model on ImageNet, in any form it comes in; the result goes to stdout."""
+"""Evaluate a model on ImageNet, or on classes of its own; the result goes to stdout."""
 
 from __future__ import annotations
 

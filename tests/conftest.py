@@ -53,3 +53,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What compiles for a minute goes first: at the end one process would wait for the other.
+    items.sort(key=lambda item: item.path.name not in ("test_native.py", "test_layers_cuda.py"))

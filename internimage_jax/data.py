@@ -32,7 +32,7 @@ from internimage_jax.data_sources import (
     listing,
 )
 from internimage_jax.image_files import IMAGE_SUFFIXES, printable
-from internimage_jax.labels import LabelClasses, checked_names, class_subsets
+from internimage_jax.labels import LabelClasses, checked_names, class_subsets, own_names
 
 # Of a folder with several splits, the one that is evaluated; and where Kaggle's archive has it.
 EVALUATED = ("val", "validation", "ILSVRC2012_img_val", "Data", "CLS-LOC")
@@ -108,7 +108,7 @@ def open_dataset(
     for needed in [path] if labels is None else [path, os.fsdecode(labels)]:
         if not os.path.exists(needed):
             raise FileNotFoundError(f"{printable(needed)}: no such file or folder")
-    known = LabelClasses(None if class_names is None else checked_names(class_names))
+    known = LabelClasses(None if class_names is None else own_names(checked_names(class_names)))
     place = _locate(path, known)
     source = _open(place, known)
     positions, names, notes = _without_splits(source, known)
@@ -124,6 +124,8 @@ def open_dataset(
     if given is None and own is not None:
         classes = _mapped([own[i] for i in positions], names, shown, "label", known)
     elif given is None and any(folders):
+        if known.names is not None:
+            _check_one_level(names, shown, known)
         classes = _mapped(folders, names, shown, "folder", known)
     else:
         given = given or _found_beside(place, shown, known)
@@ -316,6 +318,17 @@ def _mapped(
             f"{source}: no class {whose} for {listing(noun, unknown)}; expected {known.expected}"
         )
     return [classes[text] for text in texts]  # type: ignore[misc] - None was sorted out
+
+
+def _check_one_level(names: list[str], source: str, known: LabelClasses) -> None:
+    """Raises where folders of classes are in folders such as "train" or "0", classes or not."""
+    for name in names:
+        outer, *inner = name.split("/")[:-1]
+        if inner and known.named(inner[0]) not in (None, known.parse(outer)):
+            raise DataError(
+                f"{source}: {printable(outer)} has folders of classes in it, such as "
+                f"{printable(inner[0])}; give the folder that is to be read"
+            )
 
 
 def _found_beside(place: _Place, source: str, known: LabelClasses) -> Labels:

@@ -166,11 +166,16 @@ def _numbered(number: int) -> str:
 def _names_and_classes(path: str, lines: list[str], known: LabelClasses) -> Labels:
     classes: dict[str, tuple[int, ...]] = {}
     wrong, twice = [], []
-    for number, (name, label) in enumerate(_fields(lines), 1):
+    for number, (name, *labels) in enumerate(_fields(lines), 1):
         if known.names is None:
-            label = (label.split() or [""])[0]  # of Kaggle's labels with boxes, the first one's
-        index = known.parse(label)
-        is_header = number == 1 and not re.fullmatch(r"n\d{8}|-?\d+", label)
+            labels = labels[0].split()[:1]  # of Kaggle's labels with boxes, the first one's
+        # A class's name may have commas.
+        whole, label = ",".join(labels).strip(), (*labels, "")[0].strip()
+        index = known.parse(whole)
+        if index is None:
+            index = known.parse(label)
+        is_image = name.lower().endswith(IMAGE_SUFFIXES)
+        is_header = number == 1 and not is_image and not re.fullmatch(r"n\d{8}|-?\d+", label)
         if index is None:
             if not is_header or len(lines) == 1:
                 wrong.append(f"line {number}: {label or name}")
@@ -186,8 +191,8 @@ def _names_and_classes(path: str, lines: list[str], known: LabelClasses) -> Labe
     return Labels(path, classes)
 
 
-def _fields(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields name and label of each line."""
+def _fields(lines: list[str]) -> Iterator[list[str]]:
+    """Yields name, label and what else there is of each line."""
     if "\t" in lines[0]:
         rows: Iterable[list[str]] = (line.split("\t", 1) for line in lines)
     elif "," in lines[0]:
@@ -195,8 +200,8 @@ def _fields(lines: list[str]) -> Iterator[tuple[str, str]]:
     else:
         rows = (line.rsplit(None, 1) for line in lines)
     for row in rows:
-        name, label, *_ = (*row, "", "")
-        yield name.strip(), label.strip()
+        name, *rest = row or [""]
+        yield [name.strip(), *(rest or [""])]
 
 
 def _ground_truth(path: str, lines: list[str], meta: bytes | None) -> Labels:

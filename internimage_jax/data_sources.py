@@ -188,8 +188,10 @@ class ParquetSource(Source):
                     )
                 for row, values in enumerate(file.read_row_group(number, wanted).to_pylist()):
                     label, image = values["label"], values.get("image") or {}
-                    known = type(label) is int and 0 <= label < len(names)
-                    labels.append(names[label] if known else str(label))
+                    if type(label) is int and 0 <= label < len(names):
+                        labels.append(names[label])
+                    else:  # of own classes with names it is none, and no index of another's
+                        labels.append(f"{label} of {len(names)}" if names else str(label))
                     self.paths.append(image.get("path") or f"{stem}/{number}/{row:06}")
                     self._rows.append((len(self._groups), row))
                 self._groups.append((path, number))
@@ -315,7 +317,7 @@ def _classes_of(images: dict[str, Member], classes: dict[str, Member], source: s
     if len(set(stems)) < len(stems):
         twice = {stem for stem, count in Counter(stems).items() if count > 1}
         raise DataError(f"{source}: several images for {listing('sample', twice)}")
-    return [classes[stem].read()[:100].decode("ascii", "replace").strip() for stem in stems]
+    return [classes[stem].read()[:1000].decode("utf-8", "replace").strip() for stem in stems]
 
 
 def _label_names(metadata: dict[bytes, bytes] | None, path: str, own_classes: bool) -> list[str]:

@@ -45,7 +45,7 @@ from internimage_jax.labels import NUM_CLASSES_1K
 from internimage_jax.loader import Batch, load_batches, prefetch_to_device
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import ImageResult, from_lines, to_lines
-from internimage_jax.pretrained import from_pretrained, locate
+from internimage_jax.pretrained import from_pretrained, locate, released_named
 from internimage_jax.processes import Group
 from internimage_jax.report import make_report
 from internimage_jax.report_html import make_page
@@ -135,7 +135,7 @@ def evaluate(
         model = from_pretrained(path, dtype=dtype, implementation=implementation)
         weights = file_digests(path)
         notes += conversion_notes(path)
-    notes += class_notes(model.config.num_classes) if own is None else ()
+    notes += class_notes(model.config.num_classes, own)
     settings = {
         **model_settings(model, weights, own),
         **dataset_settings(dataset, chosen),
@@ -196,8 +196,8 @@ def _own_classes(model: InternImage | str | os.PathLike[str]) -> tuple[str, ...]
     """As `own_classes`; of a checkpoint nothing but its description is read."""
     if isinstance(model, InternImage):
         return own_classes(model.name, model.config.num_classes, model.classes)
-    if not os.path.exists(model):
-        return None  # a released model, or none
+    if released_named(model) is not None:
+        return None
     with open_source(model) as opened:
         return own_classes(opened.name, opened.config.num_classes, opened.classes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from internimage_jax.evaluation_settings import differences
+from internimage_jax.labels import ImageClass
 from internimage_jax.predictions import (
     PREDICTIONS,
     ImageResult,
@@ -17,10 +18,28 @@ from internimage_jax.predictions import (
     from_lines,
     to_lines,
 )
+from internimage_jax.report import classes_of
 
 SETTINGS = "settings.json"
 REPORT = "report.json"
 PAGE = "report.html"
+
+
+def classes_beside(predictions: str | os.PathLike[str]) -> Sequence[ImageClass] | None:
+    """The classes that an evaluation's predictions count, by the settings with them.
+
+    predictions: The file, or the folder that it is in.
+
+    Returns None where there are no settings. Raises ValueError where they are damaged.
+    """
+    path = Path(predictions)
+    file = (path if path.is_dir() else path.parent) / SETTINGS
+    try:
+        return classes_of(json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f"{file}: is damaged") from None
 
 
 class EvaluationFolder:

@@ -20,8 +20,8 @@ from internimage_jax.labels import (
     CLASSES_WITHOUT_22K,
     NUM_CLASSES_1K,
     NUM_CLASSES_22K,
-    class_names,
     map_22k_to_1k,
+    own_names,
 )
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import normalize
@@ -33,7 +33,10 @@ _AXIS = "devices"
 
 
 class Outputs(NamedTuple):
-    """What a step gives: `sums` over all its images, the rest for each image."""
+    """What a step gives: `sums` over all its images, the rest for each image.
+
+    Where there are fewer than five classes to choose among, there are as many in place of 5.
+    """
 
     sums: Any  # int32 (3,): right in the first place, right among the first five, images
     classes: Any  # int32 (N, 5), ImageNet-1K's or the model's own, most probable first
@@ -128,6 +131,7 @@ def make_step(
     whole = NamedSharding(mesh, PartitionSpec())
     graph, state = nnx.split(model.fused())
     leaves, tree = jax.tree.flatten(state)
+    own_classes(model.name, model.config.num_classes, model.classes)  # raises if unknown
     choose = _chooser(model, restricted_to)
     side = model.preprocessing.image_size
     shapes = (
@@ -183,26 +187,26 @@ def own_classes(
     Raises:
         ValueError: It cannot be said which classes they are.
     """
-    of_imagenet = num_classes in (NUM_CLASSES_1K, NUM_CLASSES_22K)
-    if classes is None:
-        if of_imagenet:
-            return None
+    if classes is None and num_classes not in (NUM_CLASSES_1K, NUM_CLASSES_22K):
         raise ValueError(
             f"{name}: has {num_classes} classes without names, expected {NUM_CLASSES_1K} "
             f"(ImageNet-1K), {NUM_CLASSES_22K} (ImageNet-22K) or names (`classes` of "
             "from_pretrained; save_pretrained keeps them), which labels can be compared with"
         )
-    known = class_names(num_classes) if of_imagenet else ()
-    if known and all(
-        one.wnid is None or one.name == own for one, own in zip(known, classes, strict=True)
-    ):
-        return None
-    return tuple(classes)
+    return own_names(classes)
 
 
-def class_notes(num_classes: int) -> tuple[str, ...]:
-    """What a report has to say of how a model of `num_classes` is evaluated on the 1,000."""
-    if num_classes != NUM_CLASSES_22K:
+def class_notes(num_classes: int, own: Sequence[str] | None) -> tuple[str, ...]:
+    """What a report has to say of how a model is evaluated.
+
+    Args:
+        num_classes: How many classes it has.
+        own: Their names where they are its own, see `own_classes`.
+    """
+    if own is not None:
+        always = f"The model has {num_classes} classes: top-5 is right for every image."
+        return (always,) if num_classes <= TOP else ()
+    if num_classes == NUM_CLASSES_1K:
         return ()
     without = ", ".join(map(str, sorted(CLASSES_WITHOUT_22K)))
     return (
@@ -220,7 +224,7 @@ def _chooser(
     The classes are ImageNet-1K's or the model's own; of fewer than five all.
     """
     num_classes = model.config.num_classes
-    of_imagenet = own_classes(model.name, num_classes, model.classes) is None
+    of_imagenet = own_names(model.classes) is None
     count = NUM_CLASSES_1K if of_imagenet else num_classes
     within = np.arange(count) if restricted_to is None else np.array(restricted_to)
     columns, masked = within, np.zeros(len(within), bool)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from types import MappingProxyType
@@ -82,6 +83,17 @@ def class_subsets() -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType(subsets)
 
 
+def own_names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes where they are its own, None where ImageNet's."""
+    if classes is None:
+        return None
+    if len(classes) in (NUM_CLASSES_1K, NUM_CLASSES_22K):
+        pairs = zip(class_names(len(classes)), classes, strict=True)
+        if all(one.wnid is None or one.name == name for one, name in pairs):
+            return None
+    return tuple(classes)
+
+
 @dataclass(frozen=True)
 class LabelClasses:
     """The classes that labels stand for: ImageNet-1K's, or a model's own.
@@ -101,33 +113,48 @@ class LabelClasses:
         """What a label has to be, in words."""
         if self.names is None:
             return f"WordNet ids such as n01440764, or numbers from 0 to {self.count - 1}"
-        return f"the model's, such as {self.names[0]!r}, or numbers from 0 to {self.count - 1}"
+        shown = f"the model's, such as {self.names[0]!r}"
+        if self.has_indices:
+            shown += f", or numbers from 0 to {self.count - 1}"
+        repeated = next((n for n, count in Counter(self.names).items() if count > 1), None)
+        return shown + (f" ({repeated!r} is several classes)" if repeated is not None else "")
 
-    def parse(self, text: str) -> int | None:
-        """The class that a name or an index stands for, None for other text.
+    @functools.cached_property
+    def has_indices(self) -> bool:
+        """Whether labels may be indices: not where a name is a number, which would be in doubt."""
+        return self.names is None or not any(map(_is_number, self.names))
+
+    def named(self, text: str) -> int | None:
+        """The class of that name, None for other text.
 
         Names are ImageNet-1K's WordNet ids, or those of the model's own classes, in which "_" may
-        stand for a blank.
+        stand for a blank. The name of several classes is none.
         """
-        if (index := self._indices.get(text)) is not None:
+        return self._indices.get(unicodedata.normalize("NFC", text))
+
+    def parse(self, text: str) -> int | None:
+        """The class that a name or an index stands for, None for other text."""
+        if (index := self.named(text)) is not None:
             return index
-        number = int(text) if re.fullmatch(r"[0-9]{1,8}", text) else -1
+        number = int(text) if self.has_indices and _is_number(text) else -1
         return number if 0 <= number < self.count else None
 
     @functools.cached_property
     def _indices(self) -> Mapping[str, int]:
         if self.names is None:
             return wnid_to_index()
-        by_name = _without_repeats((name, i) for i, name in enumerate(self.names))
-        folded = ((name.replace(" ", "_"), i) for i, name in enumerate(self.names))
-        return _without_repeats(folded) | by_name
+        composed = [unicodedata.normalize("NFC", name) for name in self.names]
+        return _of_one([name.replace(" ", "_") for name in composed]) | _of_one(composed)
 
 
-def _without_repeats(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """A table of what is there under one name alone."""
-    pairs = list(pairs)
-    counts = Counter(name for name, _ in pairs)
-    return {name: index for name, index in pairs if counts[name] == 1}
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,8}", text) is not None
+
+
+def _of_one(names: Sequence[str]) -> dict[str, int]:
+    """The index of each name that is there once."""
+    counts = Counter(names)
+    return {name: i for i, name in enumerate(names) if counts[name] == 1}
 
 
 @functools.lru_cache(maxsize=4)
@@ -160,7 +187,7 @@ def checked_names(classes: Sequence[str], num_classes: int | None = None) -> tup
     """
     if not isinstance(classes, Sequence) or isinstance(classes, str):
         raise ValueError(f"classes: expected a list of names, got a {type(classes).__name__}")
-    odd = [name for name in classes if not isinstance(name, str)]
+    odd = [name for name in classes if not isinstance(name, str) or not name.strip()]
     if odd:
         raise ValueError(f"classes: expected a list of names, got {odd[0]!r}")
     if not classes:

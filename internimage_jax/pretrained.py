@@ -224,14 +224,23 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
 
 def locate(source: str | os.PathLike[str]) -> str:
     """The path of a checkpoint: `source` itself, or where the released model of that name is."""
+    released = released_named(source)
+    return os.fspath(source) if released is None else str(_fetched(released))
+
+
+def released_named(source: str | os.PathLike[str]) -> ReleasedModel | None:
+    """The released model that `source` names, None where it is a path.
+
+    Raises ValueError or FileNotFoundError where it is neither.
+    """
     name = os.fspath(source)
     if os.path.exists(name):
-        return name
+        return None
     # A path that is not there is no misspelt name.
     suffixes = (".pth", ".pt", ".bin", ".safetensors", ".json")
     if os.sep in name.removeprefix("OpenGVLab/") or name.endswith(suffixes):
         raise FileNotFoundError(f"{name}: no such file or folder")
-    return str(_fetched(released_model(name)))
+    return released_model(name)
 
 
 def _fetched(model: ReleasedModel) -> Path:

@@ -120,9 +120,10 @@ def calibration(results: Sequence[ImageResult]) -> dict[str, Any]:
 
 def classes_of(settings: Mapping[str, Any]) -> Sequence[ImageClass]:
     """The classes that an evaluation's labels count, by its settings or report."""
-    if settings["classes"] == "ImageNet":
+    names = settings.get("classes", "ImageNet")  # once there were no others
+    if names == "ImageNet":
         return imagenet1k_classes()
-    return [ImageClass(i, None, name) for i, name in enumerate(settings["classes"])]
+    return [ImageClass(i, None, name) for i, name in enumerate(names)]
 
 
 def per_class(

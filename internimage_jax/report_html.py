@@ -171,17 +171,20 @@ def _class_chart(rising: Sequence[Mapping[str, Any]], mean: float) -> str:
 
 
 def _all_classes(classes: Sequence[Mapping[str, Any]]) -> str:
+    have_wnids = any(one["wnid"] for one in classes)
     rows = "".join(
         f'<tr><td class="number">{one["index"]}</td><td>{escape(one["name"])}</td>'
-        f"<td><code>{escape(one['wnid'] or '')}</code></td>"
-        f'<td class="number">{one["images"]}</td>'
+        + f"<td><code>{escape(one['wnid'] or '')}</code></td>" * have_wnids
+        + f'<td class="number">{one["images"]}</td>'
         f'<td class="number">{one["top1"]:.1f}</td><td class="number">{one["top5"]:.1f}</td></tr>'
         for one in classes
     )
     return (
         "<details><summary>All classes</summary>"
         '<div class="scroll"><table><thead><tr><th class="number">index</th><th>class</th>'
-        '<th>WordNet id</th><th class="number">images</th><th class="number">top-1 %</th>'
+        + "<th>WordNet id</th>"
+        * have_wnids
+        + '<th class="number">images</th><th class="number">top-1 %</th>'
         f'<th class="number">top-5 %</th></tr></thead><tbody>{rows}</tbody></table></div></details>'
     )
 

@@ -18,9 +18,12 @@ from internimage_jax.labels import class_names
 from internimage_jax.model import InternImage
 from tests.dataset_files import encoded, write_folder, write_parquet, write_tar
 
-FRUIT = ["apple pie", "7", "quince"]
+FRUIT = ["apple pie", "fig", "quince"]
 CONFIG = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8), num_classes=3)
 FOLDERS = {f"{name}/{i}.jpg": encoded(3 * j + i) for j, name in enumerate(FRUIT) for i in range(3)}
+
+
+NESTED = r"has folders of classes in it, such as (fig|quince); give the folder that is to be read"
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +53,12 @@ def test_a_checkpoint_and_class_folders(checkpoint: Path, data: Path, tmp_path: 
     for name, one in rows.items():
         ours = [is_right for file, is_right in right.items() if file.split("/")[0] == name]
         assert (one["images"], one["correct_top1"]) == (3, sum(ours))
-    assert report["notes"] == []
+    assert report["notes"] == ["The model has 3 classes: top-5 is right for every image."]
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert all(sorted(line["top5"]) == [0, 1, 2] for line in lines)
     page = (out / "report.html").read_text()
     assert "apple pie" in page and "model card" not in page and "tench" not in page
+    assert "WordNet" not in page
     again = evaluate(checkpoint, data.parent, batch_size=2, output=out, resume=True)
     assert again["per_class"] == report["per_class"]
 
@@ -63,6 +67,8 @@ def test_the_command(
     checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     options = ["--model", str(checkpoint), "--batch-size", "2", "--no-compilation-cache"]
+    assert main(["evaluate", str(data), "--model", f"{checkpoint}x"]) == 1
+    assert "fruitx: no such file or folder" in capsys.readouterr().err
     assert main(["evaluate", str(data), *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["classes"] == FRUIT
     for name in "ab":
@@ -72,7 +78,6 @@ def test_the_command(
 
 @pytest.mark.parametrize("form", ["underscores", "indices", "tar", "csv", "tabs", "webdataset"])
 def test_every_form_of_labels(form: str, tmp_path: Path) -> None:
-    # In folders "7" is a name, and not out of range; the others may be indices.
     folder = {name: name for name in FRUIT}
     if form == "underscores":
         folder["apple pie"] = "apple_pie"
@@ -98,12 +103,16 @@ def test_every_form_of_labels(form: str, tmp_path: Path) -> None:
 
 
 def test_names_in_parquet_count_and_not_their_order(tmp_path: Path) -> None:
-    feature = {"names": ["quince", "apple pie", "7"], "_type": "ClassLabel"}
+    feature = {"names": ["quince", "apple pie", "fig"], "_type": "ClassLabel"}
     metadata = {"info": {"features": {"label": feature}}}
     path = write_parquet(tmp_path / "x.parquet", range(6), metadata=metadata)
     assert list(open_dataset(path, class_names=FRUIT).labels) == [(2,), (0,), (1,)] * 2
     path = write_parquet(tmp_path / "x.parquet", range(3))  # without names
     assert list(open_dataset(path, class_names=FRUIT).labels) == [(0,), (1,), (2,)]
+    feature["names"].pop()  # so that a label has none, and is no index of another's
+    path = write_parquet(tmp_path / "x.parquet", range(3), metadata=metadata)
+    with pytest.raises(ValueError, match="no class of the model for label 2 of 2"):
+        open_dataset(path, class_names=FRUIT)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +127,9 @@ def test_names_in_parquet_count_and_not_their_order(tmp_path: Path) -> None:
         ({"a.jpg": encoded(0)}, "n01440764\n", r"line 1: n01440764; expected an image's name"),
         ({"a.jpg": encoded(0)}, "a.jpg\tpear\nb.jpg\tpear\n", r"line 2: pear"),
         ({"a.jpg": encoded(0)}, "[[0]]", "expected an image's name and its class"),
+        ({"a.jpg": encoded(0)}, "a.jpg pear\nb.jpg fig\n", "line 1: pear"),
+        ({"train/fig/0.jpg": b"", "train/quince/0.jpg": b"", "x/fig/0.jpg": b""}, None, NESTED),
+        ({"0/fig/0.jpg": b"", "1/quince/0.jpg": b""}, None, NESTED),
     ],
 )
 def test_what_is_no_class_of_the_model_is_named(
@@ -129,6 +141,56 @@ def test_what_is_no_class_of_the_model_is_named(
         file.write_text(labels)
     with pytest.raises(ValueError, match=message):
         open_dataset(path, labels=file, class_names=FRUIT)
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
+    names = ["car", "train", "val"]
+    files = {f"{split}/{name}/0.jpg": b"" for split in ("train", "val") for name in names}
+    write_folder(tmp_path, files)
+    with pytest.raises(ValueError, match="train has folders of classes in it, such as car"):
+        open_dataset(tmp_path, class_names=names)
+    labels = open_dataset(tmp_path / "val", class_names=names).labels
+    assert list(labels) == [(0,), (1,), (2,)]
+
+
+def test_names_that_are_numbers_are_no_indices(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"{name}/0.jpg": b"" for name in ("1", "2", "3")})
+    dataset = open_dataset(tmp_path, class_names=["1", "2", "3"])
+    assert list(dataset.labels) == [(0,), (1,), (2,)]
+    write_folder(tmp_path, {"0/0.jpg": b""})
+    with pytest.raises(ValueError, match=r"for folder 0; expected the model's, such as '1'$"):
+        open_dataset(tmp_path, class_names=["1", "2", "3"])
+
+
+def test_the_name_of_several_classes_is_none_but_its_index_serves(tmp_path: Path) -> None:
+    names = ["crane", "crane", "owl"]
+    write_folder(tmp_path, {"0/0.jpg": b"", "1/0.jpg": b"", "owl/0.jpg": b""})
+    assert list(open_dataset(tmp_path, class_names=names).labels) == [(0,), (1,), (2,)]
+    write_folder(tmp_path, {"crane/0.jpg": b""})
+    with pytest.raises(ValueError, match=r"for folder crane; .*'crane' is several classes"):
+        open_dataset(tmp_path, class_names=names)
+
+
+def test_names_beyond_ascii_and_with_commas(tmp_path: Path) -> None:
+    names = ["cr\u00e8me", "pear", "pear, common"]
+    write_folder(tmp_path / "folders", {"cre\u0300me/0.jpg": b"", "pear/0.jpg": b""})
+    assert list(open_dataset(tmp_path / "folders", class_names=names).labels) == [(0,), (1,)]
+    cls = {"0.jpg": b"", "0.cls": names[0].encode(), "1.jpg": b"", "1.cls": b"pear, common"}
+    tar = write_tar(tmp_path / "x.tar", cls)
+    assert list(open_dataset(tar, class_names=names).labels) == [(0,), (2,)]
+    flat, file = (
+        write_folder(tmp_path / "flat", {f"{i}.jpg": b"" for i in range(3)}),
+        tmp_path / "l",
+    )
+    file.write_text('0.jpg,pear, common\n1.jpg,pear\n2.jpg,"pear, common",x\n')
+    assert list(open_dataset(flat, labels=file, class_names=names).labels) == [(2,), (1,), (2,)]
+
+
+def test_imagenets_names_are_no_others(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"n01440764/0.jpg": b""})
+    names = [one.name for one in class_names(1000)]
+    dataset = open_dataset(tmp_path, class_names=names)
+    assert list(dataset.labels) == [(0,)] and dataset.class_names is None
 
 
 def test_data_with_other_classes_than_the_model_is_an_error(data: Path) -> None:

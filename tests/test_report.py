@@ -331,6 +331,10 @@ def test_the_command_takes_folders_and_files(
         (tmp_path / name).mkdir()
         (tmp_path / name / "predictions.jsonl").write_bytes(to_lines([result(0, first)]))
     a, b = str(tmp_path / "a"), str(tmp_path / "b" / "predictions.jsonl")
+    assert main(["compare", a, b]) == 0
+    assert "class 0" in capsys.readouterr().out  # whose class is not known
+    settings = tmp_path / "b" / "settings.json"
+    settings.write_text(json.dumps(SETTINGS))
     assert main(["compare", a, b, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["only_a_right"], found["num_images"], found["a"]) == (1, 1, a)
@@ -341,6 +345,15 @@ def test_the_command_takes_folders_and_files(
     (tmp_path / "a" / "report.json").touch()
     assert main(["compare", a, b]) == 0
     assert "not finished" not in capsys.readouterr().out
+    (tmp_path / "a" / "settings.json").write_text('{"classes": ["this", "that"]}')
+    assert main(["compare", a, b]) == 1
+    assert capsys.readouterr().err == f"error: {a} and {b}: are of different classes\n"
+    settings.write_text('{"classes": ["this", "that"]}')
+    assert main(["compare", a, b]) == 0
+    assert re.search(r"this +this 50.0% +that 50.0%", capsys.readouterr().out)
+    settings.write_text("[]")
+    assert main(["compare", a, b]) == 1
+    assert "settings.json: is damaged" in capsys.readouterr().err
     assert main(["compare", a, str(tmp_path)]) == 1
     assert re.fullmatch(r"error: .*predictions\.jsonl: no such file; .*\n", capsys.readouterr().err)
     assert read_predictions(a) == [result(0, RIGHT)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from internimage_jax.commands import output
@@ -27,17 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from internimage_jax.comparison import compare
+    from internimage_jax.evaluation_folder import classes_beside
     from internimage_jax.predictions import read_predictions
 
     if args.show < 0:
         raise ValueError(f"--show: expected at least 0, got {args.show}")
 
     found = compare(read_predictions(args.a), read_predictions(args.b))
+    classes = [one for one in map(classes_beside, (args.a, args.b)) if one is not None]
+    names = [[one.name for one in several] for several in classes]
+    if len(names) == 2 and names[0] != names[1]:
+        raise ValueError(f"{args.a} and {args.b}: are of different classes")
     unfinished = [path for path in (args.a, args.b) if _is_unfinished(path)]
     if args.json:
         print(json.dumps({"a": args.a, "b": args.b, "unfinished": unfinished, **found}))
         return
-    _print(found, args.a, args.b, args.show)
+    _print(found, args.a, args.b, args.show, names[0] if names else ())
     for path in unfinished:
         output().print(f"{path}: the evaluation is not finished; --resume goes on with it")
 
@@ -48,7 +54,7 @@ def _is_unfinished(path: str) -> bool:
     return os.path.isdir(path) and not os.path.exists(os.path.join(path, REPORT))
 
 
-def _print(found: dict[str, Any], a: str, b: str, shown: int) -> None:
+def _print(found: dict[str, Any], a: str, b: str, shown: int, names: Sequence[str]) -> None:
     from rich.box import SIMPLE, SIMPLE_HEAD
     from rich.table import Table
 
@@ -80,19 +86,14 @@ def _print(found: dict[str, Any], a: str, b: str, shown: int) -> None:
     table = Table(box=SIMPLE_HEAD)
     for heading in ("file", "label", "A", "B"):
         table.add_column(heading)
+
+    def called(index: int) -> str:
+        return names[index] if index < len(names) else f"class {index}"
+
     for one in differences:
-        labels = ", ".join(map(_name, one["labels"]))
-        table.add_row(one["file"], labels, *(_said(one[side]) for side in ("a", "b")))
+        labels = ", ".join(map(called, one["labels"]))
+        said = (f"{called(one[side]['class'])} {one[side]['probability']:.1%}" for side in "ab")
+        table.add_row(one["file"], labels, *said)
     output().print(table)
     if left := len(found["differences"]) - len(differences):
         output().print(f"and {left:,} more; --show {len(found['differences'])} lists them all")
-
-
-def _said(answer: dict[str, Any]) -> str:
-    return f"{_name(answer['class'])} {answer['probability']:.1%}"
-
-
-def _name(index: int) -> str:
-    from internimage_jax.labels import imagenet1k_classes
-
-    return imagenet1k_classes()[index].name

@@ -135,7 +135,10 @@ class BuildExt(build_ext):
         if ext.name == "xla_ops._cuda":
             self._build_cuda(ext)
         else:
-            super().build_extension(ext)
+            from pybind11.setup_helpers import ParallelCompile
+
+            with ParallelCompile(default=len(os.sched_getaffinity(0))):
+                super().build_extension(ext)
 
     def _build_cuda(self, ext: Extension) -> None:
         target = self.get_ext_fullpath(ext.name)

@@ -28,14 +28,14 @@ def program(name: str, kernels: Sequence[str] = (), portable: bool = True) -> Pa
     Unless `portable` the CPU kernels are those of each instruction set, which takes a minute. They
     do without checks that would take it another, which the portable form has of the same lines.
     """
-    options = ["-DCPU_BASELINE"] * portable
+    form = ["-DCPU_BASELINE"] if portable else []
     checks = "undefined" if portable else "alignment,bounds,shift,signed-integer-overflow"
-    options += [f"-fsanitize=address,{checks}", "-fno-sanitize-recover=all"]
+    sanitized = ["-Og", f"-fsanitize=address,{checks}", "-fno-sanitize-recover=all"]
     sources = [str(TESTS / name), *(str(CSRC / kernel) for kernel in kernels)]
 
     def build(path: Path) -> None:
-        for kind in (["-Og", *options], ["-O1", *options[:portable]]):
-            command = [COMPILER, *OPTIONS, *kind, *sources, "-o", str(path)]
+        for kind in (sanitized, ["-O1"]):
+            command = [COMPILER, *OPTIONS, *form, *kind, *sources, "-o", str(path)]
             done = subprocess.run(command, capture_output=True, text=True)
             if not ("sanitize" in done.stderr or "lasan" in done.stderr):
                 break

@@ -13,7 +13,7 @@ PROGRAMS = {
     "fuzz_dcnv3_cpu.cc": (["dcnv3_cpu.cc"], "500 geometries"),
     "fuzz_layers_cpu.cc": (
         ["dwconv_cpu.cc", "gelu_cpu.cc", "norm_cpu.cc", "linear_cpu.cc"],
-        "500 shapes",
+        "250 shapes",
     ),
 }
 
@@ -22,7 +22,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(name: str) -> None:
     kernels, printed = PROGRAMS[name]
-    assert printed in run(program(name, kernels), "500")
+    assert printed in run(program(name, kernels), printed.split()[0])
 
 
 @needs_compiler

@@ -123,8 +123,8 @@ def evaluate(
         dataset = open_dataset(data, labels=labels, class_names=own)
     if dataset.class_names != own:
         raise ValueError(
-            f"{printable(dataset.source)}: its labels are of {_whose(dataset.class_names)} classes,"
-            f" the model's of {_whose(own)}; open_dataset takes `class_names`"
+            f"{printable(dataset.source)}: its labels are of {_whose(dataset.class_names)}, and "
+            f"the model has {_whose(own)}; open_dataset takes `class_names`"
         )
     chosen = _evenly_spaced(len(dataset), num_images)
     notes: tuple[str, ...] = tuple(dataset.notes)
@@ -203,7 +203,7 @@ def _own_classes(model: InternImage | str | os.PathLike[str]) -> tuple[str, ...]
 
 
 def _whose(names: tuple[str, ...] | None) -> str:
-    return "ImageNet's" if names is None else f"{len(names)} others, such as {names[0]!r}"
+    return "ImageNet's classes" if names is None else f"{len(names)} classes such as {names[0]!r}"
 
 
 class _Loop:

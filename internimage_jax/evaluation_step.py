@@ -131,8 +131,8 @@ def make_step(
     whole = NamedSharding(mesh, PartitionSpec())
     graph, state = nnx.split(model.fused())
     leaves, tree = jax.tree.flatten(state)
-    own_classes(model.name, model.config.num_classes, model.classes)  # raises if unknown
-    choose = _chooser(model, restricted_to)
+    own = own_classes(model.name, model.config.num_classes, model.classes)
+    choose = _chooser(model.config.num_classes, own is None, restricted_to)
     side = model.preprocessing.image_size
     shapes = (
         jax.ShapeDtypeStruct((len(devices), batch_size, side, side, 3), np.uint8, sharding=spread),
@@ -217,14 +217,12 @@ def class_notes(num_classes: int, own: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _chooser(
-    model: InternImage, restricted_to: Sequence[int] | None
+    num_classes: int, of_imagenet: bool, restricted_to: Sequence[int] | None
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """A function from logits (N, num_classes) to classes and probabilities (N, 5).
 
     The classes are ImageNet-1K's or the model's own; of fewer than five all.
     """
-    num_classes = model.config.num_classes
-    of_imagenet = own_names(model.classes) is None
     count = NUM_CLASSES_1K if of_imagenet else num_classes
     within = np.arange(count) if restricted_to is None else np.array(restricted_to)
     columns, masked = within, np.zeros(len(within), bool)

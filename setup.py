@@ -110,21 +110,24 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]  # _cpu
-        reason = Path(self.get_ext_fullpath(ext.name)).with_name(f"{name}.reason")
+        target = Path(self.get_ext_fullpath(ext.name))
+        reason = target.with_name(f"{name}.reason")
         reason.parent.mkdir(parents=True, exist_ok=True)
         reason.unlink(missing_ok=True)
         variable = f"INTERNIMAGE{name.upper()}"
-        if wanted(variable) == "0":  # an extension left over from another build would still load
-            reason.write_text(f"not built: {variable}=0\n")
-            return
-        try:
-            self._build(ext)
-        except Exception as error:
-            if not ext.optional:
-                raise
-            message = f"not built: {type(error).__name__}: {error}".splitlines()[0][:200]
-            reason.write_text(message + "\n")
-            self.warn(f"{ext.name} {message}; the jnp form serves")
+        if wanted(variable) == "0":
+            message = f"not built: {variable}=0"
+        else:
+            try:
+                self._build(ext)
+                return
+            except Exception as error:
+                if not ext.optional:
+                    raise
+                message = f"not built: {type(error).__name__}: {error}".splitlines()[0][:200]
+                self.warn(f"{ext.name} {message}; the jnp form serves")
+        reason.write_text(message + "\n")
+        target.unlink(missing_ok=True)  # that of another build would still load
 
     def _build(self, ext: Extension) -> None:
         import jax.ffi
@@ -142,8 +145,6 @@ class BuildExt(build_ext):
 
     def _build_cuda(self, ext: Extension) -> None:
         target = self.get_ext_fullpath(ext.name)
-        if not (self.force or newer_group([*ext.sources, *ext.depends], target)):
-            return
         nvcc = find_nvcc()
         archs = architectures(nvcc)
         # With the instructions that 9.0 alone has, which nvcc knows from 12.0 on.
@@ -157,6 +158,11 @@ class BuildExt(build_ext):
         options = [*ext.extra_compile_args, *includes, f'-DINTERNIMAGE_CUDA_ARCHS="{names}"']
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
+        settings, last = " ".join([nvcc, *options, *code]), folder / "cuda_settings"
+        is_same = last.exists() and last.read_text() == settings
+        if is_same and not self.force and not newer_group([*ext.sources, *ext.depends], target):
+            return
+        last.unlink(missing_ok=True)
         objects = {source: str(folder / f"{Path(source).name}.o") for source in ext.sources}
         # All processors at work: files beside one another, and architectures where there are more.
         processors = len(os.sched_getaffinity(0))
@@ -170,6 +176,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(compile_one, sorted(objects, key=os.path.getsize, reverse=True)))
         run([nvcc, "-shared", "-cudart=static", *objects.values(), "-o", target])
+        last.write_text(settings)
 
     def copy_extensions_to_source(self) -> None:  # of an editable install
         super().copy_extensions_to_source()  # skips what was not built: the extensions are optional
@@ -180,6 +187,7 @@ class BuildExt(build_ext):
             here.unlink(missing_ok=True)
             if built.with_name(name).exists():
                 self.copy_file(str(built.with_name(name)), str(here))
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
 
 setup(ext_modules=[cpu_extension(), cuda_extension()], cmdclass={"build_ext": BuildExt})

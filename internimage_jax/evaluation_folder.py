@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ class EvaluationFolder:
 
     def _write(self, name: str, text: str) -> None:
         """Writes a file beside its name and moves it into place; an error leaves nothing of it."""
-        unfinished = self.path / f".{name}.{os.getpid()}"
+        # Not by the process's number: containers that share the folder may have the same.
+        unfinished = self.path / f".{name}.{secrets.token_hex(4)}"
         try:
             unfinished.write_text(text, encoding="utf-8")
             unfinished.replace(self.path / name)

@@ -26,6 +26,7 @@ from internimage_jax.evaluation_settings import differences
 from internimage_jax.image_files import one_line
 
 JOINING_SECONDS = 300  # the processes of a job may start minutes apart
+_GREETING_SECONDS = 5.0  # for the first bytes of a connection, which may be a stranger's
 GRACE_SECONDS = 20  # after another process has ended, for this one to end in its own way
 _DATA, _FAILED, _DONE = b"D", b"F", b"E"
 _TOKEN_BYTES = 32
@@ -228,7 +229,7 @@ def _connected(coordinator: str | None, num_processes: int | None, process_id: i
         index, count = global_state.process_id, global_state.num_processes
         connections = {} if count == 1 else _connections(global_state, index, count)
         jax.distributed.shutdown()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         if coordinator is None and isinstance(error, ValueError):
             raise ValueError(
                 "coordinator: this is no job of Slurm, Open MPI or a TPU that jax.distributed "
@@ -259,14 +260,23 @@ def _connections(state: Any, index: int, count: int) -> dict[int, Connection]:
         state.client.key_value_set(key, f"{server.getsockname()[1]} {token.hex()}")
         while len(connections) < count - 1:
             stream, _ = server.accept()
-            stream.settimeout(JOINING_SECONDS)
-            greeting = stream.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
+            greeting = _greeting(stream)
             other = int.from_bytes(greeting[_TOKEN_BYTES:], "big")
             if hmac.compare_digest(greeting[:_TOKEN_BYTES], token) and 0 < other < count:
                 connections[other] = _watched(stream)
             else:
                 stream.close()  # somebody else's
     return connections
+
+
+def _greeting(stream: socket.socket) -> bytes:
+    """The token and number that a process begins with; of a stranger, less or other bytes."""
+    greeting = b""
+    stream.settimeout(_GREETING_SECONDS)
+    with contextlib.suppress(OSError):
+        while part := stream.recv(_TOKEN_BYTES + 4 - len(greeting)):
+            greeting += part
+    return greeting
 
 
 def _watched(stream: socket.socket) -> Connection:

@@ -23,6 +23,7 @@ from tests.support import (
     reference,
     reference_config,
 )
+from xla_ops import _targets
 
 # Models whose golden was recorded in float32: it is itself 1e-5 of its rms away from exact.
 FLOAT32_GOLDENS = [n for n in RELEASED if "22k_384" in n or n[12] in "hg"]
@@ -290,3 +291,16 @@ def test_what_is_not_used_is_not_computed():
 
     assert flops(lambda o: o.hidden_states[0]) < flops(lambda o: o.last_hidden_state)
     assert flops(lambda o: o.last_hidden_state) < flops(lambda o: o.logits)
+
+
+def test_a_model_is_exported_for_any_batch_and_image_size_on_any_platform():
+    graphdef, state = nnx.split(recipe_model(SMALLEST).fused())
+    function = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    kernels = [name for name in vars(_targets).values() if str(name).startswith("internimage_")]
+    named = [jax.export.DisabledSafetyCheck.custom_call(name) for name in kernels]
+    sizes = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, w, 3"), jnp.float32)
+    platforms = ["cpu", "cuda", "tpu"]
+    exported = jax.export.export(function, platforms=platforms, disabled_checks=named)(state, sizes)
+    for size in ((2, 32, 32), (1, 37, 70)):
+        x = images(*size)
+        assert error(exported.call(state, x), function(state, x)) < 1e-6

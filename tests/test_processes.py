@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -13,12 +14,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from internimage_jax import processes
 from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import InternImageConfig
 from internimage_jax.evaluation_folder import EvaluationFolder
@@ -83,6 +86,30 @@ def test_other_settings_in_one_process_are_named() -> None:
     for group in groups:
         with contextlib.suppress(OSError):  # raised where the other one's word came first
             group.leave("differ")
+
+
+def test_strangers_and_greetings_in_pieces_do_not_keep_the_processes_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "_GREETING_SECONDS", 0.3)
+    told = queue.Queue()
+    state = SimpleNamespace(
+        coordinator_address="localhost:1",
+        client=SimpleNamespace(key_value_set=lambda key, value: told.put(value.split())),
+    )
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        waiting = pool.submit(processes._connections, state, 0, 2)
+        port, token = told.get(timeout=30)
+        streams = [
+            stack.enter_context(socket.create_connection(("localhost", int(port)))) for _ in "123"
+        ]  # the first says nothing at all
+        streams[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+        for part in (bytes.fromhex(token), (1).to_bytes(4, "big")):
+            streams[2].sendall(part)
+            time.sleep(0.1)
+        connections = waiting.result(timeout=30)
+        assert list(connections) == [1]
+        connections[1].close()
 
 
 def test_one_process_is_a_group_of_its_own() -> None:

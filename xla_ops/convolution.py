@@ -108,8 +108,8 @@ def by_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
-    *batch, height, width, _ = x.shape
-    return [((*batch, (height + 1) // 2, (width + 1) // 2, bias.shape[-1]), x.dtype)]
+    *batch, height, width, _ = x.shape  # the sizes as XLA has them: symbols have to be the same
+    return [((*batch, (height - 1) // 2 + 1, (width - 1) // 2 + 1, bias.shape[-1]), x.dtype)]
 
 
 def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> None:

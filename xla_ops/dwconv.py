@@ -125,8 +125,9 @@ def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
     neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
     """
     *batch, height, _width, _channels = x.shape
-    images = math.prod(n for n in batch if isinstance(n, int))  # symbolic ones are not known
-    return _in_chunks(x, kernel, max(1, min(8 // max(1, images), height // 4)))
+    images = math.prod(n for n in batch if isinstance(n, int))  # `jax.export` has symbols too
+    rows = height if isinstance(height, int) else 1
+    return _in_chunks(x, kernel, max(1, min(8 // max(1, images), rows // 4)))
 
 
 def _rows_and_scratch(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
@@ -141,7 +142,7 @@ def _in_chunks(x: jax.Array, kernel: jax.Array, chunks: int) -> Shapes:
 
 def _check(x: jax.Array, parameters: dict[str, jax.Array]) -> None:
     """Raises unless x and the parameters fit together."""
-    if x.ndim != 4 or min(x.shape[1:]) < 1:
+    if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected shape (N, H, W, C), a map not empty, got {x.shape}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")

@@ -47,11 +47,8 @@ def layer_norm(
     Reference: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
     """
     _check(x, scale, bias, epsilon)
-    operator, serving = (
-        LayerNorm(float(epsilon)),
-        _serving(_targets.NORM_FORWARD, x, implementation),
-    )
-    return forward(operator, implementation, serving, "", x, scale, bias)
+    serving = _serving(_targets.NORM_FORWARD, x, implementation)
+    return forward(LayerNorm(float(epsilon)), implementation, serving, "", x, scale, bias)
 
 
 def add_norm(
@@ -81,11 +78,8 @@ def add_norm(
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
     _check(x, scale, bias, epsilon, residual)
-    operator, serving = (
-        AddNorm(float(epsilon)),
-        _serving(_targets.ADD_NORM_FORWARD, x, implementation),
-    )
-    return forward(operator, implementation, serving, "", x, residual, scale, bias)
+    serving = _serving(_targets.ADD_NORM_FORWARD, x, implementation)
+    return forward(AddNorm(float(epsilon)), implementation, serving, "", x, residual, scale, bias)
 
 
 def norm_add(
@@ -116,17 +110,15 @@ def norm_add(
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
     _check(x, scale, bias, epsilon, residual)
-    operator, serving = (
-        NormAdd(float(epsilon)),
-        _serving(_targets.NORM_ADD_FORWARD, x, implementation),
-    )
-    return forward(operator, implementation, serving, "", x, residual, scale, bias)
+    serving = _serving(_targets.NORM_ADD_FORWARD, x, implementation)
+    return forward(NormAdd(float(epsilon)), implementation, serving, "", x, residual, scale, bias)
 
 
 def _serving(name: str, x: jax.Array, implementation: str | None) -> tuple[str, ...]:
     """Platforms whose kernel is to be taken."""
     serving = _ffi.serving(name)
-    if implementation is None and x.size < FEWEST_ON_CUDA:
+    known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
+    if implementation is None and not (known and x.size >= FEWEST_ON_CUDA):
         return tuple(platform for platform in serving if platform != "cuda")
     return serving
 

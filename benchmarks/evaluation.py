@@ -40,8 +40,9 @@ from internimage_jax.evaluate import evaluate
 from internimage_jax.evaluation_step import Step, make_step
 from internimage_jax.labels import ilsvrc2012_wnids, imagenet1k_classes
 from internimage_jax.model import InternImage
+from internimage_jax.normalize import normalize
 from internimage_jax.predictions import read_predictions
-from internimage_jax.preprocess import normalize, preprocess
+from internimage_jax.preprocess import preprocess
 from internimage_jax.pretrained import from_pretrained
 from internimage_jax.report import TIMES
 

@@ -1,4 +1,4 @@
-"""Writes a model: `model.safetensors` + `config.json` for this library, or a .pth for PyTorch.
+"""Writes a model as this library takes it: `model.safetensors` and `config.json`.
 
 Arrays are written one at a time as they come. What is complete is moved into place; until then it
 has another name beside its own, so that nobody ever sees half of it.

@@ -97,6 +97,12 @@ class InternImageConfig:
         for name in ("mlp_ratio", "cls_scale", "offset_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"config: {name} must be positive, got {getattr(self, name)}")
+        for name, channels in (("mlp_ratio", self.channels), ("cls_scale", self.level_channels(3))):
+            if int(channels * getattr(self, name)) < 1:
+                raise ValueError(
+                    f"config: {name} must leave at least one of {channels} channels, "
+                    f"got {getattr(self, name)}"
+                )
         for name in ("drop_rate", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be in [0, 1), got {getattr(self, name)}")

@@ -196,12 +196,20 @@ def _fields(lines: list[str]) -> Iterator[list[str]]:
     if "\t" in lines[0]:
         rows: Iterable[list[str]] = (line.split("\t", 1) for line in lines)
     elif "," in lines[0]:
-        rows = csv.reader(lines)
+        rows = map(_comma_separated, lines)
     else:
         rows = (line.rsplit(None, 1) for line in lines)
     for row in rows:
         name, *rest = row or [""]
         yield [name.strip(), *(rest or [""])]
+
+
+def _comma_separated(line: str) -> list[str]:
+    """A line's fields. By itself, since a quote that is not closed takes in all that follows."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a field of more than 128 KB
+        return [line]
 
 
 def _ground_truth(path: str, lines: list[str], meta: bytes | None) -> Labels:

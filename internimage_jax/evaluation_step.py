@@ -24,7 +24,7 @@ from internimage_jax.labels import (
     own_names,
 )
 from internimage_jax.model import InternImage
-from internimage_jax.preprocess import normalize
+from internimage_jax.normalize import normalize
 
 Parallel = Literal["pmap", "fsdp"]
 TOP = 5  # classes kept of each image

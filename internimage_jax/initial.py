@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ _XAVIER = re.compile(r".*\.dcn\.(input|output)_proj")
 
 
 def initial_values(
-    config: InternImageConfig, key: jax.Array, dtype: DTypeLike, only: Iterable[str] | None = None
+    config: InternImageConfig, key: jax.Array, dtype: DTypeLike
 ) -> dict[str, jax.Array | np.ndarray]:
     """Draws initial values as the official code does.
 
@@ -37,15 +37,13 @@ def initial_values(
         config: The architecture.
         key: A JAX PRNG key.
         dtype: Of the values; BatchNorm statistics are float32.
-        only: The paths wanted; None wants all.
 
     Returns:
         Values by path.
     """
     shapes = parameter_shapes(config)
-    paths = list(shapes) if only is None else list(only)
     dtype = jnp.dtype(dtype)
-    return {path: _value(path, shapes, config, (key, i), dtype) for i, path in enumerate(paths)}
+    return {path: _value(path, shapes, config, (key, i), dtype) for i, path in enumerate(shapes)}
 
 
 def _value(

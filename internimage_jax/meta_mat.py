@@ -26,7 +26,8 @@ MAX_BYTES = 2**27  # decompressed; the devkit's has 1.5 million
 def read_ilsvrc2012_ids(content: bytes) -> dict[int, str]:
     """Returns the WordNet id of each ILSVRC2012 id in a meta.mat. Ids above 1000 are inner nodes.
 
-    Raises ValueError for anything else than such a file.
+    Raises ValueError for anything else than such a file; of a damaged one also what struct, zlib
+    or an index raise.
     """
     if content[124:128] != b"\x00\x01IM":
         raise ValueError("no little-endian MATLAB 5 file")

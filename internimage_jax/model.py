@@ -171,8 +171,8 @@ class InternImage(nnx.Module):
             with as many.
 
     Raises:
-        ValueError: `implementation` is none of these, a dtype none of the four floating ones, or
-            there is not a name for each class.
+        ValueError: `implementation` is none of these, a dtype none of the four floating ones or
+            float64 where JAX has it off, or there is not a name for each class.
     """
 
     def __init__(
@@ -195,6 +195,10 @@ class InternImage(nnx.Module):
             if jnp.dtype(value) not in geometry.DTYPES:
                 names = ", ".join(map(str, geometry.DTYPES))
                 raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
+            if jnp.dtype(value) == np.float64 and not jax.config.read("jax_enable_x64"):
+                raise ValueError(
+                    f"{argument}: float64 wants jax.config.update('jax_enable_x64', True) before"
+                )
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)

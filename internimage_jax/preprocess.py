@@ -1,9 +1,9 @@
-"""From an image file to what the model reads: decode, resize, crop, normalise.
+"""From an image file to the pixels that the model reads: decode, resize, crop.
 
 The pixels are bit for bit those of the published evaluation: PIL decodes and converts to RGB,
 PIL's antialiased bicubic filter brings the short side to the image size, the middle square is cut
 out, and (v / 255 - mean) / std follows in float32. Images travel to the device as uint8 and are
-normalised there.
+normalised there (`normalize`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from typing import IO, Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from PIL import Image, UnidentifiedImageError
 
 from internimage_jax.image_files import one_line
@@ -236,29 +233,6 @@ def resize_and_crop(
         image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC)
     left = min(left, 0)  # what is missing on the left, to be padded
     return np.array(image.crop((left, top, left + crop, top + crop)))  # (crop, crop, 3)
-
-
-def normalize(pixels: np.ndarray | jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """Turn pixel values into model input: (v / 255 - mean) / std. Works inside `jit`.
-
-    pixels: uint8 (..., 3), RGB.
-    preprocessing: mean and std.
-
-    Returns float32 of the same shape, bit for bit what NumPy and PyTorch compute in float32. The
-    256 values of a channel are looked up: XLA's own arithmetic, which need not divide where we
-    write a division, gives two values in three other last bits.
-    Raises ValueError for other dtypes or a last axis that is not 3.
-    """
-    if pixels.dtype != np.uint8 or pixels.ndim < 1 or pixels.shape[-1] != 3:
-        raise ValueError(
-            f"pixels: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 with 3 channels last"
-        )
-    values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)  # (256, 1)
-    mean, std = (np.asarray(t, np.float32) for t in (preprocessing.mean, preprocessing.std))
-    table = jnp.asarray((values - mean) / std)  # (256, 3)
-    rows = jnp.asarray(pixels).astype(jnp.int32)  # (..., 3)
-    channels = lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)  # (..., 3)
-    return table.at[rows, channels].get(mode="promise_in_bounds")
 
 
 def _decode(file: IO[bytes], name: str) -> Image.Image:

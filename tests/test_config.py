@@ -76,6 +76,8 @@ def test_a_wrong_name_lists_the_closest():
         ({"depths": 4}, "depths must be a list of integers, got 4"),
         ({"groups": [3, 8, 16, 32]}, "groups must divide the channels of their level, got 3"),
         ({"num_classes": -1}, "num_classes must not be negative"),
+        ({"mlp_ratio": 1e-3}, "mlp_ratio must leave at least one of 64 channels, got 0.001"),
+        ({"cls_scale": 1e-3}, "cls_scale must leave at least one of 512 channels, got 0.001"),
         ({"offset_scale": 0}, "offset_scale must be positive"),
         ({"offset_scale": float("nan")}, "offset_scale must be positive"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\)"),

@@ -186,11 +186,12 @@ def test_an_error_is_one_line_even_if_a_name_has_two(tmp_path, capsys: Capture) 
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_converting_imports_neither_torch_nor_flax(tmp_path) -> None:
+def test_converting_imports_neither_torch_nor_jax(tmp_path) -> None:
     source = write(tmp_path / "hf", "hf-bin")
     code = (
         "import sys; from convert.__main__ import main; status = main(sys.argv[1:]);"
-        "print({'torch', 'flax', 'huggingface_hub', 'safetensors'} & set(sys.modules), status)"
+        "unwanted = {'torch', 'jax', 'flax', 'huggingface_hub', 'safetensors'};"
+        "print(unwanted & set(sys.modules), status)"
     )
     for out, more in (("out", []), ("out.pth", ["--to-torch"])):
         arguments = [sys.executable, "-c", code, str(source), str(tmp_path / out), *more]

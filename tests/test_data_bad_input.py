@@ -75,6 +75,8 @@ def test_images_without_a_label_file_say_what_was_looked_for(tmp_path: Path) -> 
         (f"{val(1)} 65\n{val(2)} -1\n", "FILE: no class: line 2: -1; expected"),
         (f"{val(1)} 65\n{val(2)} n00000001\n", "FILE: no class: line 2: n00000001; expected"),
         (f"{val(1)} 1\n{val(1)} 1\n{val(2)} 1\n", f"FILE: several labels for image {val(1)}"),
+        (f'{val(1)},1\n"{val(2)},1\n{val(3)},1\n', f"FILE: no class: line 2: {val(2)},1; expected"),
+        (f'{val(1)},1\n"{"9" * 200_000}', 'FILE: no class: line 2: "9999'),
         ("1\n0\n", "FILE: no class: line 2: 0; expected an ILSVRC2012 id from 1 to 1000"),
         ("1\n1001\n", "FILE: no class: line 2: 1001; expected an ILSVRC2012 id"),
         ("1\n2\n3\n", "DATA does not have image ILSVRC2012_val_00000003"),

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from xla_ops.dcnv3_kernel import DCNv3
+from xla_ops.geometry import Geometry
 
 REFERENCE = Path(__file__).parent / "reference" / "goldens"
 CASES = {case.pop("name"): case for case in json.loads((REFERENCE / "dcnv3_op.json").read_text())}
@@ -315,3 +317,34 @@ def test_missing_kernel_is_an_error_where_it_is_asked_for(monkeypatch: pytest.Mo
         xla_ops.dcnv3(x, offset, mask, group=2, implementation="kernel")
     xla_ops.dcnv3(x, offset, mask, group=2)
     assert xla_ops.status()["cpu"] == reason
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_handler_refuses_buffers_of_another_dtype(fused: bool, direction: str) -> None:
+    """`xla_ops.dcnv3` makes none; a program that was written otherwise may."""
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2, 1.0, False)
+    operator = DCNv3(geometry, fused)
+    target = operator.forward if direction == "forward" else operator.backward("cpu")
+    widths = (8, geometry.record.width) if fused else (8, 36, 18)
+    shapes = [(1, 4, 4, width) for width in (*widths, 8)[: len(target.operands)]]
+    operands = [jnp.ones(shape, jnp.float32) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(*a) for a in target.shapes(*operands)]
+    settings = {
+        name: np.array(value, np.int64) if isinstance(value, tuple) else value
+        for name, value in target.attributes
+    }
+
+    def run(operands: list, results: list) -> object:
+        return jax.block_until_ready(jax.ffi.ffi_call(target.name, results)(*operands, **settings))
+
+    run(operands, results)
+    for i in range(len(operands)):
+        if not (fused and i == 1):  # a record may be of another dtype than x
+            wrong = [a.astype(jnp.bfloat16) if i == j else a for j, a in enumerate(operands)]
+            with pytest.raises(jax.errors.JaxRuntimeError, match="not fit"):
+                run(wrong, results)
+    for i, right in enumerate(results):
+        other = jax.ShapeDtypeStruct(right.shape, jnp.bfloat16)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="not fit"):
+            run(operands, [other if i == j else a for j, a in enumerate(results)])

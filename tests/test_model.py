@@ -293,6 +293,12 @@ def test_what_is_not_used_is_not_computed():
     assert flops(lambda o: o.last_hidden_state) < flops(lambda o: o.logits)
 
 
+@pytest.mark.parametrize("argument", ["dtype", "param_dtype"])
+def test_float64_where_jax_has_it_off_is_an_error(argument):
+    with pytest.raises(ValueError, match=f"^{argument}: float64 wants .*jax_enable_x64"):
+        InternImage(SMALLEST, **{argument: "float64"})
+
+
 def test_a_model_is_exported_for_any_batch_and_image_size_on_any_platform():
     graphdef, state = nnx.split(recipe_model(SMALLEST).fused())
     function = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))

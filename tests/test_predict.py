@@ -20,8 +20,9 @@ from internimage_jax.commands.demo import write_checkpoint
 from internimage_jax.config import InternImageConfig
 from internimage_jax.image_files import IMAGE_SUFFIXES, find_images
 from internimage_jax.model import InternImage
+from internimage_jax.normalize import normalize
 from internimage_jax.predict import Predictor
-from internimage_jax.preprocess import load_image, normalize, resize_and_crop
+from internimage_jax.preprocess import load_image, resize_and_crop
 from internimage_jax.pretrained import from_pretrained
 
 CONFIG = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8), num_classes=12)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internimage_jax import preprocess as pre
-from internimage_jax.preprocess import Preprocessing, normalize
+from internimage_jax.normalize import normalize
+from internimage_jax.preprocess import Preprocessing
 from tests.images import noise
 
 # The published pixels

@@ -11,7 +11,7 @@ from flax import nnx
 
 from internimage_jax.config import InternImageConfig
 from internimage_jax.model import InternImage
-from internimage_jax.preprocess import normalize
+from internimage_jax.normalize import normalize
 from internimage_jax.report import TIMES
 
 CONFIG = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8))

@@ -23,7 +23,7 @@ cudaError_t backward(cudaStream_t stream, const Call& call, void* scratch);
 cudaError_t spread(cudaStream_t stream, const Call& call, void* scratch);
 
 // Whether a channel's gradient fits the shared memory of every GPU there is: then no scratch is needed.
-// xla_ops/_ffi.py has the same rule.
+// xla_ops/dcnv3_kernel.py has the same rule.
 bool is_small(const Call& call);
 
 // What a call has that these kernels do not take, or null. Each image's work has to count up to 2^31.

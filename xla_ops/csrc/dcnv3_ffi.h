@@ -13,7 +13,9 @@ namespace dcnv3 {
 
 namespace ffi = xla::ffi;
 
+using xla_ops::holds;
 using xla_ops::kVersion;
+using xla_ops::same;
 using xla_ops::type_of;
 
 using Geometry = ffi::Span<const int64_t>;  // see describe
@@ -54,8 +56,8 @@ inline ffi::Error describe(Geometry geometry, double offset_scale, Buffer x, Buf
   if (!type_of(x.element_type(), &call->type) || !type_of(points.element_type(), &call->points_type)) {
     return invalid("expected float32, float64, bfloat16 or float16");
   }
-  const bool same = call->type == call->points_type;
-  if (!same && (call->type == Type::kFloat64 || call->points_type == Type::kFloat64)) {
+  const bool mixed = call->type != call->points_type;
+  if (mixed && (call->type == Type::kFloat64 || call->points_type == Type::kFloat64)) {
     return invalid("float64 does not mix with another dtype");
   }
   call->x = x.untyped_data();
@@ -67,7 +69,7 @@ inline ffi::Error separate(Geometry geometry, double offset_scale, Buffer x, Buf
   if (ffi::Error error = describe(geometry, offset_scale, x, offset, call); error.failure()) return error;
   const Problem& s = call->problem;
   const int64_t n = s.group * s.points, positions = s.batch * s.positions();
-  if (offset.dimensions().back() != 2 * n || static_cast<int64_t>(mask.element_count()) != positions * n) {
+  if (offset.dimensions().back() != 2 * n || !holds(mask, positions * n, offset.element_type())) {
     return invalid("offset or mask does not fit");
   }
   call->offset = {offset.untyped_data(), 2 * n, 2 * s.points};
@@ -90,19 +92,18 @@ inline ffi::Error fused(Geometry geometry, double offset_scale, bool centre, Buf
 }
 
 // The calls of the four targets.
-inline ffi::Error output(Result y, Call* call) {
+inline ffi::Error output(Buffer x, Result y, Call* call) {
   const Problem& s = call->problem;
-  if (static_cast<int64_t>(y->element_count()) != s.batch * s.positions() * s.channels()) {
+  if (!holds(*y, s.batch * s.positions() * s.channels(), x.element_type())) {
     return invalid("the result does not fit");
   }
   call->y = y->untyped_data();
   return ffi::Error::Success();
 }
 
-inline ffi::Error gradients(Buffer dy, Result dx, Call* call) {
+inline ffi::Error gradients(Buffer x, Buffer dy, Result dx, Call* call) {
   const Problem& s = call->problem;
-  if (static_cast<int64_t>(dy.element_count()) != s.batch * s.positions() * s.channels() ||
-      static_cast<int64_t>(dx->element_count()) != s.batch * s.height * s.width * s.channels()) {
+  if (!holds(dy, s.batch * s.positions() * s.channels(), x.element_type()) || !same(*dx, x)) {
     return invalid("dy or dx does not fit");
   }
   call->dy = dy.untyped_data();
@@ -113,34 +114,34 @@ inline ffi::Error gradients(Buffer dy, Result dx, Call* call) {
 inline ffi::Error forward_call(Buffer x, Buffer offset, Buffer mask, Result y, Geometry geometry,
                                double offset_scale, Call* call) {
   ffi::Error error = separate(geometry, offset_scale, x, offset, mask, call);
-  return error.failure() ? error : output(y, call);
+  return error.failure() ? error : output(x, y, call);
 }
 
 inline ffi::Error backward_call(Buffer x, Buffer offset, Buffer mask, Buffer dy, Result dx, Result doffset,
                                 Result dmask, Geometry geometry, double offset_scale, Call* call) {
   ffi::Error error = separate(geometry, offset_scale, x, offset, mask, call);
   if (error.failure()) return error;
-  if (doffset->element_count() != offset.element_count() || dmask->element_count() != mask.element_count()) {
+  if (!same(*doffset, offset) || !same(*dmask, mask)) {
     return invalid("the gradients do not fit");
   }
   call->doffset = doffset->untyped_data();
   call->dweight = dmask->untyped_data();
-  return gradients(dy, dx, call);
+  return gradients(x, dy, dx, call);
 }
 
 inline ffi::Error fused_forward_call(Buffer x, Buffer record, Result y, Geometry geometry,
                                      double offset_scale, bool centre, Call* call) {
   ffi::Error error = fused(geometry, offset_scale, centre, x, record, call);
-  return error.failure() ? error : output(y, call);
+  return error.failure() ? error : output(x, y, call);
 }
 
 inline ffi::Error fused_backward_call(Buffer x, Buffer record, Buffer dy, Result dx, Result drecord,
                                       Geometry geometry, double offset_scale, bool centre, Call* call) {
   ffi::Error error = fused(geometry, offset_scale, centre, x, record, call);
   if (error.failure()) return error;
-  if (drecord->element_count() != record.element_count()) return invalid("the gradients do not fit");
+  if (!same(*drecord, record)) return invalid("the gradients do not fit");
   call->doffset = drecord->untyped_data();
-  return gradients(dy, dx, call);
+  return gradients(x, dy, dx, call);
 }
 
 }  // namespace dcnv3

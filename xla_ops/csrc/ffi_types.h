@@ -8,7 +8,7 @@
 
 namespace xla_ops {
 
-constexpr int64_t kVersion = 4;  // of the attributes and layouts, as in xla_ops/_ffi.py
+constexpr int64_t kVersion = 4;  // of the attributes and layouts, as in xla_ops/_targets.py
 
 inline bool type_of(xla::ffi::DataType dtype, Type* type) {
   switch (dtype) {
@@ -27,6 +27,10 @@ inline bool type_of(xla::ffi::DataType dtype, Type* type) {
     default:
       return false;
   }
+}
+
+inline bool holds(const xla::ffi::AnyBuffer& a, int64_t count, xla::ffi::DataType dtype) {
+  return static_cast<int64_t>(a.element_count()) == count && a.element_type() == dtype;
 }
 
 inline bool same(const xla::ffi::AnyBuffer& a, const xla::ffi::AnyBuffer& b) {

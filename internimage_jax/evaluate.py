@@ -38,10 +38,9 @@ from internimage_jax.evaluation_step import (
     Step,
     class_notes,
     make_step,
-    own_classes,
 )
 from internimage_jax.image_files import printable
-from internimage_jax.labels import NUM_CLASSES_1K
+from internimage_jax.labels import LabelClasses, own_classes
 from internimage_jax.loader import Batch, load_batches, prefetch_to_device
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import ImageResult, from_lines, to_lines
@@ -114,28 +113,11 @@ def evaluate(
     folder = None
     if output is not None:
         folder = EvaluationFolder(output, resume, group.index, group.count)
-    if labels is not None and isinstance(data, Dataset):
-        raise ValueError("labels: the data set given has labels, expected a path as data or None")
     own = _own_classes(model)
-    if isinstance(data, Dataset):
-        dataset = data
-    else:
-        dataset = open_dataset(data, labels=labels, class_names=own)
-    if dataset.class_names != own:
-        raise ValueError(
-            f"{printable(dataset.source)}: its labels are of {_whose(dataset.class_names)}, and "
-            f"the model has {_whose(own)}; open_dataset takes `class_names`"
-        )
+    dataset = _opened(data, labels, own)
     chosen = _evenly_spaced(len(dataset), num_images)
-    notes: tuple[str, ...] = tuple(dataset.notes)
-    if isinstance(model, InternImage):
-        weights = array_digests(model)
-    else:
-        path = locate(model)
-        model = from_pretrained(path, dtype=dtype, implementation=implementation)
-        weights = file_digests(path)
-        notes += conversion_notes(path)
-    notes += class_notes(model.config.num_classes, own)
+    model, weights, conversion = _loaded(model, dtype, implementation)
+    notes = (*dataset.notes, *conversion, *class_notes(model.config.num_classes, own))
     settings = {
         **model_settings(model, weights, own),
         **dataset_settings(dataset, chosen),
@@ -150,11 +132,7 @@ def evaluate(
 
     together = batch_size * jax.local_device_count()
     done = [] if folder is None else folder.done(settings, together, len(part))
-    count = NUM_CLASSES_1K if own is None else len(own)
-    if [(one.index, one.file, one.labels) for one in done] != [
-        (i, dataset.names[i], tuple(dataset.labels[i])) for i in part[: len(done)]
-    ] or any(best >= count for one in done for best in one.top5):
-        raise ValueError(f"{output}: its predictions are not of these images, in this order")
+    _check_done(done, dataset, part, output)
     loop = _Loop(dataset, model, done, len(part), folder, group, progress)
     if len(done) < len(part):
         batches = load_batches(
@@ -200,6 +178,52 @@ def _own_classes(model: InternImage | str | os.PathLike[str]) -> tuple[str, ...]
         return None
     with open_source(model) as opened:
         return own_classes(opened.name, opened.config.num_classes, opened.classes)
+
+
+def _opened(
+    data: Dataset | str | os.PathLike[str],
+    labels: str | os.PathLike[str] | None,
+    own: tuple[str, ...] | None,
+) -> Dataset:
+    """The dataset, whose classes are the model's: its `own`, or ImageNet's."""
+    if labels is not None and isinstance(data, Dataset):
+        raise ValueError("labels: the data set given has labels, expected a path as data or None")
+    if not isinstance(data, Dataset):
+        data = open_dataset(data, labels=labels, class_names=own)
+    if data.class_names != own:
+        raise ValueError(
+            f"{printable(data.source)}: its labels are of {_whose(data.class_names)}, and "
+            f"the model has {_whose(own)}; open_dataset takes `class_names`"
+        )
+    return data
+
+
+def _loaded(
+    model: InternImage | str | os.PathLike[str],
+    dtype: DTypeLike,
+    implementation: xla_ops.Implementation | None,
+) -> tuple[InternImage, Any, tuple[str, ...]]:
+    """The model, digests of its weights, and what a report has to say of its conversion."""
+    if isinstance(model, InternImage):
+        return model, array_digests(model), ()
+    path = locate(model)
+    loaded = from_pretrained(path, dtype=dtype, implementation=implementation)
+    return loaded, file_digests(path), conversion_notes(path)
+
+
+def _check_done(
+    done: Sequence[ImageResult],
+    dataset: Dataset,
+    part: Sequence[int],
+    output: str | os.PathLike[str] | None,
+) -> None:
+    """Raises unless these predictions are of the first images of this process's part."""
+    wanted = [(i, dataset.names[i], tuple(dataset.labels[i])) for i in part[: len(done)]]
+    classes = LabelClasses(dataset.class_names).count
+    if [(one.index, one.file, one.labels) for one in done] != wanted or any(
+        best >= classes for one in done for best in one.top5
+    ):
+        raise ValueError(f"{output}: its predictions are not of these images, in this order")
 
 
 def _whose(names: tuple[str, ...] | None) -> str:

@@ -21,7 +21,7 @@ from internimage_jax.labels import (
     NUM_CLASSES_1K,
     NUM_CLASSES_22K,
     map_22k_to_1k,
-    own_names,
+    own_classes,
 )
 from internimage_jax.model import InternImage
 from internimage_jax.normalize import normalize
@@ -172,28 +172,6 @@ def make_step(
         return compiled(leaves, pixels, labels)
 
     return Step(run, spread, devices, batch_size * len(devices), labels)
-
-
-def own_classes(
-    name: str, num_classes: int, classes: Sequence[str] | None
-) -> tuple[str, ...] | None:
-    """Returns the names of a model's classes where they are its own, None where ImageNet's.
-
-    Args:
-        name: Of the model.
-        num_classes: How many it has.
-        classes: Their names, if it has any.
-
-    Raises:
-        ValueError: It cannot be said which classes they are.
-    """
-    if classes is None and num_classes not in (NUM_CLASSES_1K, NUM_CLASSES_22K):
-        raise ValueError(
-            f"{name}: has {num_classes} classes without names, expected {NUM_CLASSES_1K} "
-            f"(ImageNet-1K), {NUM_CLASSES_22K} (ImageNet-22K) or names (`classes` of "
-            "from_pretrained; save_pretrained keeps them), which labels can be compared with"
-        )
-    return own_names(classes)
 
 
 def class_notes(num_classes: int, own: Sequence[str] | None) -> tuple[str, ...]:

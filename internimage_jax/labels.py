@@ -84,7 +84,7 @@ def class_subsets() -> Mapping[str, tuple[int, ...]]:
 
 
 def own_names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Returns the names of a model's classes where they are its own, None where ImageNet's."""
+    """Returns the names of classes where they are not ImageNet's."""
     if classes is None:
         return None
     if len(classes) in (NUM_CLASSES_1K, NUM_CLASSES_22K):
@@ -92,6 +92,28 @@ def own_names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
         if all(one.wnid is None or one.name == name for one, name in pairs):
             return None
     return tuple(classes)
+
+
+def own_classes(
+    name: str, num_classes: int, classes: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes where they are its own, None where ImageNet's.
+
+    Args:
+        name: Of the model.
+        num_classes: How many it has.
+        classes: Their names, if it has any.
+
+    Raises:
+        ValueError: It cannot be said which classes they are.
+    """
+    if classes is None and num_classes not in (NUM_CLASSES_1K, NUM_CLASSES_22K):
+        raise ValueError(
+            f"{name}: has {num_classes} classes without names, expected {NUM_CLASSES_1K} "
+            f"(ImageNet-1K), {NUM_CLASSES_22K} (ImageNet-22K) or names (`classes` of "
+            "from_pretrained; save_pretrained keeps them), which labels can be compared with"
+        )
+    return own_names(classes)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from internimage_jax.__main__ import main
 from internimage_jax.config import InternImageConfig
 from internimage_jax.data import open_dataset
 from internimage_jax.evaluate import evaluate
-from internimage_jax.evaluation_step import own_classes
-from internimage_jax.labels import class_names
+from internimage_jax.labels import class_names, own_classes
 from internimage_jax.model import InternImage
 from tests.dataset_files import encoded, write_folder, write_parquet, write_tar
 

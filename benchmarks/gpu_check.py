@@ -110,6 +110,11 @@ product = jax.jit(lambda *a: xla_ops.linear(*a, gelu=True, implementation="kerne
 for rows, outputs in ((81, 136), (1600, 264), (6500, 264)):
     x, w, b = (jnp.ones(s, "bfloat16") for s in ((1, 1, rows, 136), (136, outputs), outputs))
     jax.block_until_ready(product(x, w, b))
+if "cuda" in xla_ops._ffi.serving("internimage_mlp_forward"):  # compute capability 9.0
+    both = jax.jit(lambda *a: xla_ops.mlp(*a, implementation="kernel"))
+    for c in (64, 80):
+        shapes = ((1, 1, 9999, c), (c, 4 * c), 4 * c, (4 * c, c), c)
+        jax.block_until_ready(both(*(jnp.ones(s, "bfloat16") for s in shapes)))
 """
 
 
@@ -120,9 +125,8 @@ def sanitize(options: argparse.Namespace) -> Rows:
         if not os.access(tool, os.X_OK):
             return {"skipped": "no compute-sanitizer"}
         command = [tool, "--tool", kind]
-        command += [
-            f"--kernel-name=kernel_substring={name}" for name in ("dcnv3", "dwconv", "gelu", "norm")
-        ]
+        names = ("dcnv3", "dwconv", "gelu", "norm", "linear", "mlp")
+        command += [f"--kernel-name=kernel_substring={name}" for name in names]
         command += ["--error-exitcode", "9", sys.executable, "-c", SANITIZED]
         # One that was stopped may leave its program and what memory that has.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internimage_jax.common import Context, along_channels, at_least_float32
+from internimage_jax.common import Context, along_channels, widened
 from internimage_jax.shapes import CLIP_OUT, CLIP_WIDTH
 
 _HEADS = 16
@@ -36,7 +36,7 @@ class CrossAttention(nnx.Module):
         k = heads(self.k, self.k_bias, key)
         v = heads(self.v, self.v_bias, value)
         scores = jnp.einsum("nqhc,nlhc->nhql", q * q.shape[-1] ** -0.5, k)
-        weights = jax.nn.softmax(at_least_float32(scores)).astype(v.dtype)
+        weights = jax.nn.softmax(widened(scores)).astype(v.dtype)
         x = jnp.einsum("nhql,nlhc->nqhc", weights, v)
         return self.proj(x.reshape(*x.shape[:2], CLIP_WIDTH))
 

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 import xla_ops
 from internimage_jax.config import InternImageConfig
-from xla_ops import geometry
 from xla_ops.gelu_jnp import gelu
+from xla_ops.operands import at_least_float32
 
 
 def _shape_only(key: Any, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -227,7 +227,7 @@ def normalize_add(
 
 def scaled(norm: nnx.LayerNorm, factors: nnx.Param) -> list[jax.Array]:
     """Scale and bias, at least float32, of a norm whose result is `norm`'s times `factors` (C,)."""
-    dtype = geometry.at_least_float32(jnp.dtype(norm.dtype))
+    dtype = at_least_float32(jnp.dtype(norm.dtype))
     factor, *vectors = (on_host(a).astype(dtype) for a in (factors, norm.scale, norm.bias))
     return [jnp.asarray(vector * factor) for vector in vectors]
 
@@ -256,9 +256,9 @@ def _drop(
     return x * (kept.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
+def widened(x: jax.Array) -> jax.Array:
     """`x`, in float32 if it is in half precision."""
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    return x.astype(at_least_float32(x.dtype))
 
 
 def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:
@@ -274,7 +274,7 @@ def operand(x: jax.Array, parameter: nnx.Param | None) -> jax.Array:
     are: the kernels widen what they read, and on a GPU each conversion would be a launch.
     """
     assert parameter is not None  # as above
-    value, sums = parameter[...], geometry.at_least_float32(x.dtype)
+    value, sums = parameter[...], at_least_float32(x.dtype)
     return value if value.dtype in (x.dtype, sums) else value.astype(sums)
 
 

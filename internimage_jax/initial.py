@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
@@ -12,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from internimage_jax.config import InternImageConfig
 from internimage_jax.shapes import Shape, parameter_shapes
+from xla_ops.operands import at_least_float32
 
 _Key = tuple[jax.Array, int]  # a PRNG key and the index of the array
 
@@ -36,7 +37,7 @@ def initial_values(
     Args:
         config: The architecture.
         key: A JAX PRNG key.
-        dtype: Of the values; BatchNorm statistics are float32.
+        dtype: Of the values; BatchNorm statistics are at least float32.
 
     Returns:
         Values by path.
@@ -52,7 +53,7 @@ def _value(
     shape = shapes[path]
     module, _, leaf = path.rpartition(".")
     if leaf in ("mean", "var"):
-        return np.full(shape, leaf == "var", np.float32)
+        return np.full(shape, leaf == "var", at_least_float32(dtype))
     if leaf in ("gamma1", "gamma2"):
         return np.full(shape, config.layer_scale, dtype)
     if leaf in ("kernel", "bias") and _CONVOLUTION.fullmatch(module):
@@ -69,21 +70,29 @@ def _draw(
 ) -> jax.Array | np.ndarray:
     """Normal values of deviation `scale`, or uniform ones within it."""
     size = math.prod(shape)
-    padded = 1 << (size - 1).bit_length()  # a model has 60 shapes but 20 of these to compile for
-    values = (_normal if normal else _uniform)(*key, padded, dtype)
-    with contextlib.suppress(jax.errors.TracerArrayConversionError):
-        values = np.asarray(values)  # no more to compile
+    block = next((block for block in _BLOCKS if size <= 32 * block), _BLOCKS[-1])
+    draw = _normal if normal else _uniform
+    blocks = [draw(*key, i, block, dtype) for i in range(-(-size // block))]
+    values = (np if not any(isinstance(one, Tracer) for one in blocks) else jnp).concatenate(blocks)
     return (values[:size].reshape(shape) * scale).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _normal(key: jax.Array, index: int, size: int, dtype: np.dtype) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(key, index), (size,), dtype)
+# Values that are drawn at a time: a model has 60 shapes, and each size is a program to compile.
+_BLOCKS = (1 << 12, 1 << 17, 1 << 22)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _uniform(key: jax.Array, index: int, size: int, dtype: np.dtype) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(key, index), (size,), dtype, -1, 1)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _normal(key: jax.Array, index: int, block: int, size: int, dtype: np.dtype) -> jax.Array:
+    return jax.random.normal(_key_of(key, index, block), (size,), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _uniform(key: jax.Array, index: int, block: int, size: int, dtype: np.dtype) -> jax.Array:
+    return jax.random.uniform(_key_of(key, index, block), (size,), dtype, -1, 1)
+
+
+def _key_of(key: jax.Array, index: int, block: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, index), block)
 
 
 def fill(model: nnx.Module, values: Mapping[str, jax.Array | np.ndarray]) -> None:

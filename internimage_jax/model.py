@@ -23,19 +23,19 @@ from internimage_jax.common import (
     Context,
     activate,
     apply,
-    at_least_float32,
     dropout,
     normalize,
     put_in_panels,
     split,
+    widened,
 )
 from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
 from internimage_jax.labels import checked_names
 from internimage_jax.layers import DownsampleLayer, InternImageLayer, StemLayer
 from internimage_jax.preprocess import Preprocessing
-from xla_ops import geometry
 from xla_ops.custom_call import forward_mode_named
+from xla_ops.operands import DTYPES
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "with_cp", "train"))
@@ -58,9 +58,9 @@ def _traced_once(
 
     def call(state, x, normalized, key, drop_path_rate):
         layer, following = nnx.merge(graphdef, state)
-        results = layer(
-            *(x, normalized, following), train=train, key=key, drop_path_rate=drop_path_rate
-        )
+        # By name: `nnx.tabulate` cannot show a None beside a module among positional arguments.
+        context = {"normalized": normalized, "following": following, "key": key}
+        results = layer(x, **context, train=train, drop_path_rate=drop_path_rate)
         return results, nnx.state(layer, nnx.BatchStat)
 
     # With `with_cp` nothing is kept for the backward pass but the layer's input.
@@ -192,8 +192,8 @@ class InternImage(nnx.Module):
                 f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
             )
         for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if jnp.dtype(value) not in geometry.DTYPES:
-                names = ", ".join(map(str, geometry.DTYPES))
+            if jnp.dtype(value) not in DTYPES:
+                names = ", ".join(map(str, DTYPES))
                 raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
             if jnp.dtype(value) == np.float64 and not jax.config.read("jax_enable_x64"):
                 raise ValueError(
@@ -226,7 +226,7 @@ class InternImage(nnx.Module):
             images: (N, H, W, 3), normalised as in `internimage_jax.preprocess`; any floating dtype.
                 H and G want sides that are multiples of 32.
             train: Uses batch statistics in BatchNorms, and updates the running ones; drops out at
-                the rates of the config.
+                the rates of the config. NNX's `model.train()` and `model.eval()` do not count.
             key: Source of the dropout, a JAX PRNG key; needed in training if a rate is above 0.
 
         Returns:
@@ -255,7 +255,7 @@ class InternImage(nnx.Module):
             pooled = self.clip_head(maps[2], maps[3])
         else:
             pooled = self.conv_head(maps[3], train=train)
-        return InternImageOutput(at_least_float32(self.head(pooled)), pooled, maps, maps[-1])
+        return InternImageOutput(widened(self.head(pooled)), pooled, maps, maps[-1])
 
     def features(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -305,6 +305,12 @@ class InternImage(nnx.Module):
             raise ValueError(f"images: expected normalised floats, got {images.dtype}")
         if 0 in images.shape[1:3]:
             raise ValueError(f"images: expected sides of at least 1, got {images.shape}")
+        if key is not None and not isinstance(key, jax.Array | np.ndarray):
+            raise ValueError(
+                f"key: expected a JAX PRNG key, such as jax.random.key(0), got {type(key).__name__}"
+            )
+        if isinstance(self.patch_embed.conv1.kernel.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError("model: has no values; give it `rngs`, or use create_model")
         if train and key is None and (self.config.drop_rate or self.config.drop_path_rate):
             raise ValueError(
                 "key: training with drop_rate or drop_path_rate needs a PRNG key, got None"

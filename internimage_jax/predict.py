@@ -69,18 +69,19 @@ class Predictor:
     Args:
         model: With classes. The predictor keeps the parameters that it has now.
         batch_size: Images at a time.
-        topk: How many classes a prediction has.
+        topk: How many classes a prediction has; None is five, or all of fewer.
 
     Raises:
         ValueError: The model has no classes, or a number is out of range.
     """
 
-    def __init__(self, model: InternImage, *, batch_size: int = 8, topk: int = 5):
+    def __init__(self, model: InternImage, *, batch_size: int = 8, topk: int | None = None):
         num_classes = model.config.num_classes
         if num_classes == 0:
             raise ValueError("model: has no classes (num_classes is 0), predictions need some")
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        topk = min(5, num_classes) if topk is None else topk
         if not 1 <= topk <= num_classes:
             raise ValueError(
                 f"topk: got {topk}, expected 1 to {num_classes}, the model's number of classes"

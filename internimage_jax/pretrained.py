@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ def create_model(
     classes: Sequence[str] | None = None,
     drop_path_rate: float | None = None,
     with_cp: bool | None = None,
+    image_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     implementation: xla_ops.Implementation | None = None,
@@ -58,6 +60,8 @@ def create_model(
         drop_path_rate: Of stochastic depth in training; None keeps the config's, which in those of
             the released models is 0.
         with_cp: Whether training recomputes what is within a layer; None keeps the config's.
+        image_size: Side of the images that `Predictor` and `evaluate` make, in pixels; None is the
+            released model's, 224 for a config.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters; None is `dtype`.
         implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
@@ -71,7 +75,7 @@ def create_model(
             range.
     """
     if isinstance(model, InternImageConfig):
-        name, config, preprocessing = "internimage", model, None
+        name, config, preprocessing = "internimage", model, Preprocessing(224)
     else:
         released = released_model(model)
         name, config = released.name, released.config
@@ -85,13 +89,23 @@ def create_model(
         implementation=implementation,
         rngs=nnx.Rngs(seed),
         name=name,
-        preprocessing=preprocessing,
+        preprocessing=_of_size(preprocessing, image_size),
         classes=classes,
     )
 
 
 def _changed(config: InternImageConfig, **values: Any) -> InternImageConfig:
     return config.replace(**{name: value for name, value in values.items() if value is not None})
+
+
+def _of_size(preprocessing: Preprocessing, image_size: int | None) -> Preprocessing:
+    """The same for images of another size, cut out of as large a part of the picture."""
+    if image_size is None:
+        return preprocessing
+    short = preprocessing.resize_size
+    if short is not None:
+        short = round(short * image_size / preprocessing.image_size)
+    return dataclasses.replace(preprocessing, image_size=image_size, resize_size=short)
 
 
 def from_pretrained(
@@ -104,6 +118,7 @@ def from_pretrained(
     to_1k: bool = False,
     drop_path_rate: float | None = None,
     with_cp: bool | None = None,
+    image_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     implementation: xla_ops.Implementation | None = None,
@@ -129,6 +144,8 @@ def from_pretrained(
         drop_path_rate: Of stochastic depth in training; None keeps the checkpoint's, which of the
             released models is 0.
         with_cp: Whether training recomputes what is within a layer; None keeps the checkpoint's.
+        image_size: Side of the images that `Predictor` and `evaluate` make, in pixels; None keeps
+            the checkpoint's.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters; None is `dtype`.
         implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
@@ -157,7 +174,7 @@ def from_pretrained(
             param_dtype=param_dtype,
             implementation=implementation,
             name=opened.name,
-            preprocessing=opened.preprocessing,
+            preprocessing=_of_size(opened.preprocessing, image_size),
             classes=opened.classes if classes is None else classes,
         )
         values = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 
 import jax
@@ -23,7 +24,6 @@ from tests.support import (
     reference,
     reference_config,
 )
-from xla_ops import _targets
 
 # Models whose golden was recorded in float32: it is itself 1e-5 of its rms away from exact.
 FLOAT32_GOLDENS = [n for n in RELEASED if "22k_384" in n or n[12] in "hg"]
@@ -202,6 +202,22 @@ def test_images_that_do_not_fit_are_named(x, message):
         InternImage(SMALLEST, rngs=nnx.Rngs(0))(x)
 
 
+@pytest.mark.parametrize("key", [0, nnx.Rngs(0)])
+def test_what_is_no_key_is_named(key):
+    with pytest.raises(ValueError, match=f"key: expected a JAX PRNG key.*{type(key).__name__}"):
+        InternImage(SMALLEST, rngs=nnx.Rngs(0))(images(), train=True, key=key)
+
+
+def test_a_model_without_values_says_so():
+    with pytest.raises(ValueError, match="model: has no values; give it `rngs`"):
+        InternImage(SMALLEST)(images())
+
+
+def test_a_model_can_be_tabulated():
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    assert "conv_head" in nnx.tabulate(model, images(1), depth=1)
+
+
 def test_forward_mode_of_a_model_names_the_form_that_has_it():
     model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
     served = xla_ops.status()["cpu"].implementation == "kernel"
@@ -302,11 +318,9 @@ def test_float64_where_jax_has_it_off_is_an_error(argument):
 def test_a_model_is_exported_for_any_batch_and_image_size_on_any_platform():
     graphdef, state = nnx.split(recipe_model(SMALLEST).fused())
     function = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
-    kernels = [name for name in vars(_targets).values() if str(name).startswith("internimage_")]
-    named = [jax.export.DisabledSafetyCheck.custom_call(name) for name in kernels]
     sizes = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, w, 3"), jnp.float32)
-    platforms = ["cpu", "cuda", "tpu"]
-    exported = jax.export.export(function, platforms=platforms, disabled_checks=named)(state, sizes)
+    export = functools.partial(jax.export.export, disabled_checks=xla_ops.export_checks())
+    exported = export(function, platforms=["cpu", "cuda", "tpu"])(state, sizes)
     for size in ((2, 32, 32), (1, 37, 70)):
         x = images(*size)
         assert error(exported.call(state, x), function(state, x)) < 1e-6

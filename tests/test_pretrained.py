@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from convert import convert
+from internimage_jax import initial
 from internimage_jax.config import RELEASED, InternImageConfig, ReleasedModel
 from internimage_jax.model import InternImage
 from internimage_jax.predict import Predictor
@@ -110,6 +111,21 @@ def test_how_a_model_is_trained_can_be_said_when_it_is_loaded(layout, tmp_path) 
         from_pretrained(source, model=named, drop_path_rate=1.5)
     fresh = create_model(CONFIG, drop_path_rate=0.3, with_cp=True)
     assert fresh.config == CONFIG.replace(drop_path_rate=0.3, with_cp=True)
+
+
+def test_the_size_of_a_models_images_can_be_said(tmp_path) -> None:
+    source = write(tmp_path / "hf", "hf")
+    model = from_pretrained(source, image_size=48)
+    assert model.preprocessing == Preprocessing(48)
+    save_pretrained(model, tmp_path / "saved")
+    assert from_pretrained(tmp_path / "saved").preprocessing == Preprocessing(48)
+    assert create_model(CONFIG, image_size=48).preprocessing == Preprocessing(48)
+    with pytest.raises(ValueError, match="image_size: got 0, expected"):
+        create_model(CONFIG, image_size=0)
+    model.preprocessing = Preprocessing(48, resize_size=60)
+    save_pretrained(model, tmp_path / "cropped")
+    resized = from_pretrained(tmp_path / "cropped", image_size=96).preprocessing
+    assert resized == Preprocessing(96, resize_size=120)
 
 
 # ---- save_pretrained
@@ -263,6 +279,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others() -> None
     for name, array in first.items():
         constant = array.min() == array.max()
         assert constant == np.array_equal(array, other[name]), name
+
+
+def test_large_arrays_are_drawn_in_pieces_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "_BLOCKS", (2, 4))  # up to 64 values in twos, more in fours
+
+    def drawn(shape: tuple[int, ...]) -> np.ndarray | jax.Array:
+        return initial._draw((jax.random.key(0), 7), shape, np.dtype(np.float32), 0.5)
+
+    for shape, each in (((8, 8), 2), ((7, 13), 4)):
+        array = np.asarray(drawn(shape))
+        pieces = array.ravel()[: array.size // each * each].reshape(-1, each)
+        assert len(np.unique(pieces, axis=0)) == len(pieces)
+        traced = jax.jit(drawn, static_argnums=0)(shape)
+        np.testing.assert_allclose(array, traced, rtol=1e-6)
 
 
 def test_no_two_parameters_have_the_same_draws() -> None:

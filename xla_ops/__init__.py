@@ -1,6 +1,6 @@
 """The operators of InternImage for JAX: DCNv3, and the layers around it that gain by a kernel."""
 
-from xla_ops._ffi import Status, status
+from xla_ops._ffi import Status, export_checks, status
 from xla_ops.bias_gelu import bias_gelu
 from xla_ops.convolution import convolution
 from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
@@ -23,6 +23,7 @@ __all__ = [
     "dcnv3_fused",
     "depthwise_convolution",
     "dwconv_norm_gelu",
+    "export_checks",
     "in_panels",
     "layer_norm",
     "linear",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from xla_ops import _trial
-from xla_ops._targets import VERSION
+from xla_ops._targets import ALL, VERSION
 
 # As JAX names them; the module with a platform's handlers is `_cpu` or `_cuda`.
 PLATFORMS = ("cpu", "cuda")
@@ -46,6 +46,17 @@ class _Loaded(NamedTuple):
 def status() -> dict[str, Status]:
     """Tells what serves on each platform that has a kernel, and why where it is not the kernel."""
     return {platform: _load(platform).status for platform in PLATFORMS}
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export` takes as `disabled_checks` for programs that have kernels.
+
+    It names all custom calls of this package, whose attributes and layouts are those of its version
+    alone. So what is exported is to be called beside the same version, after `xla_ops.status()`,
+    which registers the kernels, and by a processor or GPU that has what the kernels want here.
+    Programs of the jnp forms (models of `implementation="gather"`) want none of this.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in ALL]
 
 
 def reasons() -> str:

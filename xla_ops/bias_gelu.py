@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import numpy as np
 
 from xla_ops import _targets
-from xla_ops.custom_call import Arrays, Shapes, Target, call
+from xla_ops.custom_call import Arrays, Target, call
 from xla_ops.gelu_jnp import gelu
-from xla_ops.geometry import DTYPES, at_least_float32
+from xla_ops.operands import ATTRIBUTES, at_least_float32, check_dtype, like_first
 
 
 def bias_gelu(
@@ -28,8 +27,7 @@ def bias_gelu(
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
         bias: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
-        implementation: As for `xla_ops.dwconv_norm_gelu`; the targets to name for `jax.export` are
-            "internimage_bias_gelu_forward" and "internimage_bias_gelu_backward".
+        implementation: As for `xla_ops.dwconv_norm_gelu`.
 
     Returns:
         (N, H, W, C) of x's dtype, computed in float32 for bfloat16 and float16.
@@ -41,8 +39,7 @@ def bias_gelu(
     """
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_dtype(x)
     real = at_least_float32(x.dtype)
     if bias.shape != x.shape[-1:] or bias.dtype not in (x.dtype, real):
         also = f" or {real}" if real != x.dtype else ""
@@ -61,11 +58,11 @@ class BiasGelu:
 
     @property
     def forward(self) -> Target:
-        return Target(_targets.GELU_FORWARD, (3, 1), (3,), _like_x, _ATTRIBUTES, shared=(1,))
+        return Target(_targets.GELU_FORWARD, (3, 1), (3,), like_first, ATTRIBUTES, shared=(1,))
 
     def backward(self, platform: str) -> Target:
         del platform  # they all have the same
-        return Target(_targets.GELU_BACKWARD, (3, 1, 3), (3,), _like_x, _ATTRIBUTES, shared=(1,))
+        return Target(_targets.GELU_BACKWARD, (3, 1, 3), (3,), like_first, ATTRIBUTES, shared=(1,))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, bias = operands
@@ -76,10 +73,3 @@ class BiasGelu:
     def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
         (x, bias), (dx,) = operands, results
         return dx, dx.astype(at_least_float32(x.dtype)).sum((0, 1, 2)).astype(bias.dtype)
-
-
-_ATTRIBUTES = (("version", np.int64(_targets.VERSION)),)
-
-
-def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:
-    return [(x.shape, x.dtype)]

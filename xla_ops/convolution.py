@@ -7,13 +7,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
-from xla_ops.geometry import DTYPES
 from xla_ops.linear import check_kernel
+from xla_ops.operands import ATTRIBUTES, are_known, check_dtype
 from xla_ops.panels import from_panels
 
 # Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
@@ -43,8 +42,7 @@ def convolution(
         bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16; None for none, not with
             panels.
         implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None takes
-            it where it is known to serve. For `jax.export` the target to name is
-            "internimage_convolution_forward".
+            it where it is known to serve.
 
     Returns:
         (N, (H + 1) // 2, (W + 1) // 2, K) of x's dtype.
@@ -72,17 +70,14 @@ class Convolution:
 
     @property
     def forward(self) -> Target:
-        attributes = (("version", np.int64(_targets.VERSION)),)
-        target = _targets.CONVOLUTION_FORWARD
-        axes = (3, 3 if self.panels else 4, 1)
-        return Target(target, axes, (3,), _result, attributes, shared=(1, 2))
+        target, axes = _targets.CONVOLUTION_FORWARD, (3, 3 if self.panels else 4, 1)
+        return Target(target, axes, (3,), _result, ATTRIBUTES, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias = operands
         if self.panels:
             kernel = from_panels(kernel, len(bias)).reshape(3, 3, x.shape[-1], len(bias))
-        known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
-        if not known or 9 / 4 * x.size * x.dtype.itemsize > self.largest_patches:
+        if not are_known(x.shape) or 9 / 4 * x.size * x.dtype.itemsize > self.largest_patches:
             y = by_xla(x, kernel)
         else:
             y = lax.platform_dependent(x, kernel, cuda=by_patches, default=by_xla)
@@ -115,6 +110,5 @@ def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
 def _check(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> None:
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected shape (N, H, W, C), H, W and C at least 1, got {x.shape}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_dtype(x)
     check_kernel(x.dtype, kernel, bias, (3, 3, x.shape[-1]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
@@ -26,10 +26,10 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xla_ops import _ffi
+from xla_ops.operands import Shapes, varying_alike
 
 Arrays = tuple[jax.Array, ...]
 Function = Callable[..., Any]
-Shapes = Sequence[tuple[tuple[int, ...], np.dtype]]
 
 
 class Target(NamedTuple):
@@ -91,21 +91,12 @@ def call(operator: Operator, implementation: str | None, *operands: jax.Array) -
         ValueError: No such implementation, no kernel where one is asked for, or forward mode, which
             a kernel does not have.
     """
-    plain = operator.plain
-    if implementation not in ("kernel", plain, None):
-        raise ValueError(
-            f"implementation: expected 'kernel', {plain!r} or None, got {implementation!r}"
-        )
     serving = _ffi.serving(operator.forward.name)
-    if implementation == "kernel" and not serving:
-        raise ValueError(
-            f"implementation: no 'kernel' to serve here ({_ffi.reasons()}); use {plain!r} or None"
-        )
-    if implementation == plain or not serving:
+    form = _chosen(operator, operator.plain, implementation, serving)
+    if form is None:
         return _by_definition(operator, *operands)
-    form = _Form(operator, serving, implementation is None)
-    with forward_mode_named(plain):
-        return _differentiable(form, *_varying_alike(*operands))
+    with forward_mode_named(operator.plain):
+        return _differentiable(form, *varying_alike(*operands))
 
 
 def forward(
@@ -120,20 +111,33 @@ def forward(
     `platforms` are those whose kernel serves and takes the operands; `refusal` says why others do
     not, "" that there are none. Under differentiation it is the definition everywhere.
     """
-    if implementation not in ("kernel", "jnp", None):
+    form = _chosen(operator, "jnp", implementation, platforms, refusal)
+    if form is None:
+        return _by_definition(operator, *operands)
+    with forward_mode_named("jnp"):
+        return _differentiable_by_definition(form, *operands)
+
+
+def _chosen(
+    operator: Forward,
+    plain: str,
+    implementation: str | None,
+    platforms: tuple[str, ...],
+    refusal: str = "",
+) -> _Form | None:
+    """The form with the kernel, or None for the definition, which is called `plain`."""
+    if implementation not in ("kernel", plain, None):
         raise ValueError(
-            f"implementation: expected 'kernel', 'jnp' or None, got {implementation!r}"
+            f"implementation: expected 'kernel', {plain!r} or None, got {implementation!r}"
         )
     if implementation == "kernel" and not platforms:
         raise ValueError(
-            "implementation: no 'kernel' to serve here "
-            f"({refusal or _ffi.reasons()}); use 'jnp' or None"
+            f"implementation: no 'kernel' to serve here ({refusal or _ffi.reasons()}); "
+            f"use {plain!r} or None"
         )
-    if implementation == "jnp" or not platforms:
-        return _by_definition(operator, *operands)
-    form = _Form(operator, platforms, implementation is None)
-    with forward_mode_named("jnp"):
-        return _differentiable_by_definition(form, *operands)
+    if implementation == plain or not platforms:
+        return None
+    return _Form(operator, platforms, implementation is None)
 
 
 class NoForwardMode(ValueError):
@@ -176,7 +180,7 @@ def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[jax.Arra
 
 
 def _differentiable_backward(form: _Form, operands: Arrays, dy: jax.Array) -> Arrays:
-    return _differentiable_no_more(form, *_varying_alike(*operands, dy))
+    return _differentiable_no_more(form, *varying_alike(*operands, dy))
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
@@ -198,7 +202,7 @@ def _(form: _Form, operands: Arrays, tangents: Arrays) -> NoReturn:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable_by_definition(form: _Form, *operands: jax.Array) -> Any:
-    return _forward(form, *_varying_alike(*operands))
+    return _forward(form, *varying_alike(*operands))
 
 
 _differentiable_by_definition.defvjp(
@@ -358,13 +362,3 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
 
 def _repeat(a: jax.Array, size: int) -> jax.Array:
     return jnp.broadcast_to(a, (size, *a.shape))
-
-
-def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Marks each array as varying over the mesh axes that any of them does, for `shard_map`."""
-    kinds = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    axes = frozenset().union(*kinds)
-    return [
-        lax.pcast(a, tuple(axes - kind), to="varying") if axes - kind else a
-        for a, kind in zip(arrays, kinds, strict=True)
-    ]

@@ -8,7 +8,8 @@ import jax
 
 from xla_ops.custom_call import call
 from xla_ops.dcnv3_kernel import DCNv3
-from xla_ops.geometry import DTYPES, Geometry, at_least_float32
+from xla_ops.geometry import Geometry
+from xla_ops.operands import at_least_float32, check_dtype
 
 Implementation = Literal["kernel", "gather"]
 
@@ -56,8 +57,8 @@ def dcnv3(
         implementation: "gather" is jnp: it runs anywhere, and has forward mode and second
             derivatives; "kernel" is the custom call of the platform that the program is compiled
             for; None takes the kernel where `xla_ops.status()` has one, and the jnp form elsewhere.
-            `jax.export` takes the jnp form, and a program with the kernel with
-            `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("internimage_dcnv3_forward")]`.
+            `jax.export` takes the jnp form, and what it wants for the kernel is in
+            `xla_ops.export_checks`.
 
     Returns:
         (N, Ho, Wo, G * D) of x's dtype, where
@@ -69,15 +70,8 @@ def dcnv3(
 
     Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1, equation 2.
     """
-    geometry = Geometry(
-        kernel_size=_pair("kernel_size", kernel_size, at_least=1),
-        stride=_pair("stride", stride, at_least=1),
-        pad=_pair("pad", pad, at_least=0),
-        dilation=_pair("dilation", dilation, at_least=1),
-        group=_integer("group", group, at_least=1),
-        offset_scale=float(offset_scale),
-        remove_center=bool(remove_center),
-    )
+    points = kernel_size, stride, pad, dilation
+    geometry = _geometry(*points, group, offset_scale, remove_center)
     _check(geometry, x, offset=offset, mask=mask)
     return call(DCNv3(geometry, fused=False), implementation, x, offset, mask)
 
@@ -109,13 +103,28 @@ def dcnv3_fused(
             width R. Of x's dtype, or float32 where x is bfloat16 or float16.
         center_feature_scale: Blends with x at the position; the output is then of x's size.
 
-    The other arguments, the result and its errors are those of `dcnv3`; the targets to name for
-    `jax.export` are "internimage_dcnv3_fused_forward" and "internimage_dcnv3_fused_backward".
+    The other arguments, the result and its errors are those of `dcnv3`.
 
     Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.1; the blend is
     that of the released models H and G.
     """
-    geometry = Geometry(
+    points = kernel_size, stride, pad, dilation
+    geometry = _geometry(*points, group, offset_scale, remove_center, center_feature_scale)
+    _check(geometry, x, record=record)
+    return call(DCNv3(geometry, fused=True), implementation, x, record)
+
+
+def _geometry(
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    pad: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    group: int,
+    offset_scale: float,
+    remove_center: bool,
+    center_feature_scale: bool = False,
+) -> Geometry:
+    return Geometry(
         kernel_size=_pair("kernel_size", kernel_size, at_least=1),
         stride=_pair("stride", stride, at_least=1),
         pad=_pair("pad", pad, at_least=0),
@@ -125,8 +134,6 @@ def dcnv3_fused(
         remove_center=bool(remove_center),
         center_feature_scale=bool(center_feature_scale),
     )
-    _check(geometry, x, record=record)
-    return call(DCNv3(geometry, fused=True), implementation, x, record)
 
 
 def _integer(name: str, value: int, *, at_least: int) -> int:
@@ -149,8 +156,7 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
             raise ValueError(
                 f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"
             )
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_dtype(x)
     for name, array in points.items():
         real = at_least_float32(x.dtype)
         if array.dtype != x.dtype and (name != "record" or array.dtype != real):

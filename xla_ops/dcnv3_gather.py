@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xla_ops.geometry import Geometry, at_least_float32
+from xla_ops.geometry import Geometry
+from xla_ops.operands import at_least_float32, varying_alike
 
 _BEFORE, _AFTER = 1, 2  # width of the border of zeros
 
@@ -67,7 +68,8 @@ def dcnv3_gather(x: jax.Array, offset: jax.Array, mask: jax.Array, geometry: Geo
         return y + contribution(pixels, *point), None
 
     zeros = jnp.zeros((n, out_h, out_w, group, width), real)
-    y, _ = lax.scan(body, varying_like(zeros, x, offset, mask), (step(0), step(1), offset, mask))
+    start = varying_alike(zeros, x, offset, mask)[0]
+    y, _ = lax.scan(body, start, (step(0), step(1), offset, mask))
     return y.reshape(n, out_h, out_w, channels).astype(x.dtype)
 
 
@@ -111,10 +113,3 @@ def _take(pixels: jax.Array, index: jax.Array) -> jax.Array:
     )
     sizes = (1, 1, 1, pixels.shape[-1])
     return lax.gather(pixels, index[..., None], dims, sizes, mode="promise_in_bounds")
-
-
-def varying_like(value: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Marks `value` as varying over the mesh axes that `arrays` vary over, as `shard_map` wants."""
-    varying = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
-    axes = frozenset().union(*map(varying, arrays)) - varying(value)
-    return lax.pcast(value, tuple(axes), to="varying") if axes else value

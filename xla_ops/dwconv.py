@@ -12,7 +12,7 @@ import numpy as np
 from xla_ops import _targets
 from xla_ops.custom_call import Arrays, Shapes, Target, call
 from xla_ops.dwconv_jnp import dwconv_norm_gelu_jnp
-from xla_ops.geometry import DTYPES, at_least_float32
+from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype, like_first
 
 
 def dwconv_norm_gelu(
@@ -45,8 +45,7 @@ def dwconv_norm_gelu(
         implementation: "jnp" runs anywhere, and has forward mode and second derivatives; "kernel"
             is the custom call of the platform that the program is compiled for; None takes the
             kernel where there is one, and the jnp form elsewhere and beyond 4096 channels (2048 in
-            float64), which CUDA's kernel does not take. The targets to name for `jax.export` are
-            "internimage_dwconv_norm_gelu_forward" and "internimage_dwconv_norm_gelu_backward".
+            float64), which CUDA's kernel does not take.
 
     Returns:
         (N, H, W, C) of x's dtype. Everything between is float32 for bfloat16 and float16, and of
@@ -77,22 +76,14 @@ class DwconvNormGelu:
 
     @property
     def forward(self) -> Target:
-        return Target(
-            _targets.DWCONV_FORWARD, _OPERANDS, (3,), _like_x, self._attributes, shared=_PARAMETERS
-        )
+        name, attributes = _targets.DWCONV_FORWARD, self._attributes
+        return Target(name, _OPERANDS, (3,), like_first, attributes, shared=_PARAMETERS)
 
     def backward(self, platform: str) -> Target:
         cuda = platform == "cuda"
         results, shapes = ((3, 3, 3), _rows_and_scratch) if cuda else ((3, 3), _parts)
-        operands = (*_OPERANDS, 3)
-        return Target(
-            _targets.DWCONV_BACKWARD,
-            operands,
-            results,
-            shapes,
-            self._attributes,
-            shared=_PARAMETERS,
-        )
+        name, operands, attributes = _targets.DWCONV_BACKWARD, (*_OPERANDS, 3), self._attributes
+        return Target(name, operands, results, shapes, attributes, shared=_PARAMETERS)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias, scale, offset = operands
@@ -107,15 +98,11 @@ class DwconvNormGelu:
 
     @property
     def _attributes(self) -> tuple:
-        return ("epsilon", np.float64(self.epsilon)), ("version", np.int64(_targets.VERSION))
+        return ("epsilon", np.float64(self.epsilon)), *ATTRIBUTES
 
 
 _OPERANDS = (3, 3, 1, 1, 1)  # axes of x, kernel, bias, scale, offset; the batch is x's alone
 _PARAMETERS = (1, 2, 3, 4)
-
-
-def _like_x(x: jax.Array, *others: jax.Array) -> Shapes:
-    return [(x.shape, x.dtype)]
 
 
 def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
@@ -125,8 +112,8 @@ def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
     neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
     """
     *batch, height, _width, _channels = x.shape
-    images = math.prod(n for n in batch if isinstance(n, int))  # `jax.export` has symbols too
-    rows = height if isinstance(height, int) else 1
+    images = math.prod(n for n in batch if are_known([n]))
+    rows = height if are_known([height]) else 1
     return _in_chunks(x, kernel, max(1, min(8 // max(1, images), rows // 4)))
 
 
@@ -144,8 +131,7 @@ def _check(x: jax.Array, parameters: dict[str, jax.Array]) -> None:
     """Raises unless x and the parameters fit together."""
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected shape (N, H, W, C), a map not empty, got {x.shape}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_dtype(x)
     kernel, channels = parameters["kernel"], x.shape[-1]
     size = kernel.shape[0] if kernel.ndim else 0
     if kernel.shape != (size, size, channels) or size % 2 == 0:

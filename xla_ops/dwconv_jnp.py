@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xla_ops.dcnv3_gather import varying_like
 from xla_ops.gelu_jnp import gelu
-from xla_ops.geometry import at_least_float32
+from xla_ops.operands import at_least_float32, varying_alike
 
 
 def dwconv_norm_gelu_jnp(
@@ -66,4 +65,4 @@ def _sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return y + contribution(padded, *tap), None
 
     taps = jnp.arange(size * size), kernel.reshape(size * size, c)
-    return lax.scan(step, varying_like(jnp.zeros_like(x), x, kernel), taps)[0]
+    return lax.scan(step, varying_alike(jnp.zeros_like(x), x, kernel)[0], taps)[0]

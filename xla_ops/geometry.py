@@ -1,4 +1,4 @@
-"""The shape arithmetic of DCNv3, and the dtypes that the operators take."""
+"""The shape arithmetic of DCNv3."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16", "float64"))
 
 Array = jax.Array | np.ndarray
 
@@ -129,8 +127,3 @@ class Record(NamedTuple):
 
     def _columns(self, begin: int, end: int) -> np.ndarray:
         return (np.arange(self.group)[:, None] * self.each + np.arange(begin, end)).ravel()
-
-
-def at_least_float32(dtype: np.dtype) -> np.dtype:
-    """The dtype of locations, weights and sums: half precision serves storage only."""
-    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype

@@ -12,7 +12,7 @@ from jax import lax
 
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
-from xla_ops.geometry import DTYPES, at_least_float32
+from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype, like_first
 
 # A map of fewer numbers takes a GPU no longer than a launch does, and XLA's pass takes along what
 # is around it, such as a bias or gamma, each else a launch of its own.
@@ -35,8 +35,7 @@ def layer_norm(
         bias: (C,), likewise and of the dtype of `scale`.
         epsilon: Added to the variance.
         implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None
-            takes it where it is known to serve, on CUDA for a million numbers or more. For
-            `jax.export` the target to name is "internimage_layer_norm_forward".
+            takes it where it is known to serve, on CUDA for a million numbers or more.
 
     Returns:
         (N, H, W, C) of x's dtype, computed in float32 for bfloat16 and float16.
@@ -68,8 +67,7 @@ def add_norm(
         scale: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
         bias: (C,), likewise and of the dtype of `scale`.
         epsilon: Added to the variance.
-        implementation: As for `layer_norm`; the target to name for `jax.export` is
-            "internimage_add_norm_forward".
+        implementation: As for `layer_norm`.
 
     Returns:
         Two of x's shape and dtype. The sum is rounded to it before it is normalised.
@@ -99,8 +97,7 @@ def norm_add(
         scale: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
         bias: (C,), likewise and of the dtype of `scale`.
         epsilon: Added to the variance.
-        implementation: As for `layer_norm`; the target to name for `jax.export` is
-            "internimage_norm_add_forward".
+        implementation: As for `layer_norm`.
 
     Returns:
         (N, H, W, C) of x's dtype. In half precision the kernel rounds once, after the addition; the
@@ -117,8 +114,7 @@ def norm_add(
 def _serving(name: str, x: jax.Array, implementation: str | None) -> tuple[str, ...]:
     """Platforms whose kernel is to be taken."""
     serving = _ffi.serving(name)
-    known = all(isinstance(size, int) for size in x.shape)  # `jax.export` has symbols too
-    if implementation is None and not (known and x.size >= FEWEST_ON_CUDA):
+    if implementation is None and not (are_known(x.shape) and x.size >= FEWEST_ON_CUDA):
         return tuple(platform for platform in serving if platform != "cuda")
     return serving
 
@@ -132,8 +128,7 @@ def _check(
 ) -> None:
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_dtype(x)
     if not epsilon >= 0:
         raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
     real = at_least_float32(x.dtype)
@@ -161,7 +156,7 @@ class LayerNorm:
     @property
     def forward(self) -> Target:
         attributes = _attributes(self.epsilon)
-        return Target(_targets.NORM_FORWARD, (3, 1, 1), (3,), _like_x, attributes, shared=(1, 2))
+        return Target(_targets.NORM_FORWARD, (3, 1, 1), (3,), like_first, attributes, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, scale, bias = operands
@@ -176,11 +171,8 @@ class AddNorm:
 
     @property
     def forward(self) -> Target:
-        operands, results, attributes = (3, 3, 1, 1), (3, 3), _attributes(self.epsilon)
-        return Target(
-            *(_targets.ADD_NORM_FORWARD, operands, results, _twice_like_x, attributes),
-            shared=(2, 3),
-        )
+        name, attributes = _targets.ADD_NORM_FORWARD, _attributes(self.epsilon)
+        return Target(name, (3, 3, 1, 1), (3, 3), _twice_like_x, attributes, shared=(2, 3))
 
     def definition(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, residual, *vectors = operands
@@ -196,8 +188,8 @@ class NormAdd:
 
     @property
     def forward(self) -> Target:
-        operands, attributes = (3, 3, 1, 1), _attributes(self.epsilon)
-        return Target(_targets.NORM_ADD_FORWARD, operands, (3,), _like_x, attributes, shared=(2, 3))
+        name, attributes = _targets.NORM_ADD_FORWARD, _attributes(self.epsilon)
+        return Target(name, (3, 3, 1, 1), (3,), like_first, attributes, shared=(2, 3))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, residual, scale, bias = operands
@@ -218,11 +210,7 @@ def _normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float)
 
 
 def _attributes(epsilon: float) -> tuple[tuple[str, Any], ...]:
-    return ("epsilon", np.float64(epsilon)), ("version", np.int64(_targets.VERSION))
-
-
-def _like_x(x: jax.Array, *_: jax.Array) -> Shapes:
-    return [(x.shape, x.dtype)]
+    return ("epsilon", np.float64(epsilon)), *ATTRIBUTES
 
 
 def _twice_like_x(x: jax.Array, *_: jax.Array) -> Shapes:

@@ -13,7 +13,7 @@ import numpy as np
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
 from xla_ops.custom_call import Shapes, Target, forward
-from xla_ops.geometry import DTYPES, at_least_float32
+from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype
 from xla_ops.panels import from_panels, panels_shape
 
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
@@ -52,9 +52,6 @@ def linear(
         gelu: Whether GELU follows.
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
             takes it where it is known to serve, and elsewhere the product and the best `bias_gelu`.
-            For `jax.export` the targets to name are "internimage_linear_forward" without GELU, with
-            it "internimage_linear_gelu_forward" and those of `bias_gelu`. What is exported on
-            compute capability 9.0 may want it.
 
     Returns:
         (N, H, W, K) of x's dtype.
@@ -83,8 +80,7 @@ _TAKEN = (
 def _takes(platform: str, kernel: jax.Array, gelu: bool) -> bool:
     if platform == "cpu":
         return kernel.dtype != jnp.float64
-    known = all(isinstance(size, int) for size in kernel.shape)  # `jax.export` has symbols too
-    if not known or kernel.ndim == 3 or kernel.dtype.itemsize != 2:
+    if not are_known(kernel.shape) or kernel.ndim == 3 or kernel.dtype.itemsize != 2:
         return False
     if any(size % 8 for size in kernel.shape):
         return False
@@ -93,7 +89,7 @@ def _takes(platform: str, kernel: jax.Array, gelu: bool) -> bool:
 
 def _pays_on_cuda(shape: tuple[int, ...], outputs: int, gelu: bool) -> bool:
     *pixels, channels = shape
-    if not isinstance(channels, int):
+    if not are_known([channels]):
         return False
     if gelu and channels <= MOST_CHANNELS:
         return True
@@ -101,7 +97,7 @@ def _pays_on_cuda(shape: tuple[int, ...], outputs: int, gelu: bool) -> bool:
     if "cuda" not in _ffi.serving(_targets.LINEAR_FORWARD):
         return False
     sizes = (*pixels, outputs)
-    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) < LEAST_RESULTS_WIDE:
+    if not are_known(sizes) or math.prod(sizes) < LEAST_RESULTS_WIDE:
         return False
     if gelu:
         return channels <= MOST_CHANNELS_WIDE
@@ -122,9 +118,8 @@ class Linear:
 
     @property
     def forward(self) -> Target:
-        attributes = (("version", np.int64(_targets.VERSION)),)
         axes = (3, 3 if self.panels else 2, 1)
-        return Target(self.name, axes, (3,), _result, attributes, shared=(1, 2))
+        return Target(self.name, axes, (3,), _result, ATTRIBUTES, shared=(1, 2))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias = operands
@@ -147,8 +142,7 @@ def check_operands(
     """Raises a `ValueError` about the operand that does not fit; `names` are the last two's."""
     if len(x.shape) != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_dtype(x)
     check_kernel(x.dtype, kernel, bias, (x.shape[-1],), names)
 
 

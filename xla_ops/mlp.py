@@ -13,6 +13,7 @@ import numpy as np
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.linear import check_operands, linear
+from xla_ops.operands import ATTRIBUTES, are_known
 
 # Pixels for each thread of a CPU. With fewer, what each does once for all of its pixels, which is
 # to bring both kernels into the form they are multiplied in, takes as long as is won.
@@ -53,9 +54,7 @@ def mlp(
         implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
             takes it where it is known to serve (on CPUs for up to 1280 channels and from 96 pixels
             on for each CPU of this process, on CUDA from 65536 pixels on; under `vmap`, of one
-            example), and elsewhere two calls of `linear`. For `jax.export` the targets to name are
-            "internimage_mlp_forward" and those of `linear`. What is exported on compute capability
-            9.0 may want it.
+            example), and elsewhere two calls of `linear`.
 
     Returns:
         (N, H, W, L) of x's dtype.
@@ -88,14 +87,14 @@ def _takes(platform: str, kernel1: jax.Array, kernel2: jax.Array) -> bool:
     if kernel1.ndim == 3 or kernel2.ndim == 3:
         return False
     (channels, hidden), outputs = kernel1.shape, kernel2.shape[1]
-    if not all(isinstance(size, int) for size in (channels, hidden, outputs)):  # for `jax.export`
+    if not are_known((channels, hidden, outputs)):
         return False
     fits = channels == outputs and channels in CHANNELS_ON_CUDA and hidden % 64 == 0
     return kernel1.dtype.itemsize == 2 and fits and hidden <= 4 * channels
 
 
 def _pays(platform: str, shape: tuple[int, ...]) -> bool:
-    if not all(isinstance(size, int) for size in shape):  # `jax.export` has symbols too
+    if not are_known(shape):
         return False
     pixels = int(np.prod(shape[:-1]))
     if platform == "cuda":
@@ -112,9 +111,8 @@ class MLP:
 
     @property
     def forward(self) -> Target:
-        attributes = (("version", np.int64(_targets.VERSION)),)
         axes = (3, 2 + self.panels[0], 1, 2 + self.panels[1], 1)
-        return Target(_targets.MLP_FORWARD, axes, (3,), _result, attributes, shared=(1, 2, 3, 4))
+        return Target(_targets.MLP_FORWARD, axes, (3,), _result, ATTRIBUTES, shared=(1, 2, 3, 4))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel1, bias1, kernel2, bias2 = operands

@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME_OR_PATH",
         help="a released model (see `list`), or a checkpoint's path (default: %(default)s)",
     )
-    parser.add_argument(
-        "--topk", type=int, default=5, metavar="K", help="classes an image (default: %(default)s)"
-    )
+    parser.add_argument("--topk", type=int, metavar="K", help="classes an image (default: 5)")
     parser.add_argument(
         "--batch-size",
         type=int,

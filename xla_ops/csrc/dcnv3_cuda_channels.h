@@ -204,13 +204,8 @@ inline int slice_threads(const Call& call, const Device& device) {
 
 template <class T, class N>
 cudaError_t launch_channels(cudaStream_t stream, const Call& call, const Device& device, int threads) {
-  const auto kernel = channels_kernel<T, N>;
-  // The same for all calls: others may be launching this kernel.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
-  if (error) return error;
-  return launch(stream, call.problem.batch * (call.problem.channels() / kSlice), threads,
-                SliceMemory::bytes(call.problem, threads), kernel, call);
+  return launch_with(stream, device, call.problem.batch * (call.problem.channels() / kSlice), threads,
+                     SliceMemory::bytes(call.problem, threads), channels_kernel<T, N>, call);
 }
 template <class T>
 cudaError_t launch_channels(cudaStream_t stream, const Call& call, const Device& device, int threads) {

@@ -77,14 +77,10 @@ cudaError_t share_out(const Call& call, const Device& device, Kernel* kernel, in
 
 inline cudaError_t launch_with_maps(cudaStream_t stream, const Call& call, const Device& device,
                                     void (*kernel)(Call, Maps), int team_words, const Maps& maps) {
-  // The same for all calls: others may be launching this kernel.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
-  if (error) return error;
   const int64_t bytes =
       int64_t{maps.groups} * maps.bytes + maps.warps * team_words * int64_t{sizeof(uint32_t)};
-  return launch(stream, call.problem.batch * maps.blocks_an_image, maps.warps * 32, bytes, kernel, call,
-                maps);
+  return launch_with(stream, device, call.problem.batch * maps.blocks_an_image, maps.warps * 32, bytes,
+                     kernel, call, maps);
 }
 
 // A block's share of the call, and a warp's of that.

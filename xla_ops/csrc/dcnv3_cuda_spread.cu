@@ -310,12 +310,8 @@ int64_t plane_bytes(const Call& call, int channels) {
 template <class T, int C, bool nine>
 cudaError_t launch_plane(cudaStream_t stream, const Call& call, const Device& device, int threads,
                          int64_t bytes) {
-  const auto kernel = plane_kernel<T, C, nine>;
-  // The same for all calls: others may be launching this kernel.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
-  if (error) return error;
-  return launch(stream, call.problem.batch * (call.problem.channels() / C), threads, bytes, kernel, call);
+  return launch_with(stream, device, call.problem.batch * (call.problem.channels() / C), threads, bytes,
+                     plane_kernel<T, C, nine>, call);
 }
 template <class T, int C>
 cudaError_t launch_plane(cudaStream_t stream, const Call& call) {

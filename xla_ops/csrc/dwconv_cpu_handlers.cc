@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "cpu_handlers.h"
-#include "cpu_layers.h"
+#include "cpu_module.h"
 #include "dwconv_cpu.h"
 #include "dwconv_ffi.h"
 

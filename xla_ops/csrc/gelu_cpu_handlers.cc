@@ -1,6 +1,6 @@
 // The CPU handlers of XLA's foreign function interface for bias_gelu.
 #include "cpu_handlers.h"
-#include "cpu_layers.h"
+#include "cpu_module.h"
 #include "gelu_cpu.h"
 #include "gelu_ffi.h"
 

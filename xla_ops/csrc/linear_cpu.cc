@@ -33,7 +33,7 @@ constexpr int64_t kMlpRows = 416, kMlpUnit = 32;
 // counts.
 constexpr int64_t kMlpNumbers = 98304, kLeastMlpRows = 64;
 
-int64_t rounded_up(int64_t a, int64_t b) {
+int64_t quotient_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
@@ -95,21 +95,21 @@ struct Tile {
 }  // namespace
 
 Tiles tiles_of(const Call& call, int64_t wanted, [[maybe_unused]] int64_t threads) {
-  const int64_t units = rounded_up(call.outputs, kUnit);
+  const int64_t units = quotient_up(call.outputs, kUnit);
 #if CPU_AMX
   if (amx::takes_float32(call)) return amx::tiles_of_float32(call, wanted, threads);
 #endif
-  Tiles tiles = {rounded_up(call.rows, most_rows(call)), rounded_up(units, kMostUnits)};
+  Tiles tiles = {quotient_up(call.rows, most_rows(call)), quotient_up(units, kMostUnits)};
   if (tiles.down * tiles.across >= wanted || tiles.down == 0) return tiles;
-  tiles.across = std::min(rounded_up(wanted, tiles.down), units);
+  tiles.across = std::min(quotient_up(wanted, tiles.down), units);
   if (tiles.down * tiles.across >= wanted) return tiles;
-  tiles.down = std::min(rounded_up(wanted, tiles.across), rounded_up(call.rows, 28));
+  tiles.down = std::min(quotient_up(wanted, tiles.across), quotient_up(call.rows, 28));
   return tiles;
 }
 
 void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
-  const int64_t units = rounded_up(call.outputs, kUnit);
-  const int64_t units_down = rounded_up(call.rows, tiles.unit);
+  const int64_t units = quotient_up(call.outputs, kUnit);
+  const int64_t units_down = quotient_up(call.rows, tiles.unit);
   const int64_t row = i * units_down / tiles.down * tiles.unit, column = j * units / tiles.across * kUnit;
   const int64_t end = std::min((j + 1) * units / tiles.across * kUnit, call.outputs);
   const int64_t end_row = std::min((i + 1) * units_down / tiles.down * tiles.unit, call.rows);
@@ -130,19 +130,19 @@ int64_t mlp_tiles(const Call& first, const Call& second, int64_t threads) {
 #if CPU_AMX
   if (amx::takes_mlp(first, second)) most = amx::most_mlp_rows(first, second.outputs);
 #endif
-  const int64_t tiles = rounded_up(rounded_up(first.rows, most), threads) * threads;
-  return std::min(tiles, rounded_up(first.rows, kMlpUnit));
+  const int64_t tiles = quotient_up(quotient_up(first.rows, most), threads) * threads;
+  return std::min(tiles, quotient_up(first.rows, kMlpUnit));
 }
 
 void mlp(Call first, Call second, int64_t tiles, int64_t tile) {
-  const int64_t strips = rounded_up(first.rows, kMlpUnit);
+  const int64_t strips = quotient_up(first.rows, kMlpUnit);
   const int64_t row = tile * strips / tiles * kMlpUnit;
   const int64_t rows = std::min((tile + 1) * strips / tiles * kMlpUnit, first.rows) - row;
 #if CPU_AMX
   if (amx::takes_mlp(first, second)) return amx::Mlp(first, second, row, rows).compute();
 #endif
   const int64_t bytes = first.type == Type::kFloat32 ? 4 : 2;
-  const Scratch<Use::kHidden> hidden(rounded_up(rows * first.outputs * bytes, 4));
+  const Scratch<Use::kHidden> hidden(quotient_up(rows * first.outputs * bytes, 4));
   first.x = static_cast<const char*>(first.x) + row * first.inputs * bytes, first.y = hidden.data;
   second.x = hidden.data, second.y = static_cast<char*>(second.y) + row * second.outputs * bytes;
   for (Call* call : {&first, &second}) {

@@ -201,7 +201,7 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
   const BFloat16* kernel = static_cast<const BFloat16*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   BFloat16* y = static_cast<BFloat16*>(s.y) + tile.row * s.outputs + tile.column;
-  const int64_t steps = rounded_up(s.inputs, kStep), padded = steps * kStep;
+  const int64_t steps = quotient_up(s.inputs, kStep), padded = steps * kStep;
   const bool copied = s.map.channels || padded != s.inputs;
   // Two panels, one to come, the sums of two strips, and maybe rows.
   const Scratch<Use::kProduct> scratch(padded * kPanel + 2 * kStrip * kPanel +
@@ -221,7 +221,7 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
     }
     rows = copy;
   }
-  const int64_t strips = rounded_up(tile.rows, kStrip), all_panels = rounded_up(tile.columns, kPanel);
+  const int64_t strips = quotient_up(tile.rows, kStrip), all_panels = quotient_up(tile.columns, kPanel);
   const auto columns_of = [&](int64_t p) { return std::min<int64_t>(tile.columns - p * kPanel, kPanel); };
   const auto panel_of = [&](int64_t p) {
     Pairs panel;
@@ -243,8 +243,8 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
         configure(std::min<int64_t>(count, 16), std::max<int64_t>(count - 16, 0));
         configured = count;
       }
-      aside.each_results = rounded_up(aside.results.units, steps);
-      aside.each_panel = rounded_up(aside.panel.units - aside.panel.unit, (strips - i) * steps);
+      aside.each_results = quotient_up(aside.results.units, steps);
+      aside.each_panel = quotient_up(aside.panel.units - aside.panel.unit, (strips - i) * steps);
       float* const its_sums = sums + (p * strips + i) % 2 * kStrip * kPanel;
       const auto compute = count > 16 ? strip<true, with_gelu, All> : strip<false, with_gelu, All>;
       compute(rows + begin * padded, padded, panels + p % 2 * padded * kPanel, steps, its_sums, &aside);

@@ -167,7 +167,7 @@ AMX_TARGET void strip_of_pieces(const BFloat16* x, const BFloat16* panel, int64_
 
 // The strips that a tile's rows are.
 struct Strips {
-  int64_t rows, count = rounded_up(rows, kStrip);
+  int64_t rows, count = quotient_up(rows, kStrip);
 
   int64_t first_row(int64_t i) const { return std::min(i * kStrip, rows); }
   int64_t size(int64_t i) const { return first_row(i + 1) - first_row(i); }
@@ -187,7 +187,7 @@ struct Factors {
 template <bool with_gelu, class Aside, class SumsOf, class Prepare, class Complete, class Follow>
 AMX_TARGET void multiply_strips(const Strips& strips, const Factors& s, SumsOf sums_of, Aside* aside,
                                 Prepare prepare, Complete complete, Follow follow) {
-  const int64_t steps = rounded_up(s.depth, kStep), slots = 6 * steps;
+  const int64_t steps = quotient_up(s.depth, kStep), slots = 6 * steps;
   int64_t configured = 0;
   for (int64_t i = 0; i < strips.count; ++i) {
     const int64_t size = strips.size(i);
@@ -196,9 +196,9 @@ AMX_TARGET void multiply_strips(const Strips& strips, const Factors& s, SumsOf s
       configured = size;
     }
     prepare(i);
-    aside->each_results = rounded_up(aside->results.units, slots);
-    aside->each_rows = rounded_up(aside->rows.units, slots);
-    aside->each_panel = rounded_up(aside->panel.units - aside->panel.unit, (strips.count - i) * slots);
+    aside->each_results = quotient_up(aside->results.units, slots);
+    aside->each_rows = quotient_up(aside->rows.units, slots);
+    aside->each_panel = quotient_up(aside->panel.units - aside->panel.unit, (strips.count - i) * slots);
     const auto compute =
         size > 16 ? strip_of_pieces<true, with_gelu, Aside> : strip_of_pieces<false, with_gelu, Aside>;
     compute(s.x + i * s.size, s.panel, steps, s.further, sums_of(i), aside);
@@ -236,7 +236,7 @@ bool takes_float32(const Call& call) {
 // row of them. The pieces that are there at once take half of the second cache, of 2 MB.
 Tiles tiles_of_float32(const Call& call, int64_t wanted, int64_t threads) {
   if (call.rows == 0) return {};
-  const int64_t units = rounded_up(call.outputs, kUnit), strips = rounded_up(call.rows, kStrip);
+  const int64_t units = quotient_up(call.outputs, kUnit), strips = quotient_up(call.rows, kStrip);
   const int64_t most = 170000 / std::min(call.inputs, kDepth) - 2 * kPanel;  // rows: 1 MB of pieces
   wanted = std::clamp<int64_t>(wanted / 2, 1, units * strips);
   if (wanted > threads) wanted -= wanted % threads;
@@ -244,7 +244,7 @@ Tiles tiles_of_float32(const Call& call, int64_t wanted, int64_t threads) {
   const auto split = [&](const Tiles& t) { return 3 * t.across * call.rows + t.down * call.outputs; };
   Tiles best = {};
   for (int64_t across = 1; across <= units; ++across) {
-    Tiles tiles = {std::max(rounded_up(wanted, across), rounded_up(call.rows, most)), across, kStrip};
+    Tiles tiles = {std::max(quotient_up(wanted, across), quotient_up(call.rows, most)), across, kStrip};
     while (wanted >= threads && tiles.down < strips && tiles.down * across % threads) ++tiles.down;
     if (tiles.down > strips) continue;
     if (!best.down || split(tiles) < split(best)) best = tiles;
@@ -257,12 +257,12 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   const float* const kernel = static_cast<const float*>(s.kernel);
   const float* const bias = static_cast<const float*>(s.bias) + tile.column;
   float* const y = static_cast<float*>(s.y) + tile.row * s.outputs + tile.column;
-  const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
+  const int64_t panels = quotient_up(tile.columns, kPanel), depths = quotient_up(s.inputs, kDepth);
   const Strips strips{tile.rows};
   // Numbers of a strip's pieces or a panel's, and of a strip's sums. There are two panels, the one in use and
   // the next; and sums of two strips, in use and before, or of all strips and panels where further depths are
   // added.
-  const int64_t size = rounded_up(std::min(s.inputs, kDepth), kStep) * kStepSize;
+  const int64_t size = quotient_up(std::min(s.inputs, kDepth), kStep) * kStepSize;
   const int64_t strip_sums = kStrip * kPanel, sums_kept = depths > 1 ? panels * strips.count : 2;
   const Scratch<Use::kProduct> scratch((2 + strips.count) * size / 2 + sums_kept * strip_sums + kDepth);
   BFloat16* const panel_pieces = reinterpret_cast<BFloat16*>(scratch.data);
@@ -272,7 +272,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
   const auto rows_of = [&](int64_t strip, int64_t at) {
     Rows rows;
     rows.stride = s.inputs, rows.depth = depth_from(at), rows.to = row_pieces + strip * size;
-    rows.units = strips.size(strip) * rounded_up(rows.depth, kStep);
+    rows.units = strips.size(strip) * quotient_up(rows.depth, kStep);
     rows.first_row = tile.row + strips.first_row(strip), rows.at = at;
     if (s.map.channels) {
       rows.convolution = &s, rows.pixels = first_sums + sums_kept * strip_sums;
@@ -288,7 +288,7 @@ AMX_TARGET void forward_float32(const Call& s, const Tile& tile) {
     panel.kernel = kernel + s.kernel_at(at, tile.column + column), panel.stride = s.kernel_stride();
     panel.depth = depth_from(at), panel.columns = std::min<int64_t>(tile.columns - column, kPanel);
     panel.to = panel_pieces + i % 2 * size;
-    panel.units = rounded_up(panel.depth, kStep) * 32;
+    panel.units = quotient_up(panel.depth, kStep) * 32;
     return panel;
   };
   Aside<FloatResults, Rows, Panel> aside;

@@ -70,12 +70,12 @@ class Mlp {
         x(static_cast<const float*>(first.x) + row * first.inputs),
         y(static_cast<float*>(second.y) + row * second.outputs),
         between(first.outputs),
-        part(rounded_up(rounded_up(between, rounded_up(between, kPart)), kPanel) * kPanel),
-        x_size(rounded_up(first.inputs, kStep) * kStepSize),
+        part(quotient_up(quotient_up(between, quotient_up(between, kPart)), kPanel) * kPanel),
+        x_size(quotient_up(first.inputs, kStep) * kStepSize),
         hidden_size(part / kStep * kStepSize),
         panel_size(std::max(x_size, hidden_size)),
         scratch(panel_size + strips.count * (x_size + hidden_size) / 2 +
-                (2 + strips.count * rounded_up(second.outputs, kPanel)) * kSums),
+                (2 + strips.count * quotient_up(second.outputs, kPanel)) * kSums),
         panels(reinterpret_cast<BFloat16*>(scratch.data)),
         x_pieces(panels + 2 * panel_size),
         hidden(x_pieces + strips.count * x_size),
@@ -119,7 +119,7 @@ class Mlp {
     panel.kernel = static_cast<const float*>(s.kernel) + s.kernel_at(at, column);
     panel.stride = s.kernel_stride();
     panel.depth = depth, panel.columns = std::min<int64_t>(s.outputs - column, kPanel);
-    panel.to = panels + made++ % 2 * panel_size, panel.units = rounded_up(depth, kStep) * 32;
+    panel.to = panels + made++ % 2 * panel_size, panel.units = quotient_up(depth, kStep) * 32;
     return panel;
   }
   const BFloat16* last_panel() const { return panels + (made - 1) % 2 * panel_size; }

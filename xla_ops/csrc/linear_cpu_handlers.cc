@@ -1,6 +1,6 @@
 // The CPU handlers of XLA's foreign function interface for `linear`, `convolution` and `mlp`.
 #include "cpu_handlers.h"
-#include "cpu_layers.h"
+#include "cpu_module.h"
 #include "linear_cpu.h"
 #include "linear_ffi.h"
 

@@ -191,7 +191,7 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   constexpr bool kWiden = !std::is_same_v<T, float>;
   const bool copied = kWiden || s.map.channels || (strip_rows(kVectors) > 4 && s.inputs % 1024 == 0);
   const bool in_place = !kWiden && s.panels;
-  const int64_t panels = rounded_up(tile.columns, kPanel), depths = rounded_up(s.inputs, kDepth);
+  const int64_t panels = quotient_up(tile.columns, kPanel), depths = quotient_up(s.inputs, kDepth);
   constexpr int64_t kCopyStride = kDepth + 16;
   const int64_t sums_size = kPanel * (depths > 1 ? tile.rows * panels : kMostRows);
   const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
@@ -223,20 +223,20 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
       strip.stride = stride, strip.panel = panel, strip.depth = depth;
       // What is neither rounded nor goes into GELU goes to its place at once.
       bool direct = false;
-      const int64_t vectors = std::min<int64_t>(rounded_up(columns, kLanes), kVectors);
+      const int64_t vectors = std::min<int64_t>(quotient_up(columns, kLanes), kVectors);
       if constexpr (std::is_same_v<T, float>) {
         direct = last && !s.gelu && columns >= vectors * kLanes;
         if (direct) strip.bias = bias + p * kPanel;
       }
       const auto write = s.gelu ? finish<true, T, P> : finish<false, T, P>;
       // Each strip fetches as many rows of the next panel as it has sixteens of depth.
-      const int64_t fetched = rounded_up(depth, 16);
+      const int64_t fetched = quotient_up(depth, 16);
       int64_t unfetched = p + 1 < panels ? depth : 0;
       strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
       if (unfetched > 0) {
         strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(at, column + kPanel));
       }
-      const int64_t strips = rounded_up(tile.rows, strip_rows(vectors));
+      const int64_t strips = quotient_up(tile.rows, strip_rows(vectors));
       const int64_t count = tile.rows / strips, longer = tile.rows % strips;
       for (int64_t i = 0, row = 0, end; i < strips; ++i, row = end) {
         end = row + count + (i < longer);

@@ -1,6 +1,6 @@
 // The CPU handler of XLA's foreign function interface for layer_norm, add_norm and norm_add.
 #include "cpu_handlers.h"
-#include "cpu_layers.h"
+#include "cpu_module.h"
 #include "norm_cpu.h"
 #include "norm_ffi.h"
 

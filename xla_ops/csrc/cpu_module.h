@@ -1,7 +1,14 @@
-// The handlers of the operators besides DCNv3, for the module to hand over.
+// The handlers of all operators, for the module to hand over.
 #pragma once
 
 #include "xla/ffi/api/ffi.h"
+
+namespace dcnv3::cpu {
+XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* backward_handler();
+XLA_FFI_Handler* fused_forward_handler();
+XLA_FFI_Handler* fused_backward_handler();
+}  // namespace dcnv3::cpu
 
 namespace dwconv::cpu {
 XLA_FFI_Handler* forward_handler();

@@ -1,0 +1,50 @@
+"""What the operators share about operands: their dtypes, open sizes and mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xla_ops import _targets
+
+DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16", "float64"))
+# Of every custom call but DCNv3's, which has the version elsewhere: the handlers refuse another.
+ATTRIBUTES = (("version", np.int64(_targets.VERSION)),)
+
+Shapes = Sequence[tuple[tuple[int, ...], np.dtype]]
+
+
+def check_dtype(x: jax.Array | jax.ShapeDtypeStruct) -> None:
+    """Raises a `ValueError` unless x is of a dtype that the operators take."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+
+
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """The dtype of locations, weights and sums: half precision serves storage only."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+
+
+def are_known(sizes: Iterable[Any]) -> bool:
+    """Whether all sizes are numbers: `jax.export` has symbols too."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def like_first(x: jax.Array, *_: jax.Array) -> Shapes:
+    """Shape and dtype of a custom call's result that has those of the first operand."""
+    return [(x.shape, x.dtype)]
+
+
+def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Marks each array as varying over the mesh axes that any of them does, for `shard_map`."""
+    kinds = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    axes = frozenset().union(*kinds)
+    return [
+        lax.pcast(a, tuple(axes - kind), to="varying") if axes - kind else a
+        for a, kind in zip(arrays, kinds, strict=True)
+    ]

@@ -151,6 +151,8 @@ def sanitize(options: argparse.Namespace) -> Rows:
 class Check:
     """The run: its clock, and its results, which are in the file at any time."""
 
+    least_seconds = 5.0  # that a command may take, whatever is left
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.start = time.perf_counter()
@@ -184,7 +186,7 @@ class Check:
         Lines that are JSON objects become rows of the section. So does a failure, with the end of
         what was printed.
         """
-        seconds = max(5.0, min(seconds, self.seconds_left()))
+        seconds = max(self.least_seconds, min(seconds, self.seconds_left()))
         lines: list[str] = []
         with tempfile.TemporaryFile("w+", errors="replace") as other:
             process = subprocess.Popen(
@@ -257,10 +259,7 @@ def test(check: Check) -> bool:
     """Runs the operators' tests there; whether none failed, and what is skipped may be."""
     cpu = check.options.platform == "cpu"
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    command += [
-        "-p",
-        "no:benchmark",
-    ]  # pytest-benchmark warns beside xdist, and warnings are errors here
+    command += ["-p", "no:benchmark"]  # it warns beside xdist, and warnings are errors here
     command += ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
     if importlib.util.find_spec("xdist"):  # compiling is most of the time
         command += ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]

@@ -195,12 +195,8 @@ def _select(
         }
         if backbone:
             others = sorted({name.split(".")[0] for name in tensors} - {"backbone"})
-            notes = (
-                f"read the backbone; left out {', '.join(others)}"
-                if others
-                else "read the backbone"
-            )
-            return "dense", backbone, (notes,)
+            left_out = f"; left out {', '.join(others)}" if others else ""
+            return "dense", backbone, (f"read the backbone{left_out}",)
         return "released", tensors, ()
     if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
         entry = _ENTRY[weights]

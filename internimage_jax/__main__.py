@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from internimage_jax.cache import keep_compiled_programs
 from internimage_jax.commands import compare, demo, evaluate, info, models, no_devices, predict
 from internimage_jax.evaluation_settings import versions
-from internimage_jax.image_files import one_line
+from internimage_jax.messages import one_line
 
 COMMANDS = {
     "predict": predict,

@@ -29,10 +29,10 @@ from internimage_jax.data_sources import (
     ZipSource,
     is_hidden,
     is_image,
-    listing,
 )
-from internimage_jax.image_files import IMAGE_SUFFIXES, printable
+from internimage_jax.image_files import IMAGE_SUFFIXES
 from internimage_jax.labels import LabelClasses, checked_names, class_subsets, own_names
+from internimage_jax.messages import listing, one_line, printable
 
 # Of a folder with several splits, the one that is evaluated; and where Kaggle's archive has it.
 EVALUATED = ("val", "validation", "ILSVRC2012_img_val", "Data", "CLS-LOC")
@@ -78,8 +78,7 @@ class Dataset:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.names[i]}: no such file") from None
         except Exception as error:  # of zipfile, zlib, pyarrow or the system
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            reason = " ".join(str(reason).split())
+            reason = getattr(error, "strerror", None) or one_line(error)
             raise ValueError(f"{self.names[i]}: cannot be read ({reason})") from error
 
 

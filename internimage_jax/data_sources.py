@@ -12,11 +12,12 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from internimage_jax.image_files import IMAGE_SUFFIXES, one_line, printable
+from internimage_jax.image_files import IMAGE_SUFFIXES
 from internimage_jax.labels import wnid_to_index
+from internimage_jax.messages import listing, one_line, printable
 
 # A file larger than this is no image of these data sets; a zip may claim any size.
 MAX_IMAGE_BYTES = 2**28
@@ -230,15 +231,6 @@ def is_hidden(name: str) -> bool:
 def is_image(path: str) -> bool:
     """Whether the path looks like an image's, and no part of it is hidden."""
     return path.lower().endswith(IMAGE_SUFFIXES) and not any(map(is_hidden, path.split("/")))
-
-
-def listing(noun: str, items: Collection[str], shown: int = 5) -> str:
-    """Says "image a.jpg", or "17 images (a.jpg, b.jpg, c.jpg, d.jpg, e.jpg, ...)"."""
-    first = [printable(item) for item in sorted(items)[:shown]]
-    if len(items) == 1:
-        return f"{noun} {first[0]}"
-    more = ", ..." if len(items) > shown else ""
-    return f"{len(items)} {noun}s ({', '.join(first)}{more})"
 
 
 def check_size(size: int) -> None:

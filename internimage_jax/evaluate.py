@@ -39,9 +39,9 @@ from internimage_jax.evaluation_step import (
     class_notes,
     make_step,
 )
-from internimage_jax.image_files import printable
 from internimage_jax.labels import LabelClasses, own_classes
 from internimage_jax.loader import Batch, load_batches, prefetch_to_device
+from internimage_jax.messages import printable
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import ImageResult, from_lines, to_lines
 from internimage_jax.pretrained import from_pretrained, locate, released_named

@@ -1,9 +1,11 @@
-"""Image files: which count as images, how folders of them are listed, how messages are worded."""
+"""Image files: which count as images, and how folders of them are listed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+
+from internimage_jax.messages import printable
 
 # What counts as an image in a folder, in either case. A file that is named itself may be called
 # anything.
@@ -25,16 +27,6 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
         ValueError: A folder has no image.
     """
     return [image for path in paths for image in _images_of(os.fsdecode(path))]
-
-
-def printable(path: str) -> str:
-    """Returns `path` as messages show it: quoted where it has control or undecodable characters."""
-    return path if path and path.isprintable() else repr(path)
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the message of `error` on one line; its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _images_of(path: str) -> list[str]:

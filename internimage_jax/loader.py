@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from internimage_jax.image_files import one_line
+from internimage_jax.messages import one_line
 from internimage_jax.preprocess import Preprocessing, preprocess
 
 if TYPE_CHECKING:

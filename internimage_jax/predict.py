@@ -16,9 +16,9 @@ from flax import nnx
 from jax import lax
 from PIL import Image
 
-from internimage_jax.image_files import one_line, printable
 from internimage_jax.labels import ImageClass, class_names
 from internimage_jax.loader import check_on_error, default_workers, map_ahead
+from internimage_jax.messages import one_line, printable
 from internimage_jax.model import InternImage
 from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import ImageSource, preprocess

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from internimage_jax.image_files import one_line
+from internimage_jax.messages import one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

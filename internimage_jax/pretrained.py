@@ -21,9 +21,9 @@ from convert.export import moved_when_done, settings_of, write_settings, write_w
 from convert.source import Weights
 from internimage_jax.cache import cache_folder
 from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
-from internimage_jax.image_files import one_line
 from internimage_jax.initial import fill
 from internimage_jax.labels import checked_names
+from internimage_jax.messages import one_line
 from internimage_jax.model import InternImage
 from internimage_jax.preprocess import Preprocessing
 from internimage_jax.shapes import parameter_shapes

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from internimage_jax.evaluation_settings import differences
-from internimage_jax.image_files import one_line
+from internimage_jax.messages import one_line
 
 JOINING_SECONDS = 300  # the processes of a job may start minutes apart
 _GREETING_SECONDS = 5.0  # for the first bytes of a connection, which may be a stranger's

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from convert.rules import rules
 from internimage_jax.config import InternImageConfig
@@ -20,6 +22,9 @@ from tests.reference.recipe import recipe_tensor
 
 SMALL = Path(__file__).parent / "reference"
 TINY = sorted(path.stem for path in (SMALL / "layouts").glob("tiny_*.json"))
+
+# The least model there is with all four levels.
+SMALLEST = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(2, 4, 8, 16), num_classes=5)
 
 # Largest error allowed, as a part of the largest value of the reference.
 TOLERANCE = {
@@ -98,3 +103,13 @@ def error(value: jax.Array | np.ndarray, wanted: np.ndarray) -> float:
 
 def assert_close(value: jax.Array | np.ndarray, wanted: np.ndarray, tolerance: str) -> None:
     assert error(value, wanted) <= TOLERANCE[tolerance]
+
+
+def images(n: int = 2, h: int = 32, w: int = 32, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.RandomState(0).standard_normal((n, h, w, 3)), dtype)
+
+
+def arrays_of(model: InternImage) -> dict[str, np.ndarray]:
+    """Parameters and statistics by path."""
+    state = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}

@@ -60,14 +60,15 @@ def test_what_was_measured_before_a_crash_is_kept(check: Check) -> None:
 def test_a_section_that_hangs_is_stopped_with_what_it_started(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(check, "least_seconds", 1)
     late = tmp_path / "late"
-    child = f"import time, pathlib; time.sleep(7); pathlib.Path({str(late)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     start = time.perf_counter()
-    status, _ = check.run("models", [sys.executable, "-c", code], 5)
-    assert status is None and time.perf_counter() - start < 7
-    assert "stopped after 5 s" in check.results["models"][0]["error"]
-    time.sleep(max(0, start + 9 - time.perf_counter()))
+    status, _ = check.run("models", [sys.executable, "-c", code], 1)
+    assert status is None and time.perf_counter() - start < 3
+    assert "stopped after 1 s" in check.results["models"][0]["error"]
+    time.sleep(max(0, start + 4 - time.perf_counter()))
     assert not late.exists()
 
 

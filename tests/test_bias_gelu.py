@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
-from tests.test_dwconv import TOLERANCE, assert_close, mesh, needs_kernel
+from tests.layers import TOLERANCE, assert_close, mesh, needs_kernel
 
 
 def operands(shape: tuple[int, ...], dtype: str = "float32") -> list[jax.Array]:

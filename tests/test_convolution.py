@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_dwconv import TOLERANCE, assert_close
-from tests.test_linear import for_cuda, kernel, kernel_serves
+from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves
 from tests.transforms import check_transforms
 from xla_ops import _ffi, convolution
 from xla_ops.convolution import by_patches, by_xla

@@ -13,8 +13,16 @@ import pytest
 
 from internimage_jax import data_sources
 from internimage_jax.data import open_dataset
-from tests.dataset_files import SNAKE, TENCH, encoded, val, write_folder, write_tar, write_zip
-from tests.test_data import write_parquet
+from tests.dataset_files import (
+    SNAKE,
+    TENCH,
+    encoded,
+    val,
+    write_folder,
+    write_parquet,
+    write_tar,
+    write_zip,
+)
 
 IMAGES = {f"{SNAKE}/{i}.jpg": encoded(i) for i in range(3)}
 FLAT = {val(i): encoded(i) for i in (1, 2)}

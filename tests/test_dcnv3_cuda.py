@@ -18,7 +18,7 @@ import pytest
 
 import xla_ops
 from tests import native
-from tests.test_dcnv3_kernel import (
+from tests.dcnv3_cases import (
     CASES,
     GRADIENTS,
     HALF,

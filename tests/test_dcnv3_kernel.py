@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,58 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from tests.dcnv3_cases import (
+    CASES,
+    GRADIENTS,
+    HALF,
+    TOLERANCE,
+    difference,
+    goldens,
+    problem,
+    settings_of,
+    value_and_gradients,
+)
 from xla_ops.dcnv3_kernel import DCNv3
 from xla_ops.geometry import Geometry
-
-REFERENCE = Path(__file__).parent / "reference" / "goldens"
-CASES = {case.pop("name"): case for case in json.loads((REFERENCE / "dcnv3_op.json").read_text())}
-GRADIENTS = ("grad_x", "grad_offset", "grad_mask")
-# Of the largest magnitude of the recorded array.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
-HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # unit roundoff; held to twice that
 
 pytestmark = pytest.mark.skipif(
     xla_ops.status()["cpu"].implementation != "kernel",
     reason=f"no kernel for CPU: {xla_ops.status()['cpu'].detail}",
 )
-
-
-@functools.cache
-def goldens() -> dict[str, np.ndarray]:
-    with np.load(REFERENCE / "dcnv3_op.npz") as arrays:
-        return dict(arrays)
-
-
-def settings_of(case: dict) -> dict:
-    names = ("stride", "pad", "dilation", "group", "offset_scale", "remove_center")
-    return {name: case[name] for name in names} | {
-        "kernel_size": (case["kernel_h"], case["kernel_w"])
-    }
-
-
-@functools.cache
-def compiled(operator: str, options: tuple) -> Callable:
-    """From operands and dy to the output and the gradients; one program, not an op at a time."""
-    function = functools.partial(getattr(xla_ops, operator), **dict(options))
-
-    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        y, pullback = jax.vjp(function, *arrays[:-1])
-        return y, *pullback(arrays[-1])
-
-    return jax.jit(run)
-
-
-def value_and_gradients(implementation: str, *arrays: jax.Array, **options: object) -> tuple:
-    """Of `dcnv3` for x, offset, mask and dy, or of `dcnv3_fused` for x, record and dy."""
-    operator = "dcnv3" if len(arrays) == 4 else "dcnv3_fused"
-    options["implementation"] = implementation
-    return compiled(operator, tuple(sorted(options.items())))(*arrays)
-
-
-def difference(a: jax.Array, b: jax.Array) -> float:
-    """Largest difference, in units of b's largest magnitude."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -83,26 +46,6 @@ def test_kernel_gives_the_recorded_outputs_and_gradients(name: str, dtype: str) 
         for key, array in zip(("output", *GRADIENTS), got, strict=True):
             if key in recorded:
                 assert difference(array, recorded[key]) < TOLERANCE[dtype], key
-
-
-def problem(
-    seed: int, dtype: str, geometry: dict, size: tuple[int, int, int], depth: int, spread=1.5
-):
-    """Random x, offset, mask, dy; offsets whose location is never close to a pixel."""
-    random = np.random.RandomState(seed)
-    n, h, w = size
-    g = geometry["group"]
-    (kh, kw), s, p, d = (geometry[k] for k in ("kernel_size", "stride", "pad", "dilation"))
-    points = kh * kw - geometry["remove_center"]
-    out = [(e + 2 * p - d * (k - 1) - 1) // s + 1 for e, k in ((h, kh), (w, kw))]
-    whole = np.round(random.standard_normal((n, *out, g * points * 2)) * spread)
-    offset = (whole + random.uniform(0.1, 0.9, whole.shape)) / geometry["offset_scale"]
-    mask = random.standard_normal((n, *out, g * points))
-    x, dy = (
-        random.standard_normal((n, h, w, g * depth)),
-        random.standard_normal((n, *out, g * depth)),
-    )
-    return [jnp.asarray(a, dtype) for a in (x, offset, mask, dy)]
 
 
 @st.composite

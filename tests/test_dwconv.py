@@ -17,27 +17,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
+from tests.layers import TOLERANCE, assert_close, mesh, needs_kernel, operands
 
 NAMES = ("x", "kernel", "bias", "scale", "offset")
-TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute")
-
-needs_kernel = pytest.mark.skipif(
-    xla_ops.status()["cpu"].implementation != "kernel",
-    reason=f"no kernel for CPU: {xla_ops.status()['cpu'].detail}",
-)
-
-
-def operands(
-    shape: tuple[int, ...], size: int = 3, dtype: str = "float32", seed: int = 0
-) -> list[jax.Array]:
-    """x, the four parameters, and dy; a channel mean far from zero, as trained maps have."""
-    stream = np.random.RandomState(seed)
-    c = shape[-1]
-    normal = stream.standard_normal
-    arrays = [normal(shape), normal((size, size, c)) / size, normal(c) + 2]
-    arrays += [1 + 0.2 * normal(c), normal(c), normal(shape)]
-    return [jnp.asarray(a, dtype) for a in arrays]
 
 
 @functools.cache
@@ -50,14 +33,6 @@ def program(implementation: str | None):
         return y, *pullback(arrays[-1])
 
     return jax.jit(run)
-
-
-def assert_close(got: object, wanted: object, tolerance: float = 1e-5) -> None:
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert a.shape == b.shape
-        if a.size:
-            assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-6)
 
 
 SHAPES = [
@@ -192,11 +167,6 @@ def test_vmap_over_maps_parameters_or_both() -> None:
         inner = again if axes == 0 else [again[0], *stacked[1:5], again[5]]
         twice = [jax.jit(jax.vmap(jax.vmap(program(name)), axes)) for name in ("kernel", "jnp")]
         assert_close(twice[0](*inner), twice[1](*inner))
-
-
-@functools.cache
-def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
-    return jax.make_mesh((2,), ("data",), axis_types=(kind,))
 
 
 @needs_kernel

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.test_dwconv import TOLERANCE, assert_close, needs_kernel
+from tests.layers import TOLERANCE, assert_close, needs_kernel
 from tests.transforms import check_transforms
 from xla_ops import _ffi, add_norm, layer_norm, norm_add
 

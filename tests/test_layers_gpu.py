@@ -20,7 +20,7 @@ import xla_ops
 from tests import gpu
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
-from tests.test_dwconv import TOLERANCE, assert_close, operands
+from tests.layers import TOLERANCE, assert_close, operands
 from xla_ops import _targets
 from xla_ops.mlp import CHANNELS_ON_CUDA
 

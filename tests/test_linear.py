@@ -20,22 +20,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
-from tests.test_dwconv import TOLERANCE, assert_close, mesh
+from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves, mesh
 from tests.transforms import check_transforms
 from xla_ops import _ffi, _targets, linear
 
 CALL = "@internimage_linear_gelu_forward"
 
 gelu_of = functools.partial(linear, gelu=True)
-SERVES = "cpu" in _ffi.serving(_targets.LINEAR_FORWARD)
 BEST = xla_ops.status()["cpu"].detail
 # Those besides the one that these tests run on.
 INSTRUCTION_SETS = {"avx512": ["avx2"], "avx512 and amx": ["avx2", "avx512"]}.get(BEST, [])
-kernel_serves = pytest.mark.skipif(not SERVES, reason="no kernel of `linear` for this CPU")
-
-
-def kernel():
-    return pytest.param("kernel", marks=kernel_serves)
 
 
 def operands(
@@ -57,10 +51,6 @@ def value_and_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 @pytest.fixture
 def cuda_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
-
-
-def for_cuda(function, *arrays: jax.Array) -> str:
-    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("implementation", ["jnp", kernel(), None])

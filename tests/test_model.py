@@ -13,13 +13,15 @@ import pytest
 from flax import nnx
 
 import xla_ops
-from internimage_jax.config import RELEASED, InternImageConfig
+from internimage_jax.config import RELEASED
 from internimage_jax.model import InternImage
 from tests.support import (
+    SMALLEST,
     TINY,
     assert_close,
     error,
     golden_input,
+    images,
     recipe_model,
     reference,
     reference_config,
@@ -33,11 +35,6 @@ AS_USERS_COMPILE = {
     "xla_llvm_disable_expensive_passes": False,
     **({"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}),
 }
-SMALLEST = InternImageConfig(channels=16, depths=(1, 1, 1, 1), groups=(2, 4, 8, 16), num_classes=5)
-
-
-def images(n: int = 2, h: int = 32, w: int = 32, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.RandomState(0).standard_normal((n, h, w, 3)), dtype)
 
 
 def outputs(model: InternImage, x, **options):

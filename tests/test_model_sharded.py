@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internimage_jax.model import InternImage
-from tests.test_dwconv import mesh
-from tests.test_model import SMALLEST
+from tests.layers import mesh
+from tests.support import SMALLEST
 
 IMAGES = np.random.RandomState(0).standard_normal((4, 64, 64, 3)).astype(np.float32)
 LABELS = np.eye(5, dtype=np.float32)[[0, 1, 2, 3]]

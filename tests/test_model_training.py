@@ -14,8 +14,15 @@ from flax import nnx
 
 from convert.rules import rules
 from internimage_jax.model import InternImage
-from tests.support import TOLERANCE, golden_input, recipe_model, reference, reference_config
-from tests.test_model import SMALLEST, images
+from tests.support import (
+    SMALLEST,
+    TOLERANCE,
+    golden_input,
+    images,
+    recipe_model,
+    reference,
+    reference_config,
+)
 
 README = Path(__file__).parent.parent / "README.md"
 WITH_GRADIENTS = (
@@ -32,6 +39,17 @@ CANCELLING = {
     "clip_projector.norm1_k.0.bias": "clip_projector.norm1_v.0.bias",
     "clip_projector.cross_dcn.k_bias": "clip_projector.cross_dcn.v_bias",
 }
+
+
+def test_training_in_float64_stays_in_float64(x64):
+    model = InternImage(SMALLEST, dtype="float64", param_dtype="float64", rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step(model, x):
+        return model(x, train=True)
+
+    assert step(model, images(dtype=jnp.float64)).dtype == jnp.float64
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {np.dtype(np.float64)}
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENTS)

@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 import xla_ops
 from internimage_jax.model import InternImage
 from tests import test_convolution, test_linear, test_mlp
-from tests.test_dwconv import mesh
-from tests.test_linear import for_cuda, kernel_serves
-from tests.test_model import SMALLEST
+from tests.layers import for_cuda, kernel_serves, mesh
+from tests.support import SMALLEST
 from tests.transforms import check_transforms
 from xla_ops import _ffi, _targets, convolution, in_panels, linear, mlp, reads_panels
 from xla_ops.panels import from_panels

@@ -20,15 +20,10 @@ from internimage_jax.predict import Predictor
 from internimage_jax.preprocess import Preprocessing
 from internimage_jax.pretrained import create_model, from_pretrained, save_pretrained
 from tests.recipe_checkpoints import CONFIG, LAYOUTS, assert_same, flax_arrays, weights, write
+from tests.support import arrays_of
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (80, 80, 3)).astype(np.uint8)
 HEADS = ("head.", "conv_head.", "clip_head.")
-
-
-def arrays_of(model: InternImage) -> dict[str, np.ndarray]:
-    """Parameters and statistics by path."""
-    state = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
 
 
 # ---- from_pretrained

@@ -16,7 +16,7 @@ from internimage_jax.config import RELEASED, ReleasedModel
 from internimage_jax.pretrained import from_pretrained
 from tests.hub_server import COMMIT, Hub, serving
 from tests.recipe_checkpoints import CONFIG, assert_same, flax_arrays, weights, write
-from tests.test_pretrained import arrays_of
+from tests.support import arrays_of
 
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.test_dwconv import assert_close, mesh
+from tests.layers import assert_close, mesh
 
 
 def check_transforms(

@@ -7,6 +7,7 @@ it, is imported where it is used.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -21,6 +22,27 @@ def output() -> Console:
 
     width = None if sys.stdout.isatty() else 200
     return Console(markup=False, emoji=False, highlight=False, width=width)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments by which a command is told its model."""
+    parser.add_argument(
+        "--model",
+        default="internimage_t_1k_224",
+        metavar="NAME_OR_PATH",
+        help="a released model (see `list`), or a checkpoint's path (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of parameters and computation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=("kernel", "gather"),
+        help="of DCNv3 (default: the kernel where there is one, see `info`)",
+    )
 
 
 def no_devices() -> str | None:

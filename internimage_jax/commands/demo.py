@@ -119,9 +119,8 @@ def seeded_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
     values = np.random.RandomState(zlib.crc32(name.encode())).uniform(-1, 1, shape)
     leaf = name.rpartition(".")[2]
-    if (
-        len(shape) > 1
-    ):  # a deviation of 1 / sqrt(fan-in) keeps signals; the head's spreads the classes
+    # A deviation of 1 / sqrt(fan-in) keeps signals; the head's spreads the classes.
+    if len(shape) > 1:
         values *= math.sqrt(3 / math.prod(shape[1:])) * (8 if name == "head.weight" else 1)
     elif leaf in ("gamma1", "gamma2"):
         values = 0.5 + 0.1 * values

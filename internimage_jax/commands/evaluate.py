@@ -9,7 +9,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from internimage_jax.commands import output
+from internimage_jax.commands import add_model_arguments, output
 
 if TYPE_CHECKING:
     from internimage_jax.processes import Group
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="images with labels: a folder or a file")
-    parser.add_argument(
-        "--model",
-        default="internimage_t_1k_224",
-        metavar="NAME_OR_PATH",
-        help="a released model (see `list`), or a checkpoint's path (default: %(default)s)",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--labels", metavar="FILE", help="labels of the images where DATA has none, or ReaL's"
     )
@@ -32,17 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=32,
         metavar="N",
         help="images at a time on each device (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of parameters and computation (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--implementation",
-        choices=("kernel", "gather"),
-        help="of DCNv3 (default: the kernel where there is one, see `info`)",
     )
     parser.add_argument(
         "--workers",

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from internimage_jax.commands import output, say
+from internimage_jax.commands import add_model_arguments, output, say
 
 if TYPE_CHECKING:
     from internimage_jax.predict import Prediction
@@ -22,12 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE_OR_FOLDER",
         help="an image, or a folder for all images below it",
     )
-    parser.add_argument(
-        "--model",
-        default="internimage_t_1k_224",
-        metavar="NAME_OR_PATH",
-        help="a released model (see `list`), or a checkpoint's path (default: %(default)s)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--topk", type=int, metavar="K", help="classes an image (default: 5)")
     parser.add_argument(
         "--batch-size",
@@ -35,17 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         metavar="N",
         help="images at a time (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of parameters and computation (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--implementation",
-        choices=("kernel", "gather"),
-        help="of DCNv3 (default: the kernel where there is one, see `info`)",
     )
     parser.add_argument(
         "--on-error",
@@ -114,7 +98,7 @@ def print_table(prediction: Prediction) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from internimage_jax.image_files import printable
+    from internimage_jax.messages import printable
 
     table = Table(box=SIMPLE_HEAD)
     table.add_column("class", justify="right")

@@ -167,9 +167,8 @@ struct GradientMaker {
     hold(this->records);
   }
 
-  // Puts them where the dots were; returns a sum that is not finite where a softmax,
-  // a sample or a derivative is not. All threads of the warp take
-  // part.
+  // Puts them where the dots were; returns a sum that is not finite where a softmax, a sample or a
+  // derivative is not. All threads of the warp take part.
   __device__ __forceinline__ float make(const PendingColumn& pending) const {
     Sample<float> sample[3];
     const float keep = 1 - pending.blend;

@@ -338,7 +338,10 @@ def _found_beside(place: _Place, source: str, known: LabelClasses) -> Labels:
     if path is None:
         looked = ", ".join(dict.fromkeys(name.format(stem) for name in USUAL_NAMES))
         where = " and ".join(map(printable, place.folders))
-        raise DataError(f"{source}: images without labels; looked in {where} for {looked}")
+        raise DataError(
+            f"{source}: images without labels; looked in {where} for {looked} (and folders are no "
+            f"classes by their names; expected {known.expected})"
+        )
     return read_labels(path, known)
 
 

@@ -60,6 +60,7 @@ def evaluate(
     batch_size: int = 32,
     dtype: DTypeLike = "float32",
     implementation: xla_ops.Implementation | None = None,
+    image_size: int | None = None,
     workers: int | None = None,
     num_images: int | None = None,
     labels: str | os.PathLike[str] | None = None,
@@ -80,6 +81,8 @@ def evaluate(
         batch_size: Images at a time on each device.
         dtype: Of parameters and computation; a model that is given has its own.
         implementation: Of DCNv3, see `xla_ops.dcnv3`; a model that is given has its own.
+        image_size: Side of the images, in pixels; None is the checkpoint's, and a model that is
+            given has its own.
         workers: How many images are decoded at a time; None is as many as there are cores.
         num_images: Evaluates that many, evenly spaced through the dataset; None is all.
         labels: A file of labels, see `internimage_jax.data.open_dataset`.
@@ -116,7 +119,7 @@ def evaluate(
     own = _own_classes(model)
     dataset = _opened(data, labels, own)
     chosen = _evenly_spaced(len(dataset), num_images)
-    model, weights, conversion = _loaded(model, dtype, implementation)
+    model, weights, conversion = _loaded(model, dtype, implementation, image_size)
     notes = (*dataset.notes, *conversion, *class_notes(model.config.num_classes, own))
     settings = {
         **model_settings(model, weights, own),
@@ -202,12 +205,15 @@ def _loaded(
     model: InternImage | str | os.PathLike[str],
     dtype: DTypeLike,
     implementation: xla_ops.Implementation | None,
+    image_size: int | None,
 ) -> tuple[InternImage, Any, tuple[str, ...]]:
     """The model, digests of its weights, and what a report has to say of its conversion."""
     if isinstance(model, InternImage):
         return model, array_digests(model), ()
     path = locate(model)
-    loaded = from_pretrained(path, dtype=dtype, implementation=implementation)
+    loaded = from_pretrained(
+        path, dtype=dtype, implementation=implementation, image_size=image_size
+    )
     return loaded, file_digests(path), conversion_notes(path)
 
 

@@ -170,6 +170,7 @@ def test_a_path_that_no_terminal_can_show_is_quoted(capsys: Capture) -> None:
         ([CAT, "--model", "internimage_t_1k_244"], "internimage_t_1k_224"),
         ([CAT, "--topk", "1001"], "topk: got 1001, expected 1 to 1000"),
         ([CAT, "--topk", "0"], "topk: got 0, expected 1 to 1000"),
+        ([CAT, "--image-size", "0"], "image_size: got 0, expected an integer from 1"),
         ([CAT, "--batch-size", "0"], "batch_size: got 0, expected at least 1"),
     ],
 )

@@ -43,6 +43,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("kernel", "gather"),
         help="of DCNv3 (default: the kernel where there is one, see `info`)",
     )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)"
+    )
 
 
 def no_devices() -> str | None:

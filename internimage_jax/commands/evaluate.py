@@ -147,6 +147,7 @@ def _evaluate(args: argparse.Namespace, group: Group) -> dict[str, Any]:
             batch_size=args.batch_size,
             dtype=args.dtype,
             implementation=args.implementation,
+            image_size=args.image_size,
             workers=args.workers,
             num_images=args.num_images,
             labels=args.labels,

@@ -60,7 +60,12 @@ def _run(args: argparse.Namespace) -> None:
 
     images = find_images(args.images)
     say(f"Loading {args.model}")
-    model = from_pretrained(args.model, dtype=args.dtype, implementation=args.implementation)
+    model = from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        implementation=args.implementation,
+        image_size=args.image_size,
+    )
     batch_size = min(args.batch_size, len(images))  # a few images need no large batch
     say(f"Compiling for batches of {batch_size}")
     predictor = Predictor(model, batch_size=batch_size, topk=args.topk)

@@ -69,8 +69,9 @@ def test_the_command(
     options = ["--model", str(checkpoint), "--batch-size", "2", "--no-compilation-cache"]
     assert main(["evaluate", str(data), "--model", f"{checkpoint}x"]) == 1
     assert "fruitx: no such file or folder" in capsys.readouterr().err
-    assert main(["evaluate", str(data), *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["classes"] == FRUIT
+    assert main(["evaluate", str(data), *options, "--image-size", "48", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["classes"], report["image_size"]) == (FRUIT, 48)
     for name in "ab":
         assert main(["evaluate", str(data), *options, "--output", str(tmp_path / name)]) == 0
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0

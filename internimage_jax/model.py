@@ -223,7 +223,7 @@ class InternImage(nnx.Module):
         """Returns the logits of `images`; for a model without classes, the last map.
 
         Args:
-            images: (N, H, W, 3), normalised as in `internimage_jax.preprocess`; any floating dtype.
+            images: (N, H, W, 3), as `internimage_jax.normalize` makes them; any floating dtype.
                 H and G want sides that are multiples of 32.
             train: Uses batch statistics in BatchNorms, and updates the running ones; drops out at
                 the rates of the config. NNX's `model.train()` and `model.eval()` do not count.

@@ -206,7 +206,8 @@ def resize_and_crop(
     Returns uint8 (image_size, image_size, 3).
     Raises ValueError for other modes than RGB and for an image so elongated that it would have,
     resized, more than `MAX_RESIZED_PIXELS` pixels.
-    Source: torchvision's Resize and CenterCrop on PIL images, as the published evaluation has them.
+    Source: torchvision's Resize on PIL images, and the crop of the image processor released with
+    the weights.
     """
     if image.mode != "RGB":
         raise ValueError(f"{name}: mode {image.mode}, expected RGB")

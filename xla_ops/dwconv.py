@@ -45,7 +45,7 @@ def dwconv_norm_gelu(
         implementation: "jnp" runs anywhere, and has forward mode and second derivatives; "kernel"
             is the custom call of the platform that the program is compiled for; None takes the
             kernel where there is one, and the jnp form elsewhere and beyond 4096 channels (2048 in
-            float64), which CUDA's kernel does not take.
+            float64), which CUDA's backward does not take.
 
     Returns:
         (N, H, W, C) of x's dtype. Everything between is float32 for bfloat16 and float16, and of

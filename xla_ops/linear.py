@@ -38,11 +38,11 @@ def linear(
     """Returns x @ kernel + bias, or the erf form of GELU of it.
 
     One kernel does it all, and what is summed or goes into GELU is neither rounded nor written: on
-    x86 processors with AVX2, but for float64; on CUDA in half precision with GELU, up to 256 input
-    channels, and on compute capability 9.0 (H100, H200) for large maps up to 512, and without GELU
-    up to 320 that do not come in 128s. Under differentiation, and everywhere else, it is XLA's
-    product, rounded to x's dtype, and `xla_ops.bias_gelu`: in float16 a product beyond 65504 is
-    infinite there, whatever the bias.
+    x86 processors with AVX2, but for float64; on CUDA from compute capability 8.0 on, in half
+    precision with GELU, C and K in eights, up to 256 input channels, and on 9.0 (H100, H200) for
+    large maps up to 512, and without GELU up to 320 that do not come in 128s. Under
+    differentiation, and everywhere else, it is XLA's product, rounded to x's dtype, and
+    `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever the bias.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="images decoded at a time (default: as many as there are cores)",
+        help="images decoded at a time (default: as many as there are cores, at most 32)",
     )
     parser.add_argument(
         "--num-images", type=int, metavar="N", help="so many, evenly spaced (default: all)"

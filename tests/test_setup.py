@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("setuptools", minversion="77")
+
 ROOT = Path(__file__).parents[1]
 NVCC = """#!/bin/sh
 case "$1" in

@@ -123,7 +123,7 @@ def put_in_panels(
     if value.ndim == 3 or not served or not xla_ops.reads_panels(platform):
         return
     # A new variable: the old one is that of the model that is fused, too.
-    layer.kernel = nnx.Param(jnp.asarray(xla_ops.in_panels(on_host(layer.kernel))))
+    layer.kernel = nnx.Param(on_device(xla_ops.in_panels(on_host(layer.kernel))))
 
 
 def apply(
@@ -229,7 +229,7 @@ def scaled(norm: nnx.LayerNorm, factors: nnx.Param) -> list[jax.Array]:
     """Scale and bias, at least float32, of a norm whose result is `norm`'s times `factors` (C,)."""
     dtype = at_least_float32(jnp.dtype(norm.dtype))
     factor, *vectors = (on_host(a).astype(dtype) for a in (factors, norm.scale, norm.bias))
-    return [jnp.asarray(vector * factor) for vector in vectors]
+    return [on_device(vector * factor) for vector in vectors]
 
 
 def activate(act_layer: str, x: jax.Array) -> jax.Array:
@@ -292,6 +292,17 @@ def on_host(parameter: nnx.Param | None) -> jax.Array | np.ndarray:
     where = {jax.local_devices()[0]} if default is None else set()
     at_hand = value.devices() == where and all(device.platform == "cpu" for device in where)
     return np.asarray(value) if at_hand else value
+
+
+def on_device(value: jax.Array | np.ndarray) -> jax.Array:
+    """`value`, not to be written from here on, as a JAX array.
+
+    `jnp.asarray` would compile a program for each shape of NumPy's. `device_put` may leave the
+    values where they are, so what is a view of another array's is copied first.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    return jax.device_put(value if value.base is None else value.copy())
 
 
 def split(key: jax.Array | None, count: int) -> list[Any]:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from internimage_jax.common import on_device
 from internimage_jax.config import InternImageConfig
 from internimage_jax.shapes import Shape, parameter_shapes
 from xla_ops.operands import at_least_float32
@@ -100,4 +101,4 @@ def fill(model: nnx.Module, values: Mapping[str, jax.Array | np.ndarray]) -> Non
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))
         if name in values:
-            variable.set_value(jnp.asarray(values[name]))
+            variable.set_value(on_device(values[name]))

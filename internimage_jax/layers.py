@@ -26,6 +26,7 @@ from internimage_jax.common import (
     linear_of,
     normalize,
     normalize_add,
+    on_device,
     on_host,
     operand,
     put_in_panels,
@@ -197,7 +198,7 @@ class DCNv3(nnx.Module):
             parts.append(self.center_feature_scale_proj)
         kernel = layout.join(*(on_host(part.kernel) for part in parts))  # (C, width)
         bias = layout.join(*(on_host(part.bias) for part in parts))
-        return linear_of(jnp.asarray(kernel), jnp.asarray(bias), self.dtype)
+        return linear_of(on_device(kernel), on_device(bias), self.dtype)
 
 
 class InternImageLayer(nnx.Module):

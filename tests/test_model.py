@@ -225,6 +225,20 @@ def test_forward_mode_of_a_model_names_the_form_that_has_it():
     jax.eval_shape(lambda x: jax.jvp(plain, (x,), (x,)), images())
 
 
+def test_on_a_cpu_fusing_compiles_nothing():
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    xla_ops.status()  # tries the kernels, if nothing has
+    compilations: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    model.fused()
+    assert compilations == []
+
+
 def test_a_model_with_numpy_parameters_can_be_fused():
     model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
     wanted = model.fused().levels[0].blocks[0].dcn.record.kernel[...]

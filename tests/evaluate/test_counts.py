@@ -83,7 +83,13 @@ def test_fsdp_spreads_the_parameters_and_gives_the_same_counts(
 ) -> None:
     put: list[jax.Array] = []
     device_put = jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda *args: put.append(device_put(*args)) or put[-1])
+
+    def spread(array: jax.Array, *where: jax.sharding.Sharding) -> jax.Array:
+        array = device_put(array, *where)
+        put.extend([array] * len(where))  # not what is put on one device
+        return array
+
+    monkeypatch.setattr(jax, "device_put", spread)
     report = run(parallel="fsdp")
     assert counts(report) == counts(run(parallel="pmap"))
     parameters = jax.tree.leaves(nnx.state(model.fused()))

@@ -210,7 +210,7 @@ def test_lowering_for_another_platform_takes_the_gather_form() -> None:
     arrays = operands("separate")
     lower = lambda f: jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",))  # noqa: E731
     assert "internimage" not in lower(operator("separate", None)).as_text()
-    with pytest.raises(NotImplementedError, match="platform tpu"):  # what JAX raises for it
+    with pytest.raises(NotImplementedError, match="platform tpu"):  # by JAX, which names it
         lower(operator("separate", "kernel"))
 
 

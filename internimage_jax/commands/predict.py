@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image, or a folder for all images below it",
     )
     add_model_arguments(parser)
-    parser.add_argument("--topk", type=int, metavar="K", help="classes an image (default: 5 at most)")
+    parser.add_argument("--topk", type=int, metavar="K", help="classes an image (default: up to 5)")
     parser.add_argument(
         "--batch-size",
         type=int,

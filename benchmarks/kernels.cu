@@ -19,7 +19,6 @@
 #include <string>
 #include <vector>
 
-#include "cluster_mlp.h"
 #include "dcnv3_cuda.h"
 #include "dwconv_cuda.h"
 #include "gelu_cuda.h"
@@ -81,7 +80,6 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   void *record = memory.take(pixels * s.record()), *drecord = memory.take(pixels * s.record());
   void *dx = memory.take(pixels * c), *vector = memory.take(hidden), *z = memory.take(pixels * hidden);
   void *weights = memory.take(std::max(hidden, int64_t{9}) * c, 0.1f), *other = memory.take(pixels * hidden);
-  void* other_weights = memory.take(hidden * c, 0.1f);
   void* scratch = memory.take((pixels + s.batch) * c * 4);
 
   dcnv3::Call d = {};
@@ -133,26 +131,6 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   }
   if (serves && !linear::cuda::mlp_refusal(product, second)) {
     all.push_back({"mlp", [=](cudaStream_t stream) { return linear::cuda::mlp(stream, product, second); }});
-  }
-  // The trial of cluster_mlp.h beside what it would replace: two products, the second XLA's, and add_norm.
-  if (serves && pixels <= 4096) {
-    trial::Call both = {int(pixels), int(c), int(hidden), true, true, 1e-6f};
-    both.x = x, both.kernel1 = weights, both.bias1 = both.bias2 = both.scale = both.offset = vector;
-    both.kernel2 = other_weights, both.residual = dy, both.total = dx, both.y = y;
-    trial::Call one = both;
-    one.hidden = int(c), one.two = false;
-    xla_ops::cuda::Device device;
-    check(xla_ops::cuda::find_device(&device));
-    for (int blocks : {1, 2, 4, 8}) {
-      const std::string in = ", clusters of " + std::to_string(blocks);
-      for (const auto& [name, trial_call] :
-           {std::pair("MLP and add_norm", both), {"product and add_norm", one}}) {
-        if (trial::refusal(trial_call, blocks, device.shared)) continue;
-        all.push_back({name + in, [call = trial_call, blocks](cudaStream_t stream) {
-                         return trial::launch<xla_ops::cuda::BFloat16>(stream, call, blocks);
-                       }});
-      }
-    }
   }
   return all;
 }
@@ -206,8 +184,7 @@ int main(int argc, char** argv) {
       {"T3", 1, 14, 256, 16},        {"T4", 1, 7, 512, 32},   {"B1", 64, 56, 112, 7},
       {"published", 64, 56, 128, 4}, {"L1", 16, 96, 160, 10}, {"L3", 16, 24, 640, 40},
       {"H3", 4, 40, 1280, 40},       {"S1", 64, 56, 80, 5},   {"S2", 64, 28, 160, 10},
-      {"S3", 64, 14, 320, 20},       {"B3", 64, 14, 448, 28}, {"S3", 1, 14, 320, 20},
-      {"B3", 1, 14, 448, 28}};
+      {"S3", 64, 14, 320, 20},       {"B3", 64, 14, 448, 28}};
   cudaStream_t stream;
   check(cudaStreamCreate(&stream));
   for (const Shape& s : small ? few : all) {

@@ -28,11 +28,6 @@ def test_random_shapes_agree_with_the_definition() -> None:
     assert "60 shapes" in run(program("fuzz_layers_cuda.cc"), "60")
 
 
-@needs_compiler
-def test_the_trial_of_clusters_agrees_with_the_definition() -> None:
-    assert "40 shapes" in run(program("fuzz_cluster_mlp.cc"), "40")
-
-
 def operands(dtype: str = "bfloat16") -> list[jax.Array]:
     shapes = (N, H, W, C), (K, K, C), (C,), (C,), (C,)
     return [jnp.zeros(shape, dtype) for shape in shapes]

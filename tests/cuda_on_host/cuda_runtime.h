@@ -1,7 +1,6 @@
 // The part of CUDA that the kernels use, on the host: so that the very code a GPU runs is tested without
 // one, under sanitizers. Found before the real header of this name. Blocks run one after the other in
-// random order, those of a cluster in turns from one of its barriers to the next; the threads of a block are
-// fibers. Between two barriers of the block its warps run one after
+// random order; the threads of a block are fibers. Between two barriers of the block its warps run one after
 // the other, in random order, and so do a warp's threads between two of its own: of two accesses that no
 // barrier orders, either may come first. Launches are made one at a time, by any thread.
 #pragma once
@@ -61,19 +60,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
   unsigned x, y, z;
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    dim3 clusterDim;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
@@ -95,7 +85,7 @@ struct Settings {
 };
 inline Settings settings;
 
-enum class State { kReady, kAtWarp, kAtTeam, kAtBlock, kAtCluster, kDone };  // kAt: at a barrier
+enum class State { kReady, kAtWarp, kAtTeam, kAtBlock, kDone };  // kAt: at a barrier
 
 struct Fiber {
   std::vector<char> stack = std::vector<char>(kStack);
@@ -180,24 +170,16 @@ inline bool release_teams(unsigned threads) {
   return !ready.empty();
 }
 
-inline void begin_block(unsigned threads) {
+inline void run_block(unsigned threads) {
   if (fibers.size() < threads) fibers.resize(threads);
+  passed.clear();
+  std::vector<unsigned> warps;
   for (unsigned i = 0; i < threads; ++i) {
+    if (i % 32 == 0) warps.push_back(i);
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady;
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack.data(), kStack);  // of calls that never returned
     begin(fiber.place, fiber.stack.data(), kStack, entry);
-  }
-}
-
-// Runs a block to its end, or until all of its threads that are not done are at a barrier of the cluster:
-// false then.
-inline bool run_block(unsigned threads) {
-  passed.clear();
-  std::vector<unsigned> warps;
-  for (unsigned i = 0; i < threads; i += 32) warps.push_back(i);
-  for (unsigned i = 0; i < threads; ++i) {
-    if (fibers[i].state == State::kAtCluster) fibers[i].state = State::kReady;
   }
   for (bool running = true; running;) {
     running = false;
@@ -207,69 +189,14 @@ inline bool run_block(unsigned threads) {
       running = true;
       continue;
     }
-    const auto count = [&](State state) {
-      return std::count_if(fibers.begin(), fibers.begin() + threads,
-                           [&](Fiber& f) { return f.state == state; });
-    };
-    if (count(State::kAtBlock) && count(State::kAtCluster)) {
-      std::fputs("threads of a block are at its barrier and at the cluster's\n", stderr);
-      std::abort();
-    }
     for (unsigned i = 0; i < threads; ++i) {
       if (fibers[i].state == State::kDone) continue;
       if (fibers[i].state == State::kAtTeam) {
         std::fputs("not all threads of a team have come to its barrier\n", stderr);
         std::abort();
       }
-      if (fibers[i].state == State::kAtCluster) continue;
       fibers[i].state = State::kReady;
       running = true;
-    }
-  }
-  const auto waits = [](const Fiber& fiber) { return fiber.state == State::kAtCluster; };
-  return std::none_of(fibers.begin(), fibers.begin() + threads, waits);
-}
-
-// The blocks of a cluster: what each has while another runs.
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<unsigned char> memory;
-};
-inline std::vector<Block> cluster;
-inline unsigned rank;  // in the cluster, of the block that runs
-
-inline void run_cluster(unsigned first, unsigned threads, size_t bytes) {
-  if (cluster.size() == 1) {
-    std::memset(shared, 0xa5, bytes);
-    blockIdx.x = first;
-    begin_block(threads);
-    while (!run_block(threads)) continue;
-    return;
-  }
-  std::vector<unsigned> order;
-  for (unsigned i = 0; i < cluster.size(); ++i) order.push_back(i);
-  std::vector<unsigned char> other(bytes);
-  // Puts a block's state where it runs, or back.
-  const auto exchange = [&](unsigned number) {
-    rank = number, blockIdx.x = first + number;
-    std::swap(fibers, cluster[number].fibers);
-    std::memcpy(other.data(), shared, bytes);
-    std::memcpy(shared, cluster[number].memory.data(), bytes);
-    std::memcpy(cluster[number].memory.data(), other.data(), bytes);
-  };
-  for (Block& block : cluster) block.memory.assign(bytes, 0xa5);
-  for (unsigned number : order) exchange(number), begin_block(threads), exchange(number);
-  for (size_t done = 0; done < cluster.size();) {
-    done = 0;
-    std::shuffle(order.begin(), order.end(), chance);
-    for (unsigned number : order) {
-      exchange(number);
-      done += run_block(threads);
-      exchange(number);
-    }
-    if (done && done < cluster.size()) {
-      std::fputs("not all blocks of a cluster have come to its barrier\n", stderr);
-      std::abort();
     }
   }
 }
@@ -319,17 +246,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   body = [&] { kernel(arguments...); };
   gridDim = config->gridDim, blockDim = config->blockDim;
-  const unsigned each = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-  if (gridDim.x % each) return cudaErrorInvalidConfiguration;
-  cluster.resize(each);
-  const int64_t count = gridDim.x / each / settings.part;
+  const int64_t count = gridDim.x / settings.part;
   std::vector<unsigned> order(count);
-  for (int64_t i = 0; i < count; ++i) order[i] = unsigned(gridDim.x / each - count + i);
+  for (int64_t i = 0; i < count; ++i) order[i] = unsigned(gridDim.x - count + i);
   chance.seed(settings.seed++);
   std::shuffle(order.begin(), order.end(), chance);
   ASAN_POISON_MEMORY_REGION(shared, kShared);
   ASAN_UNPOISON_MEMORY_REGION(shared, bytes);
-  for (unsigned i : order) run_cluster(i * each, blockDim.x, bytes);
+  for (unsigned block : order) {
+    std::memset(shared, 0xa5, bytes);
+    blockIdx.x = block;
+    run_block(blockDim.x);
+  }
   ASAN_UNPOISON_MEMORY_REGION(shared, kShared);
   return cudaSuccess;
 }

@@ -118,20 +118,27 @@ bool slices_are_chosen() {
   return std::printf("other calls go by slices of channels than expected\n"), false;
 }
 
-// How many groups' maps a block has on a large GPU, forward and in the gradients of the learned numbers.
+// How many groups' maps a block has on a large GPU, forward and in the gradients of the learned numbers, and
+// which sets of them several blocks share.
 bool maps_are_chosen() {
   const xla_ops::cuda::Device device = {227 << 10, 132};
-  Problem s = {};
-  const auto groups = [&](int64_t batch, int64_t side, int64_t groups, int64_t depth, int team_words) {
+  const auto chosen = [&](int64_t batch, int64_t side, int64_t groups, int64_t depth, int team_words) {
+    Problem s = {};
     s.batch = batch, s.height = s.width = s.out_height = s.out_width = side, s.group = groups,
     s.depth = depth;
-    return dcnv3::cuda::shared_out(s, device, team_words).groups;
+    return dcnv3::cuda::shared_out(s, device, team_words);
   };
   for (int team_words : {dcnv3::cuda::kCellWords, dcnv3::cuda::kDotWords}) {
-    const bool taken = groups(64, 56, 4, 16, team_words) && groups(64, 56, 4, 32, team_words) &&
-                       groups(64, 7, 32, 16, team_words);
-    if (taken && !groups(1, 56, 4, 16, team_words) && !groups(64, 96, 4, 16, team_words)) continue;
-    return std::printf("other calls have maps in shared memory than expected\n"), false;
+    bool right = !chosen(1, 56, 4, 16, team_words).groups && !chosen(64, 96, 4, 16, team_words).groups;
+    struct {
+      int64_t batch, side, groups, depth, whole, parts;
+    } expected[] = {{64, 56, 4, 16, 256, 1}, {64, 56, 4, 32, 256, 1}, {64, 7, 32, 16, 256, 1},
+                    {64, 56, 5, 16, 264, 2}, {64, 56, 7, 16, 396, 2}, {8, 56, 4, 16, 0, 4}};
+    for (const auto& e : expected) {
+      const dcnv3::cuda::Maps maps = chosen(e.batch, e.side, e.groups, e.depth, team_words);
+      right &= maps.groups > 0 && maps.whole == e.whole && maps.parts == e.parts;
+    }
+    if (!right) return std::printf("other calls have maps in shared memory than expected\n"), false;
   }
   return true;
 }

@@ -201,6 +201,8 @@ MAPS = [
     ((4, 23, 1), 1, 16, {}),
     ((4, 23, 1), 1, 32, {}),
     ((3, 2, 2), 1, 32, {}),
+    ((1, 52, 50), 1, 16, {}),  # blocks share a map, or the last of several
+    ((9, 26, 25), 1, 16, {}),
 ]
 # All dtypes with the first, one with each other.
 OF_MAPS = [(*MAPS[0], dtypes) for dtypes in HALVES]

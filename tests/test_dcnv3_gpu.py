@@ -147,6 +147,9 @@ def fused_problem(
         gpu.large((140, 8, 10), 2, 32),
         gpu.large((64, 14, 14), 16, 16),
         gpu.large((40, 56, 56), 4, 32),
+        # Blocks share maps, or the last of them.
+        gpu.large((16, 56, 56), 4, 16),
+        gpu.large((280, 26, 25), 1, 16),
     ],
     ids=str,
 )

@@ -266,7 +266,8 @@ __device__ __forceinline__ void clear_padding(const Call& call, const BlockOfMap
   const int row = int(call.offset.row), padding = row - int(s.group) * kNumbers;
   if (padding == 0 || block.first_group + block.groups < int(s.group)) return;
   N* const after = block.records<N>(call, call.doffset) + block.groups * kNumbers;
-  for (int position = threadIdx.x; position < int(s.positions()); position += blockDim.x) {
+  for (int position = block.first_position + threadIdx.x; position < block.last_position;
+       position += blockDim.x) {
     for (int i = 0; i < padding; ++i) to_storage(0.0f, after + uint32_t(position) * uint32_t(row) + i);
   }
 }
@@ -275,7 +276,8 @@ __device__ __forceinline__ void clear_padding(const Call& call, const BlockOfMap
 
 // T of x and dy, N of records, S slices of 16 channels.
 template <class T, class N, int S>
-__global__ void __launch_bounds__(kTensorThreads) dots_kernel(const __grid_constant__ Call call, Maps maps) {
+__global__ void __launch_bounds__(kTensorThreads)
+    dots_kernel(const __grid_constant__ Call call, const __grid_constant__ Maps maps) {
 #if KERNEL_HAS_TENSOR_CORES
   const Problem& s = call.problem;
   const BlockOfMaps block(s, maps);

@@ -18,10 +18,12 @@ constexpr int kPlaces = 6;           // words of the places of a pair's cells: s
 
 constexpr int kUnit = 32;  // bytes; what places count
 
-// The maps of a block in shared memory: of how many groups, bytes of one, units of a row of it; and the
-// block's warps.
+// The maps of a block in shared memory: a set is an image's of so many groups, its last may be of fewer;
+// bytes of one map, units of a row of it. Then the block's warps. The first `whole` sets are a block's each;
+// of each other one `parts` blocks have the maps, and a part of the positions.
 struct Maps {
-  int groups, blocks_an_image, bytes, pitch, warps;
+  int groups, sets_an_image, bytes, pitch, warps;
+  uint32_t whole, parts, blocks;
 };
 
 // With 16 channels a group the two rows of a cell, 64 bytes each, lie in different halves of the banks. With
@@ -35,7 +37,7 @@ inline Maps maps_of(const Problem& s) {
   return maps;
 }
 
-// How many groups a block should have and how many warps: 16, or half as many where two blocks fit; beside
+// How many groups a set should have and how many warps: 16, or half as many where two blocks fit; beside
 // one group's map that leaves little room, as many as there is room for, 8 at least. Each has `team_words`
 // besides. No groups where this form is not for the call.
 inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
@@ -48,17 +50,24 @@ inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
   for (int groups = 1; groups <= s.group; ++groups) {
     Maps maps = maps_of(s);
     maps.groups = groups;
-    maps.blocks_an_image = int((s.group + groups - 1) / groups);
-    const int64_t blocks = s.batch * maps.blocks_an_image, bytes = int64_t{groups} * maps.bytes;
+    maps.sets_an_image = int((s.group + groups - 1) / groups);
+    const int64_t sets = s.batch * maps.sets_an_image, bytes = int64_t{groups} * maps.bytes;
     const bool two =
-        blocks > device.processors && 2 * (bytes + 8 * team_bytes + kReserved) <= device.shared + kReserved;
+        sets > device.processors && 2 * (bytes + 8 * team_bytes + kReserved) <= device.shared + kReserved;
     maps.warps = two ? 8 : int(std::min<int64_t>(16, (device.shared - bytes) / team_bytes));
+    // To begin a block takes a multiprocessor as long as 160 positions, and half of that where another block
+    // goes on meanwhile (an H200).
+    const int64_t each = groups * s.positions(), begin = two ? 80 : 160;
+    // Sets that are left when as many as there is room for have run as often as they can are shared.
+    const int64_t at_once = device.processors * (two ? 2 : 1), left = sets % at_once;
+    const int64_t parts = left ? std::max<int64_t>(1, std::min(at_once / left, each / (4 * begin))) : 1;
+    const int64_t whole = parts > 1 ? sets - left : sets, blocks = whole + (sets - whole) * parts;
     if (bytes + 8 * team_bytes > device.shared || blocks * 4 < device.processors * 3) break;
+    maps.whole = uint32_t(whole), maps.parts = uint32_t(parts), maps.blocks = uint32_t(blocks);
     if (groups > 1 && !two && maps.warps < 16) continue;
-    // What the busiest multiprocessor has to do, in positions: to begin a block takes one as long as 160 of
-    // them, and half of that where another goes on meanwhile (an H200).
-    const int64_t rounds = (blocks + device.processors - 1) / device.processors;
-    const int64_t work = rounds * (groups * s.positions() + (two ? 80 : 160));
+    // What the busiest multiprocessor has to do, in positions.
+    const auto rounds = [&](int64_t blocks) { return (blocks + device.processors - 1) / device.processors; };
+    const int64_t work = rounds(whole) * (each + begin) + rounds(blocks - whole) * (each / parts + begin);
     if (work < least || (work == least && two)) best = maps, least = work;
   }
   return best;
@@ -79,24 +88,36 @@ inline cudaError_t launch_with_maps(cudaStream_t stream, const Call& call, const
                                     void (*kernel)(Call, Maps), int team_words, const Maps& maps) {
   const int64_t bytes =
       int64_t{maps.groups} * maps.bytes + maps.warps * team_words * int64_t{sizeof(uint32_t)};
-  return launch_with(stream, device, call.problem.batch * maps.blocks_an_image, maps.warps * 32, bytes,
-                     kernel, call, maps);
+  return launch_with(stream, device, maps.blocks, maps.warps * 32, bytes, kernel, call, maps);
 }
 
 // A block's share of the call, and a warp's of that.
 struct BlockOfMaps {
-  __device__ __forceinline__ BlockOfMaps(const Problem& s, const Maps& maps)
-      : image(blockIdx.x / maps.blocks_an_image),
-        first_group(int(blockIdx.x - image * maps.blocks_an_image) * maps.groups),
-        groups(maps.groups < int(s.group) - first_group ? maps.groups : int(s.group) - first_group),
-        pairs(int(s.positions()) * groups),
-        planes(shared_memory<char>()) {}
+  __device__ __forceinline__ BlockOfMaps(const Problem& s, const Maps& maps) : planes(shared_memory<char>()) {
+    uint32_t set = blockIdx.x;
+    first_position = 0, last_position = int(s.positions());
+    if (set >= maps.whole) {
+      const uint32_t which = set - maps.whole, shared = which / maps.parts,
+                     part = which - shared * maps.parts;
+      const int each = last_position / int(maps.parts);
+      set = maps.whole + shared;
+      first_position = int(part) * each;
+      if (part + 1 < maps.parts) last_position = first_position + each;
+    }
+    image = set / maps.sets_an_image;
+    first_group = int(set - image * maps.sets_an_image) * maps.groups;
+    groups = maps.groups < int(s.group) - first_group ? maps.groups : int(s.group) - first_group;
+    pairs = last_position * groups;
+  }
 
   // The warp's own memory.
   __device__ __forceinline__ uint32_t* team(const Maps& maps, int team_words) const {
     return reinterpret_cast<uint32_t*>(planes + maps.groups * maps.bytes) + threadIdx.x / 32 * team_words;
   }
-  __device__ __forceinline__ int first_pair() const { return threadIdx.x / 32 * kTeam; }
+  // Pairs count those of the set: the first of the warp's first team, and how far its next one is.
+  __device__ __forceinline__ int first_pair() const {
+    return first_position * groups + int(threadIdx.x) / 32 * kTeam;
+  }
   __device__ __forceinline__ int step() const { return blockDim.x / 32 * kTeam; }
 
   // The image's records, or y or dy, from the block's first group on.
@@ -114,7 +135,7 @@ struct BlockOfMaps {
   }
 
   int64_t image;
-  int first_group, groups, pairs;
+  int first_group, groups, first_position, last_position, pairs;
   char* planes;
 };
 

@@ -157,7 +157,7 @@ __device__ __noinline__ void repair_results(const Call& call, const Maps& maps) 
 // T of x and y, N of records, S slices of 16 channels.
 template <class T, class N, int S, bool centre>
 __global__ void __launch_bounds__(kTensorThreads)
-    tensor_forward_kernel(const __grid_constant__ Call call, Maps maps) {
+    tensor_forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Maps maps) {
 #if KERNEL_HAS_TENSOR_CORES
   const Problem& s = call.problem;
   const int lane = threadIdx.x % 32;

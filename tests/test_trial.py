@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_a_program_that_fails_sets_all_aside(monkeypatch: pytest.MonkeyPatch) ->
     status, targets = _ffi._load_once.__wrapped__("cpu")
     assert status.implementation == "gather" and not targets
     assert "failed its trial" in status.detail and "version" in status.detail
+
+
+@needs_kernel
+def test_kernels_of_a_newer_jaxlib_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(platform: str) -> None:
+        raise RuntimeError(
+            "INVALID_ARGUMENT: XLA FFI handler registration failed because the handler's API "
+            "version (0.5) is incompatible with the framework's API version (0.4)."
+        )
+
+    monkeypatch.setattr(_ffi, "_register", refuse)
+    status, targets = _ffi._load_once.__wrapped__("cpu")
+    assert status.implementation == "gather" and not targets
+    assert status.detail.startswith(f"built for a newer jaxlib than {version('jaxlib')}, ")
 
 
 def test_an_instruction_set_that_there_is_not_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

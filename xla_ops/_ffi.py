@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,13 +141,24 @@ def _load_once(platform: str) -> _Loaded:
         with ThreadPoolExecutor(1) as thread:
             set_aside = thread.submit(_try, platform, devices, targets).result()
     except Exception as error:  # whatever a runtime throws
-        return gather(f"failed its trial: {error}".splitlines()[0])
+        return gather(_why_not(error))
     wrong = {_operator(target) for target in set_aside}
     serving = frozenset(target for target in targets if _operator(target) not in wrong)
     details = [f"without {name}: {why}" for name, why in sorted(set_aside.items())]
     if not serving:
         return gather(f"failed its trial: {'; '.join(details)}")
     return _Loaded(Status("kernel", "; ".join([form, *details])), serving)
+
+
+def _why_not(error: Exception) -> str:
+    """Why none of a platform's kernels serve, in a line."""
+    reason = f"failed its trial: {error}".splitlines()[0]
+    if "handler's API version" not in reason:
+        return reason
+    # What is built for an older jaxlib serves on a newer one, and not the other way round.
+    return (
+        f"built for a newer jaxlib than {version('jaxlib')}, which is here: rebuild it ({reason})"
+    )
 
 
 def _operator(target: str) -> str:

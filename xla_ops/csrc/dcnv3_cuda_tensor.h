@@ -25,8 +25,13 @@ namespace dcnv3::cuda {
 
 // The cells of a pair in shared memory, in words. A stream is a row of the cells, leading or remaining bits
 // of the weights of its two pixels, of ten points in the order in which they are multiplied (see Places).
-// Four streams, then the places. So two pairs' streams lie in different banks.
-constexpr int kStream = 10, kCells = 4 * kStream + kPlaces, kCellWords = kTeam * kCells;
+// Four streams, then the places. So two pairs' streams lie in different banks. After all pairs are zeros, in
+// the place of weights that do not count: from pair to pair they are read two words earlier, and so never in
+// the pairs' banks.
+constexpr int kStream = 10, kCells = 4 * kStream + kPlaces;
+constexpr int kZeros = kTeam * kCells, kFirstZeros = kZeros + 16, kZeroStep = -2;
+constexpr int kCellWords = kFirstZeros + kStream;
+static_assert(kZeros % 32 == 12 && kFirstZeros + (kTeam - 2) * kZeroStep >= kZeros, "");
 
 #if KERNEL_HAS_TENSOR_CORES
 
@@ -98,9 +103,11 @@ struct Samples {
               threadIdx.x % 4, threadIdx.x / 4 % 2) {
     // Its column of the weights: the channels, the pair, which bits; and its depth.
     const int column = threadIdx.x % 32 / 4, depth = threadIdx.x % 4;
-    weights = shared_address(team + column / 2 % 2 * kCells + (column % 2 * 2 + depth % 2) * kStream);
-    mask = depth / 2 == column / 4 ? ~0u : 0u;
-    hold(weights), hold(mask);
+    const bool counts = depth / 2 == column / 4;
+    weights = shared_address(
+        team + (counts ? column / 2 % 2 * kCells + (column % 2 * 2 + depth % 2) * kStream : kFirstZeros));
+    step = uint32_t(counts ? kCells : kZeroStep) * 4;
+    hold(weights), hold(step);
   }
 
   // Sets v to a channel of each slice, lane % 4 / 2 * 8 + lane / 4, of pair lane % 2.
@@ -108,7 +115,7 @@ struct Samples {
     uint32_t w[10], place[5];
     cells.find(pair, place);
 #pragma unroll
-    for (int i = 0; i < 10; i += 2) read_two(weights + (pair * kCells + i) * 4, &w[i]);
+    for (int i = 0; i < 10; i += 2) read_two(weights + pair * step + i * 4, &w[i]);
     float sum[S][4] = {};
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
@@ -122,7 +129,7 @@ struct Samples {
         } else {
           load_two_matrices(row ^ (slice * kUnit), m);
         }
-        multiply_add<T>(m, w[2 * i] & mask, both ? w[2 * i + 1] & mask : 0, sum[slice]);
+        multiply_add<T>(m, w[2 * i], both ? w[2 * i + 1] : 0, sum[slice]);
       }
     }
 #pragma unroll
@@ -133,7 +140,7 @@ struct Samples {
   }
 
   CellRows<S, kCells> cells;
-  uint32_t weights, mask;
+  uint32_t weights, step;  // of the first pair, and how far a pair's are from the last one's
 };
 
 // Does what is not finite among the warp's results once more, by the definition.
@@ -178,6 +185,7 @@ __global__ void __launch_bounds__(kTensorThreads)
   };
   read();
   copy_maps<T, S>(call, maps, block);
+  if (kZeros + lane < kCellWords) team[kZeros + lane] = 0;
   put();
   wait_for_maps();
 
@@ -185,14 +193,15 @@ __global__ void __launch_bounds__(kTensorThreads)
   T* y = block.results<T>(call, call.y) + lane % 4 / 2 * 8 + lane / 4;
   hold(y);
   const Divisor position_of(block.groups);
+  const uint32_t others = channels - block.groups * (16 * S);  // channels that are not this block's
   float poison = 0;
   for (int first = block.first_pair(); first < block.pairs; first += block.step()) {
 #pragma unroll
     for (int pair = 0; pair < kTeam; pair += 2) {
       float v[S];
       samples.compute(pair, v);
-      const uint32_t own = first + pair + lane % 2, position = position_of(own);
-      T* const to = y + (position * channels + (own - position * block.groups) * (16 * S));
+      const uint32_t own = first + pair + lane % 2;
+      T* const to = y + (position_of(own) * others + own * (16 * S));
       const bool there = own < uint32_t(block.pairs);
 #pragma unroll
       for (int slice = 0; slice < S; ++slice) {

@@ -114,10 +114,19 @@ def test_kernels_of_a_newer_jaxlib_say_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert status.detail.startswith(f"built for a newer jaxlib than {version('jaxlib')}, ")
 
 
-def test_an_instruction_set_that_there_is_not_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INTERNIMAGE_CPU_ISA", "avx3")
-    with pytest.raises(ValueError, match="INTERNIMAGE_CPU_ISA: got 'avx3', expected one of amx, "):
-        _ffi._load_once.__wrapped__("cpu")
+@pytest.mark.parametrize(
+    ("platform", "name", "expected"),
+    [
+        ("cpu", "INTERNIMAGE_CPU_ISA", "one of amx, avx512, avx2, baseline"),
+        ("cuda", "INTERNIMAGE_CUDA_FORM", "global or nothing"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, platform: str, name: str, expected: str
+) -> None:
+    monkeypatch.setenv(name, "avx3")
+    with pytest.raises(ValueError, match=f"{name}: got 'avx3', expected {expected}"):
+        _ffi._load_once.__wrapped__(platform)
 
 
 @pytest.mark.skipif(bool(kernels_on_host.cannot_build()), reason=kernels_on_host.cannot_build())

@@ -27,7 +27,11 @@ from xla_ops._targets import ALL, VERSION
 PLATFORMS = ("cpu", "cuda")
 
 _XLA_NAMES = {"cpu": "cpu", "cuda": "CUDA"}
-_CPU_SETS = ("amx", "avx512", "avx2", "baseline")
+# What the environment may ask of each: see cpu_types.h and dcnv3_cuda_device.h.
+_SETTINGS = {
+    "cpu": ("INTERNIMAGE_CPU_ISA", ("amx", "avx512", "avx2", "baseline")),
+    "cuda": ("INTERNIMAGE_CUDA_FORM", ("global",)),
+}
 
 _lock = threading.Lock()
 
@@ -104,21 +108,20 @@ def _register(platform: str) -> None:
         jax.ffi.register_ffi_target(target, handler, platform=_XLA_NAMES[platform])
 
 
-def _check_instruction_set() -> None:
-    """Raises a ValueError where the environment names a set that cpu_types.h does not know."""
-    wanted = os.environ.get("INTERNIMAGE_CPU_ISA", "")
-    if wanted not in ("", *_CPU_SETS):
-        raise ValueError(
-            f"INTERNIMAGE_CPU_ISA: got {wanted!r}, expected one of {', '.join(_CPU_SETS)}"
-        )
+def _check_environment(platform: str) -> None:
+    """Raises a ValueError where it asks of a platform for what its extension does not know."""
+    name, known = _SETTINGS[platform]
+    wanted = os.environ.get(name, "")
+    if wanted not in ("", *known):
+        expected = f"one of {', '.join(known)}" if known[1:] else f"{known[0]} or nothing"
+        raise ValueError(f"{name}: got {wanted!r}, expected {expected}")
 
 
 @functools.cache
 def _load_once(platform: str) -> _Loaded:
     gather = lambda reason: _Loaded(Status("gather", reason))  # noqa: E731
     name = f"_{platform}"
-    if platform == "cpu":
-        _check_instruction_set()
+    _check_environment(platform)
     try:
         extension = _extension(platform)
     except ImportError as error:

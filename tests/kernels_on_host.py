@@ -80,7 +80,7 @@ def _build(path: Path) -> None:
     import pybind11
 
     includes = pybind11.get_include(), jax.ffi.include_dir(), sysconfig.get_path("include")
-    options = [*OPTIONS, "-O1", "-DCPU_BASELINE", "-fPIC", "-shared", "-fvisibility=hidden"]
+    options = [*OPTIONS, "-Og", "-DCPU_BASELINE", "-fPIC", "-shared", "-fvisibility=hidden"]
     options += [f"-isystem{path}" for path in includes]
     command = [COMPILER, *options, str(TESTS / "cuda_on_host" / "module.cc"), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -16,18 +16,19 @@ CSRC = TESTS.parent / "xla_ops" / "csrc"
 COMPILER = os.environ.get("CXX", "c++")
 # For kernels that run on the host: .cu files there are, as C++.
 OPTIONS = ["-std=c++17", "-w", "-fno-strict-aliasing", f"-I{CSRC}", f"-I{TESTS / 'cuda_on_host'}"]
+# Which of the CPU's instruction sets: those of no processor in particular, up to AVX2, or all.
+PORTABLE, AVX2, EVERY = "-DCPU_BASELINE", "-DCPU_NO_AVX512", "-DCPU_EVERY"
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"
 )
 
 
-def program(name: str, kernels: Sequence[str] = (), portable: bool = True) -> Path:
+def program(name: str, kernels: Sequence[str] = (), form: str = PORTABLE) -> Path:
     """Compiles tests/`name` and sources of xla_ops/csrc, once a run of the tests.
 
-    Unless `portable` the CPU kernels are those of each instruction set, which takes a minute.
+    The CPU kernels are those of the instruction sets that `form` leaves.
     """
-    form = ["-DCPU_BASELINE"] if portable else []
     # Not all that "undefined" stands for: the others take a third more of the compiler's time.
     checks = "alignment,bounds,integer-divide-by-zero,null,shift,signed-integer-overflow"
     sanitized = ["-Og", f"-fsanitize=address,{checks}", "-fno-sanitize-recover=all"]
@@ -35,13 +36,13 @@ def program(name: str, kernels: Sequence[str] = (), portable: bool = True) -> Pa
 
     def build(path: Path) -> None:
         for kind in (sanitized, ["-O1"]):
-            command = [COMPILER, *OPTIONS, *form, *kind, *sources, "-o", str(path)]
+            command = [COMPILER, *OPTIONS, form, *kind, *sources, "-o", str(path)]
             done = subprocess.run(command, capture_output=True, text=True)
             if not ("sanitize" in done.stderr or "lasan" in done.stderr):
                 break
         assert done.returncode == 0, done.stderr
 
-    return once_a_run(f"{Path(name).stem}-{'portable' if portable else 'own'}", build)
+    return once_a_run(f"{Path(name).stem}{form}", build)
 
 
 def once_a_run(name: str, build: Callable[[Path], None]) -> Path:

@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 struct __half {
   uint16_t bits;
@@ -14,9 +13,8 @@ inline __half __ushort_as_half(uint16_t bits) {
 inline uint16_t __half_as_ushort(__half v) {
   return v.bits;
 }
-inline float __half2float(__half v) {
-  static const std::vector<float> all = [] {  // looked up: kernels on the host do little else
-    std::vector<float> values(1 << 16);
+struct AllHalves {  // looked up: kernels on the host do little else
+  AllHalves() {
     for (int bits = 0; bits < 1 << 16; ++bits) {
       const int exponent = bits >> 10 & 31, fraction = bits & 1023;
       const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
@@ -24,9 +22,12 @@ inline float __half2float(__half v) {
                                               : std::ldexp(float(1024 + fraction), exponent - 25);
       values[bits] = bits >> 15 ? -magnitude : magnitude;
     }
-    return values;
-  }();
-  return all[v.bits];
+  }
+  float values[1 << 16];
+};
+inline const AllHalves all_halves;
+inline float __half2float(__half v) {
+  return all_halves.values[v.bits];
 }
 inline __half __float2half_rn(float v) {
   const uint16_t sign = std::signbit(v) ? 0x8000 : 0;

@@ -132,21 +132,20 @@ uint32_t pack(float a, float b, T) {
 
 template <class T>
 void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&sum)[4]) {
-  static uint32_t all[1024][6];
+  static float all[1024][12];
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  std::memcpy(all[threadIdx.x], mine, sizeof mine);
+  for (unsigned i = 0; i < 12; ++i) all[threadIdx.x][i] = to_real(T{uint16_t(mine[i / 2] >> i % 2 * 16)});
   cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
   const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
-  const auto value = [&](unsigned thread, unsigned which, unsigned e) {
-    return to_real(T{uint16_t(all[first + thread][which] >> (16 * e))});
-  };
   for (unsigned d = 0; d < 4; ++d) {
     const unsigned row = lane / 4 + d / 2 * 8, column = lane % 4 * 2 + d % 2;
+    float one = sum[d];
     for (unsigned k = 0; k < 16; ++k) {
-      const float left = value(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2);
-      const float right = value(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
-      sum[d] += left * right;
+      const float left = all[first + row % 8 * 4 + k % 8 / 2][row / 8 * 2 + k / 8 * 4 + k % 2];
+      const float right = all[first + column * 4 + k % 8 / 2][8 + k / 8 * 2 + k % 2];
+      one += left * right;
     }
+    sum[d] = one;
   }
   cuda_on_host::wait_at(cuda_on_host::State::kAtWarp);
 }

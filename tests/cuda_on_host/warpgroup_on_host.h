@@ -21,9 +21,10 @@ inline uint64_t further(uint64_t matrix, uint32_t bytes) {
   return matrix + bytes / 16;
 }
 
-// The value at k of the sixteen that are summed over and `other` of the rest.
+// Two neighbours of a row in memory: at k of the sixteen that are summed over and `other` of the rest, and one
+// further in the direction that `sums_in_rows` says. The first of them is at an even place.
 template <class T>
-float value_of(uint64_t matrix, bool sums_in_rows, unsigned k, unsigned other) {
+void read_pair(uint64_t matrix, bool sums_in_rows, unsigned k, unsigned other, float* first, float* second) {
   const uint64_t lead = (matrix >> 16 & 0x3fff) * 16, stride = (matrix >> 32 & 0x3fff) * 16;
   uint64_t at = (matrix & 0x3fff) * 16;
   if (matrix >> 62 == 0) {
@@ -34,9 +35,9 @@ float value_of(uint64_t matrix, bool sums_in_rows, unsigned k, unsigned other) {
                        : other / 64 * lead + k / 8 * stride + k % 8 * 128 + other % 64 * 2;
     at ^= at >> 3 & 0x70;
   }
-  T value;
-  std::memcpy(&value, dynamic_shared_memory + at, 2);
-  return to_real(value);
+  uint32_t word;
+  std::memcpy(&word, dynamic_shared_memory + at, 4);
+  *first = to_real(T{uint16_t(word)}), *second = to_real(T{uint16_t(word >> 16)});
 }
 
 // A product is made at once, or when its group is waited for: as early or as late as it may be.
@@ -89,15 +90,15 @@ inline unsigned column_of(unsigned sum) {
 template <class T, int N>
 void multiply_rows(const float (&rows)[2][16], uint64_t b, bool add, float (&sum)[N]) {
   for (unsigned i = 0; i < N; i += 4) {
-    for (unsigned column = i; column < i + 2; ++column) {
-      float values[16];
-      for (unsigned k = 0; k < 16; ++k) values[k] = value_of<T>(b, false, k, column_of(column));
-      for (unsigned half = 0; half < 2; ++half) {
-        float& one = sum[column + 2 * half];
-        if (!add) one = 0;
-        for (unsigned k = 0; k < 16; ++k) one += rows[half][k] * values[k];
-      }
+    float one[4] = {};
+    if (add) std::memcpy(one, sum + i, sizeof one);
+    for (unsigned k = 0; k < 16; ++k) {
+      float left, right;  // of the two columns
+      read_pair<T>(b, false, k, column_of(i), &left, &right);
+      one[0] += rows[0][k] * left, one[1] += rows[0][k] * right;
+      one[2] += rows[1][k] * left, one[3] += rows[1][k] * right;
     }
+    std::memcpy(sum + i, one, sizeof one);
   }
 }
 
@@ -106,7 +107,9 @@ void multiply_shared(uint64_t a, uint64_t b, float (&sum)[N]) {
   make_product([=, &sum] {
     float rows[2][16];
     for (unsigned half = 0; half < 2; ++half) {
-      for (unsigned k = 0; k < 16; ++k) rows[half][k] = value_of<T>(a, true, k, row_of(2 * half));
+      for (unsigned k = 0; k < 16; k += 2) {
+        read_pair<T>(a, true, k, row_of(2 * half), &rows[half][k], &rows[half][k + 1]);
+      }
     }
     multiply_rows<T>(rows, b, add, sum);
   });

@@ -1,6 +1,7 @@
 // Compiles CPU_KERNELS, an operator's kernels, for each instruction set, in a namespace of its own.
 // CPU_CALL(f, ...) then calls f of the set in use, so that a build from elsewhere runs on any
-// processor of its kind. Included once in an operator's .cc file.
+// processor of its kind. Included once in an operator's .cc file. Tests that need not have all
+// instruction sets define CPU_BASELINE or CPU_NO_AVX512.
 
 namespace baseline {
 #define CPU_TARGET
@@ -25,6 +26,9 @@ namespace avx2 {
 #undef CPU_BYTES
 }  // namespace avx2
 
+#ifdef CPU_NO_AVX512
+namespace avx512 = avx2;
+#else
 namespace avx512 {
 #define CPU_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")))
 #define CPU_BYTES 64
@@ -35,6 +39,7 @@ namespace avx512 {
 #undef CPU_TARGET
 #undef CPU_BYTES
 }  // namespace avx512
+#endif
 
 #define CPU_CALL(f, ...)                                                              \
   ::cpu::instruction_set() == ::cpu::InstructionSet::kAvx512 ? avx512::f(__VA_ARGS__) \

@@ -91,7 +91,8 @@ inline InstructionSet instruction_set() {
   return chosen;
 }
 
-#if CPU_X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+#if CPU_X86 && !defined(CPU_NO_AVX512) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
 #define CPU_AMX 1
 // Whether there is AMX for bfloat16 beside AVX-512, and Linux lets this process use it.
 inline bool has_amx() {

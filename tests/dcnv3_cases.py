@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import xla_ops
+from tests.layers import on_device
 
 REFERENCE = Path(__file__).parent / "reference" / "goldens"
 CASES = {case.pop("name"): case for case in json.loads((REFERENCE / "dcnv3_op.json").read_text())}
@@ -46,7 +46,9 @@ def compiled(operator: str, options: tuple) -> Callable:
     return jax.jit(run)
 
 
-def value_and_gradients(implementation: str, *arrays: jax.Array, **options: object) -> tuple:
+def value_and_gradients(
+    implementation: str, *arrays: jax.Array | np.ndarray, **options: object
+) -> tuple:
     """Of `dcnv3` for x, offset, mask and dy, or of `dcnv3_fused` for x, record and dy."""
     operator = "dcnv3" if len(arrays) == 4 else "dcnv3_fused"
     options["implementation"] = implementation
@@ -76,4 +78,4 @@ def problem(
         random.standard_normal((n, h, w, g * depth)),
         random.standard_normal((n, *out, g * depth)),
     )
-    return [jnp.asarray(a, dtype) for a in (x, offset, mask, dy)]
+    return on_device((x, offset, mask, dy), dtype)

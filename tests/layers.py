@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -27,6 +27,11 @@ def kernel():
     return pytest.param("kernel", marks=kernel_serves)
 
 
+def on_device(arrays: Iterable[np.ndarray], dtype: str) -> list[jax.Array]:
+    """Rounded by NumPy: JAX would compile a program for each shape."""
+    return [jax.device_put(a.astype(dtype)) for a in arrays]
+
+
 def operands(
     shape: tuple[int, ...], size: int = 3, dtype: str = "float32", seed: int = 0
 ) -> list[jax.Array]:
@@ -36,7 +41,7 @@ def operands(
     normal = stream.standard_normal
     arrays = [normal(shape), normal((size, size, c)) / size, normal(c) + 2]
     arrays += [1 + 0.2 * normal(c), normal(c), normal(shape)]
-    return [jnp.asarray(a, dtype) for a in arrays]
+    return on_device(arrays, dtype)
 
 
 def assert_close(got: object, wanted: object, tolerance: float = 1e-5) -> None:

@@ -12,14 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
-from tests.layers import TOLERANCE, assert_close, mesh, needs_kernel
+from tests.layers import TOLERANCE, assert_close, mesh, needs_kernel, on_device
 
 
 def operands(shape: tuple[int, ...], dtype: str = "float32") -> list[jax.Array]:
     """x, bias and dy."""
     stream = np.random.RandomState(0)
     arrays = 3 * stream.standard_normal(shape), stream.standard_normal(shape[-1:])
-    return [jnp.asarray(a, dtype) for a in (*arrays, stream.standard_normal(shape))]
+    return on_device((*arrays, stream.standard_normal(shape)), dtype)
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def test_kernel_agrees_with_the_definition_in_float64(dtype: str) -> None:
         for shape in ((2, 3, 5, 37), (1, 1, 1, 1), (0, 2, 2, 8)):
             arrays = operands(shape, dtype)
             got = program("kernel")(*arrays)
-            wanted = program("jnp")(*(a.astype("float64") for a in arrays))
+            wanted = program("jnp")(*(np.asarray(a, np.float64) for a in arrays))
             assert [a.dtype for a in got] == [dtype] * 3
             # The bias's gradient sums what is rounded to the dtype.
             assert_close(got, wanted, 2 * TOLERANCE[dtype])

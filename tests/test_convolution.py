@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves
+from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves, on_device
 from tests.transforms import check_transforms
 from xla_ops import _ffi, convolution
 from xla_ops.convolution import by_patches, by_xla
@@ -24,7 +24,7 @@ def operands(
     """x, kernel and bias."""
     normal = np.random.RandomState(0).standard_normal
     arrays = normal(shape), normal((3, 3, shape[-1], outputs)) / 3, normal(outputs)
-    return [jnp.asarray(a, dtype) for a in arrays]
+    return on_device(arrays, dtype)
 
 
 def in_float64(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_a_product_over_patches_is_the_convolution(sides: tuple[int, int]) -> No
         lambda f: f(x, kernel),
         lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1))(x, kernel),
     ):
-        assert_close(of(by_patches), of(by_xla))
+        assert_close(of(jax.jit(by_patches)), of(jax.jit(by_xla)))
 
 
 def test_a_small_one_is_a_product_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

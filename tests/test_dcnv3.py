@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.layers import on_device
 from tests.support import SMALL, assert_close, error
 from xla_ops import dcnv3
 from xla_ops.geometry import Geometry
@@ -34,7 +35,7 @@ def arguments(case: dict) -> dict:
 
 
 def golden(name: str, dtype, *keys: str) -> list[jax.Array]:
-    return [jnp.asarray(GOLDENS[f"{name}/{key}"], dtype) for key in keys]
+    return on_device([GOLDENS[f"{name}/{key}"] for key in keys], dtype)
 
 
 def small_inputs(n=2, h=5, w=6, group=2, width=4, points=9, dtype=jnp.float32, seed=0):
@@ -44,7 +45,7 @@ def small_inputs(n=2, h=5, w=6, group=2, width=4, points=9, dtype=jnp.float32, s
     whole = stream.randint(-2, 3, (n, h, w, group * points * 2))
     offset = whole + stream.uniform(0.05, 0.95, whole.shape)
     mask = stream.uniform(0, 1, (n, h, w, group * points))
-    return [jnp.asarray(array, dtype) for array in (x, offset, mask)]
+    return on_device((x, offset, mask), dtype)
 
 
 def definition(x, offset, mask, g: Geometry) -> np.ndarray:
@@ -121,7 +122,7 @@ def test_any_geometry_matches_the_definition(
     mask = stream.uniform(0, 1, (1, out_h, out_w, group * points))
     settings = {k: v for k, v in geometry._asdict().items() if k != "center_feature_scale"}
     call = functools.partial(dcnv3, **settings, implementation="gather")
-    y = jax.jit(call)(*(jnp.asarray(array, jnp.float32) for array in (x, offset, mask)))
+    y = jax.jit(call)(*on_device((x, offset, mask), "float32"))
     wanted = definition(x, offset, mask, geometry)
     np.testing.assert_allclose(y, wanted, atol=1e-5 * max(1, np.abs(wanted).max()))
 

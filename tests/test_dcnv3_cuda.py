@@ -29,6 +29,7 @@ from tests.dcnv3_cases import (
     settings_of,
     value_and_gradients,
 )
+from tests.layers import on_device
 from xla_ops.geometry import Geometry
 
 TYPES = ["float32", "float64", "bfloat16", "float16"]  # in the order of dcnv3::Type
@@ -103,7 +104,7 @@ def test_half_precision_rounds_once(program: Path, dtypes: tuple[str, str], dept
     record = xla_ops.Record(3, 9)
     rows = np.random.RandomState(2).standard_normal((*offset.shape[:3], record.width))
     rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-    rows = jnp.asarray(rows, dtypes[1])
+    (rows,) = on_device([rows], dtypes[1])
     got = on_host(program, x, rows, dy, center=True, **geometry)
     exact = [np.asarray(a, np.float64) for a in (x, rows, dy)]
     expected = on_host(program, *exact, center=True, **geometry)  # held to 1e-11 above
@@ -180,7 +181,7 @@ def fused_problem(
     record = xla_ops.Record(group, 9)
     rows = np.random.RandomState(12).standard_normal((*offset.shape[:3], record.width))
     rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-    return [x, jnp.asarray(rows, dtypes[1]), dy], geometry
+    return [x, *on_device([rows], dtypes[1]), dy], geometry
 
 
 HALVES = [(a, b) for a in ("bfloat16", "float16") for b in (a, "float32")]

@@ -25,6 +25,7 @@ from tests.dcnv3_cases import (
     settings_of,
     value_and_gradients,
 )
+from tests.layers import on_device
 
 PLAIN = settings_of(CASES["plain"])
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -48,12 +49,12 @@ def often_by_cuda(times: int, *arrays: jax.Array, **options: object) -> list[lis
         return [_on(gpu.device(), *arrays, **options) for _ in range(times)]
 
 
-def by_cpu(*arrays: jax.Array, **options: object) -> list[np.ndarray]:
+def by_cpu(*arrays: jax.Array | np.ndarray, **options: object) -> list[np.ndarray]:
     """Output and gradients of the CPU's kernels."""
     return _on(jax.local_devices(backend="cpu")[0], *arrays, **options)
 
 
-def _on(device: jax.Device, *arrays: jax.Array, **options: object) -> list[np.ndarray]:
+def _on(device: jax.Device, *arrays: jax.Array | np.ndarray, **options: object) -> list[np.ndarray]:
     local = [jax.device_put(a, device) for a in arrays]
     with jax.default_device(device):
         results = value_and_gradients("kernel", *local, **options)
@@ -64,7 +65,7 @@ def _on(device: jax.Device, *arrays: jax.Array, **options: object) -> list[np.nd
 def assert_as_exact(arrays: list[jax.Array], dtype: str, **options: object) -> None:
     """Holds the CUDA kernels to the CPU's in float64, of the same inputs."""
     got = by_cuda(*arrays, **options)
-    expected = by_cpu(*(jnp.asarray(a, "float64") for a in arrays), **options)
+    expected = by_cpu(*(np.asarray(a, np.float64) for a in arrays), **options)
     for array, exact in zip(got, expected, strict=True):
         assert array.shape == exact.shape
         assert array.size == 0 or difference(array, exact) < (
@@ -78,7 +79,7 @@ def test_recorded_outputs_and_gradients(name: str, dtype: str) -> None:
     recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
     dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
     with jax.enable_x64(dtype == "float64"):
-        arrays = [jnp.asarray(a, dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
+        arrays = on_device((*(recorded[key] for key in ("x", "offset", "mask")), dy), dtype)
         got = by_cuda(*arrays, **settings_of(CASES[name]))
     for key, array in zip(("output", *GRADIENTS), got, strict=True):
         if key in recorded:
@@ -130,7 +131,7 @@ def fused_problem(
     record = xla_ops.Record(group, 9)
     rows = np.random.RandomState(3).standard_normal((*offset.shape[:3], record.width))
     rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-    return [x, jnp.asarray(rows, dtypes[1]), dy]
+    return [x, *on_device([rows], dtypes[1]), dy]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_records_that_are_not_finite(value: float, column: int) -> None:
     x, _, _, dy = problem(9, "float32", geometry, (2, 6, 7), 16)
     rows = np.random.RandomState(4).standard_normal((2, 6, 7, xla_ops.Record(2, 9).width))
     rows[0, 2, 3, column] = value  # of one group of one image
-    arrays = [x, jnp.asarray(rows, "float32"), dy]
+    arrays = [x, *on_device([rows], "float32"), dy]
     options = {"group": 2, "center_feature_scale": True}
     got, expected = by_cuda(*arrays, **options), by_cpu(*arrays, **options)
     for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):

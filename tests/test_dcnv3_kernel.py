@@ -26,6 +26,7 @@ from tests.dcnv3_cases import (
     settings_of,
     value_and_gradients,
 )
+from tests.layers import on_device
 from xla_ops.dcnv3_kernel import DCNv3
 from xla_ops.geometry import Geometry
 
@@ -41,7 +42,7 @@ def test_kernel_gives_the_recorded_outputs_and_gradients(name: str, dtype: str) 
     recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
     dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
     with jax.enable_x64(dtype == "float64"):
-        arrays = [jnp.asarray(a, dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
+        arrays = on_device((*(recorded[key] for key in ("x", "offset", "mask")), dy), dtype)
         got = value_and_gradients("kernel", *arrays, **settings_of(CASES[name]))
         for key, array in zip(("output", *GRADIENTS), got, strict=True):
             if key in recorded:
@@ -74,7 +75,7 @@ def test_any_geometry_and_dtype_agrees_with_the_gather_form(case: tuple, dtype: 
     geometry, size, depth = case
     with jax.enable_x64(True):
         arrays = problem(0, dtype, geometry, size, depth)
-        exact = [a.astype("float64") for a in arrays]
+        exact = [np.asarray(a, np.float64) for a in arrays]
         got = value_and_gradients("kernel", *arrays, **geometry)
         # In float64, of the same rounded inputs; the kernel itself serves, held to 1e-11 above.
         form = "gather" if dtype == "float64" else "kernel"
@@ -104,10 +105,10 @@ def test_fused_kernel_agrees_with_its_definition(
         x, offset, mask, dy = problem(1, dtypes[0], geometry, (2, 5, 6), depth)
         rows = np.random.RandomState(2).standard_normal((*offset.shape[:3], record.width))
         rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-        rows = jnp.asarray(rows, dtypes[1])
+        (rows,) = on_device([rows], dtypes[1])
         options = {"group": group, "center_feature_scale": center}
         got = value_and_gradients("kernel", x, rows, dy, **options)
-        exact = [a.astype("float64") for a in (x, rows, dy)]
+        exact = [np.asarray(a, np.float64) for a in (x, rows, dy)]
         expected = value_and_gradients("gather", *exact, **options)
         tolerance = TOLERANCE.get(dtypes[0]) or 2 * HALF[dtypes[0]]
         for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.layers import TOLERANCE, assert_close, needs_kernel
+from tests.layers import TOLERANCE, assert_close, needs_kernel, on_device
 from tests.transforms import check_transforms
 from xla_ops import _ffi, add_norm, layer_norm, norm_add
 
@@ -22,7 +22,7 @@ def operands(shape: tuple[int, ...] = (4, 5, 3, 24), dtype: str = "float32") -> 
     """x, scale and bias."""
     normal = np.random.RandomState(0).standard_normal
     arrays = 2 * normal(shape) + 3, 1 + 0.2 * normal(shape[-1]), normal(shape[-1])
-    return [jnp.asarray(a, dtype) for a in arrays]
+    return on_device(arrays, dtype)
 
 
 def operands_of_add(
@@ -30,7 +30,7 @@ def operands_of_add(
 ) -> list[jax.Array]:
     """x, residual, scale and bias."""
     x, *vectors = operands(shape, dtype)
-    return [x, jnp.asarray(np.random.RandomState(1).standard_normal(shape), dtype), *vectors]
+    return [x, *on_device([np.random.RandomState(1).standard_normal(shape)], dtype), *vectors]
 
 
 def in_float64(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> np.ndarray:

@@ -20,7 +20,7 @@ import xla_ops
 from tests import gpu
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
-from tests.layers import TOLERANCE, assert_close, operands
+from tests.layers import TOLERANCE, assert_close, on_device, operands
 from xla_ops import _targets
 from xla_ops.mlp import CHANNELS_ON_CUDA
 
@@ -129,11 +129,11 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: str) -> None:
 def test_linear_with_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
     normal = np.random.RandomState(0).standard_normal
     arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
-    x, kernel, vector = (jnp.asarray(a, dtype) for a in arrays)
+    x, kernel, vector = on_device(arrays, dtype)
     for bias in (vector, vector.astype("float32")):
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            wanted = xla_ops.linear(*map(jnp.asarray, exact), gelu=True, implementation="jnp")
+            wanted = jax.jit(functools.partial(LINEAR, implementation="jnp"))(*exact)
         first, second = by_kernel(LINEAR, x, kernel, bias, times=2)
         assert_close(first, wanted, TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
@@ -173,7 +173,7 @@ def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[An
 def test_linear(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
     normal = np.random.RandomState(0).standard_normal
     arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
-    x, kernel, vector = (jnp.asarray(a, dtype) for a in arrays)
+    x, kernel, vector = on_device(arrays, dtype)
     for bias in (vector, vector.astype("float32")):
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         wanted = exact[0] @ exact[1] + exact[2]
@@ -236,7 +236,7 @@ def test_mlp(shape: tuple[int, ...], hidden: int, dtype: str) -> None:
         arrays[2], arrays[4] = (bias.astype(kind) for bias in biases)
         exact = [np.asarray(a, np.float64) for a in arrays]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            wanted = xla_ops.mlp(*map(jnp.asarray, exact), implementation="jnp")
+            wanted = jax.jit(functools.partial(xla_ops.mlp, implementation="jnp"))(*exact)
         first, second = by_kernel(xla_ops.mlp, *arrays, times=2)
         assert_close(first, wanted, 8 * TOLERANCE[dtype])  # as of the CPU's
         assert first.tobytes() == second.tobytes()
@@ -290,7 +290,7 @@ def test_add_norm(shape: tuple[int, ...], dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, residual, scale, bias = layer_norm.operands_of_add(shape, dtype)
         first, second = by_kernel(xla_ops.add_norm, x, residual, scale, bias, times=2)
-        np.testing.assert_array_equal(first[0], x + residual)
+        np.testing.assert_array_equal(first[0], np.asarray(x) + np.asarray(residual))
         exact = layer_norm.in_float64(first[0], scale, bias, 1e-6)
         assert_close(first[1], exact, 2 * TOLERANCE[dtype])
         assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))

@@ -20,7 +20,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
-from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves, mesh
+from tests.layers import (
+    TOLERANCE,
+    assert_close,
+    for_cuda,
+    kernel,
+    kernel_serves,
+    mesh,
+    on_device,
+)
 from tests.transforms import check_transforms
 from xla_ops import _ffi, _targets, linear
 
@@ -38,7 +46,7 @@ def operands(
     """x, kernel and bias."""
     normal = np.random.RandomState(0).standard_normal
     arrays = normal(shape), normal((shape[-1], outputs)) / np.sqrt(shape[-1]), normal(outputs)
-    return [jnp.asarray(a, dtype) for a in arrays]
+    return on_device(arrays, dtype)
 
 
 def value_and_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -99,7 +107,7 @@ def test_what_is_not_finite(inputs: int, dtype: str, gelu: bool) -> None:
     x, kernel, bias = np.ones((1, 9, 9, inputs)), np.ones((inputs, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
     bias[5], bias[11] = np.nan, -np.inf
-    arrays = (jnp.asarray(a, dtype) for a in (x, kernel, bias))
+    arrays = on_device((x, kernel, bias), dtype)
     got = linear(*arrays, gelu=gelu, implementation="kernel")
     with np.errstate(invalid="ignore"):
         z = x @ kernel + bias

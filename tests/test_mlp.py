@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves
+from tests.layers import TOLERANCE, assert_close, for_cuda, kernel, kernel_serves, on_device
 from tests.transforms import check_transforms
 from xla_ops import _ffi, _targets, linear, mlp
 from xla_ops.mlp import LEAST_PIXELS
@@ -41,7 +41,7 @@ def operands(
     normal = np.random.RandomState(0).standard_normal
     kernels = [normal(s) / np.sqrt(s[0]) for s in ((shape[-1], hidden), (hidden, outputs))]
     arrays = normal(shape), kernels[0], normal(hidden), kernels[1], normal(outputs)
-    return [jnp.asarray(a, dtype) for a in arrays]
+    return on_device(arrays, dtype)
 
 
 def apart(x, kernel1, bias1, kernel2, bias2, implementation=None) -> jax.Array:
@@ -96,7 +96,7 @@ def test_what_is_not_finite(inputs: int, dtype: str) -> None:
     x[0, 0, 3, 7], x[0, 5, 5, 39] = np.nan, np.inf
     x[0, 8, 8, 0] = -np.inf  # GELU makes zero of it
     x[0, 7, 7, 5] = largest  # of which float32's first piece is infinite, but not the sum
-    arrays = [jnp.asarray(a, dtype) for a in (x, kernel1, bias1, kernel2, bias2)]
+    arrays = on_device((x, kernel1, bias1, kernel2, bias2), dtype)
     got = np.asarray(mlp(*arrays, implementation="kernel"), np.float64)
     with np.errstate(invalid="ignore"):
         z = x @ kernel1

@@ -37,7 +37,8 @@ SHAPES = [
 
 def each_in_panels(arrays: list[jax.Array]) -> list[jax.Array]:
     """Operands whose kernels, the second and fourth, are in panels."""
-    return [jnp.asarray(in_panels(a)) if i in (1, 3) else a for i, a in enumerate(arrays)]
+    host = [np.asarray(a) for a in arrays]
+    return [jax.device_put(in_panels(a) if i in (1, 3) else a) for i, a in enumerate(host)]
 
 
 def cases(dtype: str) -> list[tuple[Callable[..., jax.Array], list[jax.Array]]]:

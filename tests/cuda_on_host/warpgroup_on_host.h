@@ -21,8 +21,8 @@ inline uint64_t further(uint64_t matrix, uint32_t bytes) {
   return matrix + bytes / 16;
 }
 
-// Two neighbours of a row in memory: at k of the sixteen that are summed over and `other` of the rest, and one
-// further in the direction that `sums_in_rows` says. The first of them is at an even place.
+// Two neighbours of a row in memory: at k of the sixteen that are summed over and `other` of the rest, and
+// one further in the direction that `sums_in_rows` says. The first of them is at an even place.
 template <class T>
 void read_pair(uint64_t matrix, bool sums_in_rows, unsigned k, unsigned other, float* first, float* second) {
   const uint64_t lead = (matrix >> 16 & 0x3fff) * 16, stride = (matrix >> 32 & 0x3fff) * 16;

@@ -113,8 +113,7 @@ def _check_environment(platform: str) -> None:
     name, known = _SETTINGS[platform]
     wanted = os.environ.get(name, "")
     if wanted not in ("", *known):
-        expected = f"one of {', '.join(known)}" if known[1:] else f"{known[0]} or nothing"
-        raise ValueError(f"{name}: got {wanted!r}, expected {expected}")
+        raise ValueError(f"{name}: got {wanted!r}, expected {', '.join(known)} or nothing")
 
 
 @functools.cache

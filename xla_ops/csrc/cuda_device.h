@@ -27,6 +27,17 @@ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
+// 1 / x by one instruction; of a normal number, to 2^-23 relative.
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+
 // Storage of the half-precision dtypes; arithmetic on them is float32.
 struct BFloat16 {
   uint16_t bits;

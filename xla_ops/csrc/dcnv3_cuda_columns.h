@@ -129,7 +129,7 @@ struct PointColumns {
 #pragma unroll
     for (int row = 0; row < 3; ++row) points.weight[row] = exp_of(logit[row] - top);
     const float sum = points.weight[0] + points.weight[1] + points.weight[2];
-    points.share = inverse_of(of(sum, 0) + of(sum, 1) + of(sum, 2));
+    points.share = reciprocal(of(sum, 0) + of(sum, 1) + of(sum, 2));
     points.blend = with_centre ? sigmoid(of(centre, 2)) : 0.0f;
 
     const float grid_h = float(at.i * stride_h + start_h), grid_w = float(at.j * stride_w + start_w);

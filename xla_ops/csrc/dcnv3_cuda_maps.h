@@ -58,7 +58,8 @@ inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
     // To begin a block takes a multiprocessor as long as 160 positions, and half of that where another block
     // goes on meanwhile (an H200).
     const int64_t each = groups * s.positions(), begin = two ? 80 : 160;
-    // Sets that are left when as many as there is room for have run as often as they can are shared.
+    // Sets that are left when as many as there is room for have run as often as they can are shared, by no
+    // more blocks than leave each four times what it takes to begin.
     const int64_t at_once = device.processors * (two ? 2 : 1), left = sets % at_once;
     const int64_t parts = left ? std::max<int64_t>(1, std::min(at_once / left, each / (4 * begin))) : 1;
     const int64_t whole = parts > 1 ? sets - left : sets, blocks = whole + (sets - whole) * parts;
@@ -66,7 +67,7 @@ inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
     maps.whole = uint32_t(whole), maps.parts = uint32_t(parts), maps.blocks = uint32_t(blocks);
     if (groups > 1 && !two && maps.warps < 16) continue;
     // What the busiest multiprocessor has to do, in positions.
-    const auto rounds = [&](int64_t blocks) { return (blocks + device.processors - 1) / device.processors; };
+    const auto rounds = [&](int64_t of) { return (of + device.processors - 1) / device.processors; };
     const int64_t work = rounds(whole) * (each + begin) + rounds(blocks - whole) * (each / parts + begin);
     if (work < least || (work == least && two)) best = maps, least = work;
   }

@@ -11,17 +11,6 @@ __device__ __forceinline__ float exp_of(float x) {
   return power_of_two(1.44269504f * x);
 }
 
-// 1 over a softmax's sum, to 2^-23.
-__device__ __forceinline__ float inverse_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1 / x;
-#endif
-}
-
 // The fused form's nine points of 3 x 3 have 28 numbers, in shared memory as float32. They take an odd
 // number of words, so that what the threads of a warp read at once is in as many banks.
 constexpr int kNumbers = 28, kRecord = kNumbers + 1;
@@ -176,7 +165,7 @@ struct NinePoints {
     float total = 0;
 #pragma unroll
     for (int p = 0; p < 9; ++p) total += weight(p);
-    return inverse_of(total);
+    return reciprocal(total);
   }
 
   // Sets h and w to where point p is, the one at `u` of those that are walked at once: whole columns.

@@ -36,13 +36,7 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 template <int W>
 __device__ __forceinline__ float reciprocal_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.f / x;
-#endif
+  return reciprocal(x);
 }
 
 // Of less instructions than the templates of these names.

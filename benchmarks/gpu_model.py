@@ -15,7 +15,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -78,13 +78,19 @@ def compare(options: argparse.Namespace) -> Row:
     }
 
 
-def measure(options: argparse.Namespace, name: str, batch: int, form: Any = None) -> Row:
+def measure(
+    options: argparse.Namespace,
+    name: str,
+    batch: int,
+    form: Any = None,
+    compiler_options: dict[str, str] | None = None,
+) -> Row:
     """How fast a model is, its memory, and the steps of its program."""
     config = released_model(name).config
     start = time.perf_counter()
     lowered, leaves, images = random_forward(config, batch, side(options, name), "bfloat16", form)
     traced = time.perf_counter()
-    compiled, steps = compiled_with_steps(lowered)
+    compiled, steps = compiled_with_steps(lowered, compiler_options)
     ready = time.perf_counter()
     compiled(leaves, images).block_until_ready()
     row = {
@@ -124,33 +130,48 @@ def time_calls(call: Callable[[], Any], batch: int) -> Row:
     }
 
 
+class Choice(NamedTuple):
+    """What is made the other way: the form, a constant of a module, or options of the compiler."""
+
+    what: str
+    form: str | None = None
+    constant: tuple[str, str, int] | None = None  # its module, its name, the value
+    compiler: dict[str, str] | None = None  # XLA's options for a GPU
+
+
 def choices(options: argparse.Namespace) -> Rows:
     """Beside the models as they are, timed anew."""
-    patches = {"module": "xla_ops.convolution", "name": "LARGEST_PATCHES"}
-    widest = {"module": "xla_ops.linear", "name": "MOST_CHANNELS"}
+    as_it_is = Choice("as it is")
+    patches = ("xla_ops.convolution", "LARGEST_PATCHES")
+    widest = ("xla_ops.linear", "MOST_CHANNELS")
     small, large = batches(options)
     at_both = [
-        ("as it is", T, None),
-        ("jnp forms", T, "gather"),
-        ("no convolution a product", T, patches | {"value": 0}),
-        ("GELU in no product", T, widest | {"value": 0}),
-        ("as it is", B, None),
-        ("GELU in every product", B, widest | {"value": 1 << 30}),
+        (T, as_it_is),
+        (T, Choice("jnp forms", form="gather")),
+        (T, Choice("no convolution a product", constant=(*patches, 0))),
+        (T, Choice("GELU in no product", constant=(*widest, 0))),
+        (B, as_it_is),
+        (B, Choice("GELU in every product", constant=(*widest, 1 << 30))),
     ]
+    # A layer's first product and its depthwise convolution want nothing of each other. XLA lets the
+    # steps of a command buffer run one after the other unless it is told so.
+    unordered = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    unordered = Choice("steps at once where their data allow it", compiler=unordered)
+    at_small = [(T, unordered), *at_both, (B, unordered)]
     # At the small batch they all are already.
-    at_large = [*at_both, ("every convolution a product", T, patches | {"value": 1 << 60})]
-    for batch, chosen in ((large, at_large), (small, at_both)):
-        for choice, name, change in chosen:
-            row = {"model": name, "batch": batch, "choice": choice}
-            yield row, functools.partial(changed, options, name, batch, change)
+    every = Choice("every convolution a product", constant=(*patches, 1 << 60))
+    for batch, chosen in ((small, at_small), (large, [*at_both, (T, every)])):
+        for name, choice in chosen:
+            row = {"model": name, "batch": batch, "choice": choice.what}
+            yield row, functools.partial(changed, options, name, batch, choice)
 
 
-def changed(
-    options: argparse.Namespace, name: str, batch: int, change: dict[str, Any] | str | None
-) -> Row:
+def changed(options: argparse.Namespace, name: str, batch: int, choice: Choice) -> Row:
     jax.clear_caches()  # of layers traced with another choice
     with contextlib.ExitStack() as stack:
-        if isinstance(change, dict):
-            module = importlib.import_module(change["module"])
-            stack.enter_context(mock.patch.object(module, change["name"], change["value"]))
-        return measure(options, name, batch, change if isinstance(change, str) else None)
+        if choice.constant is not None:
+            module, constant, value = choice.constant
+            patch = mock.patch.object(importlib.import_module(module), constant, value)
+            stack.enter_context(patch)
+        compiler = choice.compiler if options.platform != "cpu" else None
+        return measure(options, name, batch, choice.form, compiler)

@@ -96,13 +96,13 @@ def _description(name: str) -> str:
 
 
 def compiled_with_steps(
-    lowered: jax.stages.Lowered,
+    lowered: jax.stages.Lowered, compiler_options: dict[str, str] | None = None
 ) -> tuple[jax.stages.Compiled, dict[str, int]]:
     """Compiles for a GPU, here or not; with the program goes what it consists of, as far as this
     XLA writes it down.
     """
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile({"xla_dump_to": folder})
+        compiled = lowered.compile({"xla_dump_to": folder, **(compiler_options or {})})
         # Before XLA's passes over the steps, which make command buffers, and maybe after.
         found = sorted(Path(folder).glob("*.thunk_sequence*.txt"))
         return compiled, count_steps(found[-1].read_text()) if found else {}

@@ -30,4 +30,6 @@ def normalize(pixels: np.ndarray | jax.Array, preprocessing: Preprocessing) -> j
     table = jnp.asarray((values - mean) / std)  # (256, 3)
     rows = jnp.asarray(pixels).astype(jnp.int32)  # (..., 3)
     channels = lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)  # (..., 3)
-    return table.at[rows, channels].get(mode="promise_in_bounds")
+    # On a mesh of explicit axes JAX does not work out how what is looked up is sharded.
+    sharding = jax.typeof(rows).sharding
+    return table.at[rows, channels].get(mode="promise_in_bounds", out_sharding=sharding)

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internimage_jax.model import InternImage
+from internimage_jax.normalize import normalize
+from internimage_jax.preprocess import Preprocessing
 from tests.layers import mesh
 from tests.support import SMALLEST
 
@@ -70,3 +72,17 @@ def test_gradients_over_a_mesh_of_explicit_axes_are_those_of_one_device(
         with context:
             for one, other in zip(leaves(*state, *batch), wanted, strict=True):
                 np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_pixels_of_a_sharded_batch_are_normalised_where_they_are(kind: AxisType) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (4, 5, 6, 3), np.uint8)
+    sharding = NamedSharding(mesh(kind), P("data"))
+    sharded = jax.device_put(pixels, sharding)
+    step = jax.jit(lambda pixels: normalize(pixels, Preprocessing(8)))
+    for context in (contextlib.nullcontext(), jax.set_mesh(sharding.mesh)):
+        with context:
+            found = step(sharded)
+            assert found.sharding.is_equivalent_to(sharding, 4)
+            np.testing.assert_array_equal(found, normalize(pixels, Preprocessing(8)))
+            assert "all-" not in step.lower(sharded).compile().as_text()  # -gather, -to-all

@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=("float32", "bfloat16"),
         default="bfloat16" if jax.default_backend() == "gpu" else "float32",
         help="of the computation; parameters are float32 (default: bfloat16 on a GPU)",
     )

@@ -39,12 +39,15 @@ def moved_when_done(out: Path) -> Iterator[Path]:
     leaves what it had written under the other name; the next one to write `out` removes it.
 
     Raises:
-        FileExistsError: `out` is a folder that was not written here.
+        FileExistsError: `out` is a folder that was not written here, or the current one.
         OSError: It cannot be written; the error names `out`.
     """
     place = Path(os.path.realpath(out))  # of a link, what it points to is replaced
     if place.is_dir() and not _is_ours(place):
         raise FileExistsError(f"{out}: is a folder with other files in it; choose another name")
+    if place.is_dir() and os.path.samefile(place, os.curdir):
+        # To be replaced, and who is in it would be in a folder that is gone.
+        raise FileExistsError(f"{out}: is the current folder; choose another name, or leave it")
     prefix = f".{place.name}.{socket.gethostname()}."
     _clean_up(place, prefix)
     start = f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"

@@ -52,6 +52,16 @@ def test_an_empty_folder_and_a_converted_one_are_replaced(tmp_path) -> None:
     assert sorted(tmp_path.iterdir()) == [out, source]
 
 
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch) -> None:
+    source = write(tmp_path / "weights.pth", "pth")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for out in (".", tmp_path / "out"):
+        with pytest.raises(FileExistsError, match="is the current folder"):
+            convert(source, out, model=CONFIG)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path) -> None:
     source = write(tmp_path / "weights.pth", "pth")
     (tmp_path / "file").write_text("mine")

@@ -149,17 +149,24 @@ def test_maps_of_extreme_shapes(program: Path, size: tuple[int, int, int]) -> No
 
 
 @pytest.mark.parametrize("shared", [LARGE, NONE])
-@pytest.mark.parametrize("magnitude", [1e-20, 1e20, 1e37])
+@pytest.mark.parametrize(
+    ("of_dy", "of_mask"),
+    [(1e-20, 1), (1e20, 1), (1e37, 1), (1, 1e-22), (1, 1e-35), (1e30, 1e-30), (1e-30, 1e30)],
+)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2 * HALF["bfloat16"])]
+)
 def test_gradients_of_any_magnitude_keep_their_precision(
-    program: Path, magnitude: float, shared: int
+    program: Path, of_dy: float, of_mask: float, shared: int, dtype: str, bound: float
 ) -> None:
-    # The gradient of x is summed in fixed point, whose scale follows dy and the mask.
-    arrays = problem(9, "float32", PLAIN, (1, 5, 5), 4)
-    arrays[3] = arrays[3].at[..., 0].multiply(1e-6) * magnitude  # a channel much below the others
+    # The gradient of x is summed in fixed point, whose scale follows products of dy and the mask.
+    arrays = problem(9, dtype, PLAIN, (1, 5, 5), 4)
+    arrays[2] = arrays[2] * of_mask
+    arrays[3] = arrays[3].at[..., 0].multiply(1e-6) * of_dy  # a channel much below the others
     exact = [np.asarray(a, np.float64) for a in arrays]
     got, expected = (on_host(program, *a, shared=shared, **PLAIN)[1] for a in (arrays, exact))
     for channel in (0, 1):
-        assert difference(got[..., channel], expected[..., channel]) < 1e-5
+        assert difference(got[..., channel], expected[..., channel]) < bound
 
 
 def test_mask_that_is_not_finite_in_one_image_leaves_the_others(program: Path) -> None:

@@ -55,9 +55,10 @@ __device__ void find_bounds(const Call& call, int64_t image, int first, bool sof
   sum_over_block<C>(sum);
 }
 
-// dy of C channels in fixed point. A channel without a bound counts as zero here: it is left to the
-// definition. Where no channel has one, a weight may be NaN, and nothing is to be added.
-template <class T, int C>
+// dy of C channels, to be weighted and brought to fixed point. A channel without a bound counts as zero here:
+// it is left to the definition. Where no channel has one, a weight may be NaN, and nothing is to be added.
+// With `softmax` no weight exceeds one, so dy alone fits; else only what the bound is of, the product, does.
+template <class T, int C, bool softmax>
 struct Scaled {
   using Real = RealOf<T>;
 
@@ -66,11 +67,21 @@ struct Scaled {
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const bool live = is_finite(bounds[c]);
-      g[c] = live ? fixed_point(bounds[c], bits).to_fixed(g[c]) : Real(0);
+      if constexpr (softmax) {
+        g[c] = live ? fixed_point(bounds[c], bits).to_fixed(g[c]) : Real(0);
+      } else {
+        fixed[c] = fixed_point(live ? bounds[c] : Real(0), bits);
+        if (!live) g[c] = 0;
+      }
       any |= live;
     }
   }
+  __device__ __forceinline__ Real times(Real weight, int c) const {
+    if constexpr (softmax) return weight * g[c];
+    return fixed[c].to_fixed(weight * g[c]);
+  }
   Real g[C];
+  FixedPoint<Real> fixed[softmax ? 1 : C];
   bool any = false;
 };
 
@@ -137,15 +148,15 @@ __global__ void __launch_bounds__(kThreads)
   Place at;
   if (!place(s, blocks_an_image, C, &at)) return;
   const int64_t channels = s.channels(), first = at.group * s.depth + at.channel;
-  const Scaled<T, C> dy(static_cast<const T*>(call.dy) + at.output(s), scratch.bounds<Real>(at.image) + first,
-                        kBits);
+  const Scaled<T, C, false> dy(static_cast<const T*>(call.dy) + at.output(s),
+                               scratch.bounds<Real>(at.image) + first, kBits);
   unsigned long long* dx = scratch.sums(at.image) + first;
   if (!dy.any) return;
   Points<T> points(call, at);
   walk(call, at, points, [&](int pixel, Real weight) {
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const long long v = to_integer(weight * dy.g[c]);
+      const long long v = to_integer(dy.times(weight, c));
       if (v != 0) atomicAdd(dx + pixel * channels + c, static_cast<unsigned long long>(v));
     }
   });
@@ -241,11 +252,11 @@ __global__ void __launch_bounds__(kPlaneThreads, C == 8 ? 1 : 2)
     if (position >= int(s.positions())) continue;
     const int i = position / int(s.out_width), j = position - i * int(s.out_width);
     const Place at = {image, i, j, group, first - group * int(s.depth)};
-    const Scaled<T, C> dy(static_cast<const T*>(call.dy) + at.output(s), bounds, kBits);
+    const Scaled<T, C, nine> dy(static_cast<const T*>(call.dy) + at.output(s), bounds, kBits);
     const auto add = [&](int pixel, float weight) {
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const float v = weight * dy.g[c];
+        const float v = dy.times(weight, c);
         if constexpr (kWords<T> == 1) {
           atomicAdd(&plane[c * pixels + pixel], __float2int_rn(v));
         } else {

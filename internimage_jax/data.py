@@ -322,8 +322,8 @@ def _mapped(
 def _check_one_level(names: list[str], source: str, known: LabelClasses) -> None:
     """Raises where folders of classes are in folders such as "train" or "0", classes or not."""
     for name in names:
-        outer, *inner = name.split("/")[:-1]
-        if inner and known.named(inner[0]) not in (None, known.parse(outer)):
+        outer, *inner = name.split("/")
+        if inner[1:] and known.named(inner[0]) not in (None, known.parse(outer)):
             raise DataError(
                 f"{source}: {printable(outer)} has folders of classes in it, such as "
                 f"{printable(inner[0])}; give the folder that is to be read"

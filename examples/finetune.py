@@ -6,7 +6,8 @@
 The training set is a folder of class folders, whose names become the model's classes. Images are
 cropped and mirrored at random; the rest is AdamW with a warm-up and a cosine, label smoothing and
 stochastic depth. After each epoch the model is written to the output folder, which predict,
-evaluate and `from_pretrained` take. It is an example: change what you like.
+evaluate, `from_pretrained` and this example's --model take. The first step compiles, which for T
+takes minutes on a CPU. It is an example: change what you like.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 import internimage_jax
+from internimage_jax.cache import cache_folder
 from internimage_jax.data import Dataset, open_dataset
 from internimage_jax.loader import default_workers, map_ahead, prefetch_to_device
 from internimage_jax.normalize import normalize
@@ -81,7 +84,10 @@ def random_batches(
 
 def adamw(learning_rate: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
     """AdamW with a warm-up of a twentieth of all steps, then a cosine; vectors do not decay."""
-    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, max(1, steps // 20), steps)
+    warmup = steps // 20
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / (warmup + 1), learning_rate, warmup, steps
+    )
     return optax.chain(
         optax.clip_by_global_norm(5.0),
         optax.adamw(
@@ -118,20 +124,31 @@ def make_step(
     return step
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`; there are images in them, no folders again."""
+def open_training_set(folder: Path) -> tuple[Dataset, list[str]]:
+    """The images in the folders in `folder`, and the names of these, which are the classes."""
     found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if len(found) < 2:
+        raise ValueError(f"{folder}: expected two class folders or more, got {len(found)}")
     for inner in (inner for path in found for inner in path.iterdir()):
         if inner.is_dir():
             raise ValueError(f"{inner}: a folder in a class folder; give the one of class folders")
-    return [path.name for path in found]
+    dataset = open_dataset(folder, class_names=[path.name for path in found])
+    seen = {label for labels in dataset.labels for label in labels}
+    if empty := [path for i, path in enumerate(found) if i not in seen]:
+        raise ValueError(f"{empty[0]}: no images of this class")
+    return dataset, [path.name for path in found]
 
 
 def finetune(args: argparse.Namespace) -> None:
-    if args.output.exists():
-        raise FileExistsError(f"{args.output}: is there already; choose another name")
-    classes = class_folders(args.train)
-    dataset = open_dataset(args.train, class_names=classes)
+    dataset, classes = open_training_set(args.train)
+    devices = jax.local_device_count()
+    if args.epochs < 1:
+        raise ValueError(f"epochs: got {args.epochs}, expected at least 1")
+    if not 1 <= args.batch_size <= len(dataset) or args.batch_size % devices:
+        raise ValueError(
+            f"batch size: got {args.batch_size}, expected at most {len(dataset)}, the number of "
+            f"images, and a multiple of {devices}, the number of devices"
+        )
     model = internimage_jax.from_pretrained(
         args.model,
         classes=classes,
@@ -141,17 +158,9 @@ def finetune(args: argparse.Namespace) -> None:
         param_dtype="float32",
         with_cp=args.recompute,
     )
-    if args.epochs < 1:
-        raise ValueError(f"epochs: got {args.epochs}, expected at least 1")
-    devices = jax.local_device_count()
-    if not 1 <= args.batch_size <= len(dataset) or args.batch_size % devices:
-        raise ValueError(
-            f"batch size: got {args.batch_size}, expected at most {len(dataset)}, the number of "
-            f"images, and a multiple of {devices}, the number of devices"
-        )
-    steps = len(dataset) // args.batch_size
     print(f"{len(dataset)} images of {len(classes)} classes, {devices} device(s)", flush=True)
 
+    steps = len(dataset) // args.batch_size  # an epoch
     graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
     optimizer = adamw(args.learning_rate, args.weight_decay, steps * args.epochs)
     step = make_step(graphdef, optimizer, model.preprocessing, args.label_smoothing)
@@ -184,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("train", type=Path, help="folder of class folders")
-    parser.add_argument("output", type=Path, help="folder for the model")
+    parser.add_argument("output", type=Path, help="folder for the model, a new one")
     parser.add_argument("--model", default="internimage_t_1k_224", help="released name, or a path")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="of all devices together")
@@ -201,11 +210,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--recompute", action="store_true", help="saves memory for some time")
     parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
     try:
-        finetune(parser.parse_args(arguments))
+        args.output.mkdir(parents=True)  # now, not after an epoch, it is an error if it cannot be
+        try:
+            finetune(args)
+        finally:
+            with contextlib.suppress(OSError):  # that it is not empty
+                args.output.rmdir()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the next run need not compile anew
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     main()

@@ -99,7 +99,7 @@ def test_order_and_crops_are_of_the_seed_and_the_epoch(train: Path) -> None:
         (["--batch-size", "28"], "batch size: got 28, expected at most 27"),
         (["--batch-size", "0"], "batch size: got 0"),
         (["--epochs", "0"], "epochs: got 0"),
-        (["--model", "internimage_q"], "internimage_q"),
+        (["--model", "internimage_q", "--batch-size", "4"], "internimage_q"),
     ],
 )
 def test_bad_input(
@@ -111,13 +111,39 @@ def test_bad_input(
     assert not (tmp_path / "mine").exists()
 
 
-def test_folders_that_are_not_what_they_should_be(
-    checkpoint: Path, train: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(SystemExit, match="is there already"):
-        finetune.main([str(train), str(tmp_path), "--model", str(checkpoint)])
-    out = str(tmp_path / "mine")
-    with pytest.raises(SystemExit, match="a folder in a class folder"):
-        finetune.main([str(train.parent), out, "--model", str(checkpoint)])
-    with pytest.raises(SystemExit, match=r"error: .*No such file"):
-        finetune.main([str(tmp_path / "nothing"), out, "--model", str(checkpoint)])
+def test_folders_that_are_not_what_they_should_be(train: Path, tmp_path: Path) -> None:
+    def refused(folder: Path, message: str, out: str = "mine") -> None:
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            finetune.main([str(folder), str(tmp_path / out), "--model", "not looked at"])
+        assert not (tmp_path / "mine").exists()
+
+    refused(train, "File exists", out="")
+    (tmp_path / "file").write_text("")
+    refused(train, "Not a directory", out="file/mine")
+    refused(tmp_path / "nothing", "No such file")
+    refused(train.parent, "expected two class folders or more, got 1")
+    photos(tmp_path / "data" / "other", 1, 0)
+    photos(tmp_path / "data" / "train", 1, 0)
+    refused(tmp_path / "data", "a folder in a class folder")
+    loose = photos(tmp_path / "loose", 1, 0)
+    (loose / "fig" / "0.png").rename(loose / "0.png")
+    refused(loose, r"outside the class folders there is image 0\.png")
+    (loose / "0.png").unlink()
+    refused(loose, "fig: no images of this class")
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    def rates(steps: int) -> list[float]:
+        optimizer = finetune.adamw(0.5, 0.0, steps)
+        params = {"w": jax.numpy.zeros(1)}
+        state, found = optimizer.init(params), []
+        for _ in range(steps):
+            updates, state = optimizer.update({"w": jax.numpy.ones(1)}, state, params)
+            found.append(-float(updates["w"][0]))  # Adam's step, of a gradient that stays
+        return found
+
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        assert rates(1) == pytest.approx([0.5], rel=1e-4)
+        found = rates(40)
+    assert found[:3] == pytest.approx([0.5 / 3, 0.5 * 2 / 3, 0.5], rel=1e-4)
+    assert all(np.diff(found[2:]) < 0) and 0 < found[-1] < 0.01

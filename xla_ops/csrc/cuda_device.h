@@ -1,6 +1,6 @@
 // What the CUDA kernels of all operators share: storage types, reads and writes of several values at
-// once, shared memory, the launch. Arithmetic on half precision is float32. All offsets into buffers are
-// 64-bit.
+// once, shared memory, the launch. Arithmetic on half precision is float32. Offsets into buffers are 64-bit,
+// within an image some are of 32 bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
-// 1 / x by one instruction; of a normal number, to 2^-23 relative.
+// 1 / x by one instruction; of a normal number up to 2^126, to 2^-23 relative.
 __device__ __forceinline__ float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -210,6 +210,7 @@ inline cudaError_t find_device(Device* to) {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared,
                    void (*kernel)(Parameters...), Arguments... arguments) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

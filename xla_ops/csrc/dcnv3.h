@@ -1,9 +1,9 @@
 // The arithmetic of DCNv3, written once for host and device.
 //
 // Everything here is about one point of one (position, group): where it falls, what its four
-// neighbours weigh, how these weights change with the location, the softmax's pieces. A CPU lane and
-// a CUDA thread each own one (position, group) and run the same lines, so the tests of the CPU kernel
-// cover what a GPU computes.
+// neighbours weigh, how these weights change with the location, the softmax's pieces. The vectors of
+// a CPU and the threads of a GPU run the same lines, so the tests of the CPU kernel cover these on a
+// GPU too; what each form does around them has tests of its own.
 //
 // A location is never tested for being outside. The bilinear weight of pixel k is the hat function
 // max(0, 1 - |location - k|); of all pixels in the map only two neighbours can have one above zero,

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kSliceThreads, 1) channels_kernel(const __grid
   __syncthreads();
 
   {
-    const PointColumns<kSlicePositions> columns(call);
+    const PointColumns<kSlicePositions> columns(call, call.centre);
     ColumnOfRecord<N> record(static_cast<const N*>(call.offset.data) + image * positions * call.offset.row +
                                  first / int(s.depth) * kNumbers,
                              columns.column);

@@ -99,11 +99,12 @@ struct ColumnOfPoints {
 template <int kPairs>
 struct PointColumns {
   static_assert(3 * kPairs <= 32, "");
-  __device__ __forceinline__ explicit PointColumns(const Call& call)
+  // `centre`: whether there is the pixel at the position, as call.centre has it.
+  __device__ __forceinline__ PointColumns(const Call& call, bool centre)
       : slot(threadIdx.x % 32 % kPairs),
         column(threadIdx.x % 32 / kPairs),
         scale(float(call.problem.offset_scale)),
-        with_centre(call.centre) {
+        with_centre(centre) {
     const Problem& s = call.problem;
     height = extent<float>(s.height), width = extent<float>(s.width);
     dilation_h = float(int(s.dilation_h)), step_w = float(int(s.dilation_w)) * float(column - 1);

@@ -1,7 +1,7 @@
 // What the CUDA kernels of DCNv3 share: the thread's share of the work, its learned numbers.
 //
-// A thread owns one (position, group) and C channels of it: 16, or as many as 16 bytes hold, or 1,
-// whichever first divides the group's. What counts within one image is 32-bit.
+// A thread owns one (position, group) and C channels of it, a number that divides the group's. What
+// counts within one image is 32-bit.
 #pragma once
 
 #include <cstdint>

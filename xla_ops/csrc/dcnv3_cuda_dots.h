@@ -25,8 +25,8 @@
 namespace dcnv3::cuda {
 
 // The dots of a team in shared memory, in words: of each point four, the points in the order in which they
-// are multiplied (see Places). Two pairs written at once are 16 banks apart, and no two of the eight that are
-// read at once, 16 bytes each, meet. Later the gradients are there. Then the places.
+// are multiplied (see Places). Two pairs written at once are 16 banks apart; of the eight that are read at
+// once, 16 bytes each, no three meet. Later the gradients are there. Then the places.
 constexpr int kDotPairs = 92, kDots = kTeam / 2 * kDotPairs, kDotWords = kDots + kTeam * kPlaces;
 constexpr uint32_t kNone = ~0u;  // where no pair has its numbers
 __device__ __forceinline__ int dots_of(int pair) {
@@ -46,7 +46,9 @@ struct PendingColumn {
 template <int S>
 struct PlaceMaker {
   __device__ __forceinline__ PlaceMaker(const Call& call, const Maps& maps, uint32_t* team)
-      : points_of(call), place_of(maps), places(shared_address(team + kDots + points_of.slot * kPlaces)) {
+      : points_of(call, call.centre),
+        place_of(maps),
+        places(shared_address(team + kDots + points_of.slot * kPlaces)) {
     hold(places);
   }
 

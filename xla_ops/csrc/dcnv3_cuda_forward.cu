@@ -134,7 +134,7 @@ const char* refusal(const Call& call) {
   if (s.channels() > INT32_MAX / 8) return "more than 2^28 channels";
   if (!aligned(call.offset.data)) return "offset or record not aligned to 16 bytes";
   if (s.batch * s.height * s.width * s.channels() / kThreads > INT32_MAX ||
-      s.batch * blocks_an_image(s, 1) > INT32_MAX) {
+      s.batch * blocks_an_image(s, 1) > INT32_MAX || s.batch * s.channels() > INT32_MAX) {
     return "a batch of more than 2^31 blocks";
   }
   return nullptr;

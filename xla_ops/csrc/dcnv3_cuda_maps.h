@@ -59,9 +59,10 @@ inline Maps shared_out(const Problem& s, const Device& device, int team_words) {
     // goes on meanwhile (an H200).
     const int64_t each = groups * s.positions(), begin = two ? 80 : 160;
     // Sets that are left when as many as there is room for have run as often as they can are shared, by no
-    // more blocks than leave each four times what it takes to begin.
+    // more blocks than leave each four times what it takes to begin, and a position.
     const int64_t at_once = device.processors * (two ? 2 : 1), left = sets % at_once;
-    const int64_t parts = left ? std::max<int64_t>(1, std::min(at_once / left, each / (4 * begin))) : 1;
+    const int64_t most = std::min(each / (4 * begin), s.positions());
+    const int64_t parts = left ? std::max<int64_t>(1, std::min(at_once / left, most)) : 1;
     const int64_t whole = parts > 1 ? sets - left : sets, blocks = whole + (sets - whole) * parts;
     if (bytes + 8 * team_bytes > device.shared || blocks * 4 < device.processors * 3) break;
     maps.whole = uint32_t(whole), maps.parts = uint32_t(parts), maps.blocks = uint32_t(blocks);
@@ -241,7 +242,9 @@ struct CellRows {
     for (int i = 0; i < 5; ++i) place[i] ^= odd;
   }
   uint32_t places, last_place, odd, from;
-  uint32_t half;  // which bytes of two words a third point's place is
+  // Which bytes of two words a third point's place is; the others are copies of its highest bit, which is
+  // zero, since maps of 2^15 units do not fit.
+  uint32_t half;
 };
 
 #endif

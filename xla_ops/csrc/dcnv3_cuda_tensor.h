@@ -31,15 +31,16 @@ namespace dcnv3::cuda {
 constexpr int kStream = 10, kCells = 4 * kStream + kPlaces;
 constexpr int kZeros = kTeam * kCells, kFirstZeros = kZeros + 16, kZeroStep = -2;
 constexpr int kCellWords = kFirstZeros + kStream;
-static_assert(kZeros % 32 == 12 && kFirstZeros + (kTeam - 2) * kZeroStep >= kZeros, "");
+static_assert(kZeros % 32 == 12, "the first zeros are in bank 28, after the pairs' banks");
+static_assert(kFirstZeros + (kTeam - 2) * kZeroStep >= kZeros, "the last pairs' zeros are zeros");
 
 #if KERNEL_HAS_TENSOR_CORES
 
 // Makes the cells of a column of a pair's points.
-template <class T, int S>
+template <class T, int S, bool centre>
 struct CellMaker {
   __device__ __forceinline__ CellMaker(const Call& call, const Maps& maps, uint32_t* team)
-      : points_of(call), place_of(maps), cells(shared_address(team + points_of.slot * kCells)) {
+      : points_of(call, centre), place_of(maps), cells(shared_address(team + points_of.slot * kCells)) {
     hold(cells);
   }
 
@@ -63,7 +64,7 @@ struct CellMaker {
       write_two(cells + (i * kStream + 2 * column) * 4, stream[i][0], stream[i][1]);
       write_one(cells + (i * kStream + 6 + column) * 4, stream[i][2]);
     }
-    if (points_of.with_centre && column == 0) {
+    if (centre && column == 0) {
       uint32_t words[4];
       tenth = make(points.blend, float(at.i), float(at.j), of_group, words);
 #pragma unroll
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kTensorThreads)
   const int lane = threadIdx.x % 32;
   const BlockOfMaps block(s, maps);
   uint32_t* const team = block.team(maps, kCellWords);
-  const CellMaker<T, S> maker(call, maps, team);
+  const CellMaker<T, S, centre> maker(call, maps, team);
   Walk at(s, block.groups, block.first_pair() + maker.points_of.slot, block.step());
   const uint32_t channels = uint32_t(s.channels()), row = uint32_t(call.offset.row);
   ColumnOfRecord<N> record(block.records<N>(call, call.offset.data), maker.points_of.column);

@@ -72,6 +72,7 @@ struct Scaled {
       } else {
         fixed[c] = fixed_point(live ? bounds[c] : Real(0), bits);
         if (!live) g[c] = 0;
+        hold(g[c]), hold(fixed[c].part0), hold(fixed[c].part1);
       }
       any |= live;
     }

@@ -41,8 +41,9 @@ inline To bit_cast(From from) {
 inline float to_float(Float16 half) {
   const uint32_t sign = uint32_t(half.bits & 0x8000u) << 16, rest = half.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // 2^112 is the difference of the exponents' biases; the product also normalises subnormals.
-  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f));
+  // Subnormals by their value: on XLA's threads a subnormal float32 counts as zero.
+  if (rest < 0x400u) return bit_cast<float>(sign | bit_cast<uint32_t>(float(rest) * 0x1p-24f));
+  return bit_cast<float>(sign | ((rest << 13) + 0x38000000u));  // 112 is the difference of the biases
 }
 
 inline Float16 to_float16(float value) {

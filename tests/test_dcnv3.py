@@ -302,3 +302,16 @@ def test_what_does_not_fit_is_named(change, message):
     call = {"x": x, "offset": offset, "mask": mask, "group": 2} | change
     with pytest.raises(ValueError, match=message):
         dcnv3(**call)
+
+
+@pytest.mark.parametrize("implementation", ["gather", None])
+def test_sides_whose_pixels_float32_does_not_tell_apart_are_refused(implementation):
+    def shape_for(side: int) -> tuple[int, ...]:
+        shapes = ((1, 1, side, 1), (1, 1, side // 4096, 2), (1, 1, side // 4096, 1))
+        options = {"kernel_size": 1, "stride": 4096, "pad": 0, "group": 1}
+        call = functools.partial(dcnv3, **options, implementation=implementation)
+        return jax.eval_shape(call, *(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)).shape
+
+    assert shape_for(1 << 24) == (1, 1, 4096, 1)
+    with pytest.raises(ValueError, match="x: expected sides of at most 16777216 pixels"):
+        shape_for((1 << 24) + 4096)

@@ -22,7 +22,8 @@ def bias_gelu(
     """Returns z * Phi(z) for z = x + bias, Phi the distribution function of the normal law.
 
     This is the erf form of GELU (not the tanh form, another function); the kernels' relative error
-    in float32 is below 6e-7, also where Phi(z) is tiny.
+    in float32 is below 6e-7, also where Phi(z) is tiny, down to z = -12.9, where the result is
+    -3e-37. Below that it stays so, and the derivative at -4e-36.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from xla_ops.custom_call import call
 from xla_ops.dcnv3_kernel import DCNv3
@@ -12,6 +13,7 @@ from xla_ops.geometry import Geometry
 from xla_ops.operands import at_least_float32, check_dtype
 
 Implementation = Literal["kernel", "gather"]
+LARGEST_SIDE = 1 << 24  # of a map, whose pixels float32 tells apart
 
 
 def dcnv3(
@@ -169,6 +171,12 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
             f"remove_center: expected a square odd kernel, got kernel_size {geometry.kernel_size}"
         )
     n, h, w, channels = x.shape
+    longest = max((side for side in (h, w) if isinstance(side, int)), default=0)
+    if longest > LARGEST_SIDE and x.dtype != jnp.float64:
+        raise ValueError(
+            f"x: expected sides of at most {LARGEST_SIDE} pixels in {x.dtype}, since locations are "
+            f"float32, got {h}x{w}"
+        )
     if channels == 0 or channels % geometry.group:
         raise ValueError(
             f"x: expected channels that {geometry.group} groups divide, got {channels} channels"

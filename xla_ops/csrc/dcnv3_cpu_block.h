@@ -42,7 +42,7 @@ struct Block {
 
 // Rows from the middle of a position's points to the last that they sample, with offsets of about a pixel.
 CPU_TARGET inline int64_t reach(const Problem& s) {
-  const double far = s.offset_scale * double(radius(s.kernel_h, s.dilation_h) + 1);
+  const double far = std::fabs(s.offset_scale) * double(radius(s.kernel_h, s.dilation_h) + 1);
   return far < 64 ? int64_t(far) + 1 : 64;  // 1: the lower neighbour
 }
 

@@ -27,6 +27,8 @@ inline ffi::Error invalid(const std::string& message) {
 }
 
 // Fills the call's problem from the attributes and the shapes of x and of a tensor (N, Ho, Wo, ...).
+constexpr int64_t kLargestSide = 1 << 24;  // whose pixels float32 tells apart
+
 // `geometry`: kernel, stride, pad, dilation, each (h, w), then group, remove_center, version.
 inline ffi::Error describe(Geometry geometry, double offset_scale, Buffer x, Buffer points, Call* call) {
   if (geometry.size() != 11 || geometry[10] != kVersion) {
@@ -57,6 +59,9 @@ inline ffi::Error describe(Geometry geometry, double offset_scale, Buffer x, Buf
     return invalid("expected float32, float64, bfloat16 or float16");
   }
   const bool mixed = call->type != call->points_type;
+  if (call->type != Type::kFloat64 && (s.height > kLargestSide || s.width > kLargestSide)) {
+    return invalid("a side of more than 2^24 pixels");
+  }
   if (mixed && (call->type == Type::kFloat64 || call->points_type == Type::kFloat64)) {
     return invalid("float64 does not mix with another dtype");
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,19 @@ def test_kernel_agrees_with_the_definition_in_float64(dtype: str) -> None:
             mixed = program("kernel")(x, bias.astype("float32"), dy)
             assert mixed[2].dtype == "float32"
             assert_close(mixed, program("kernel")(x, bias, dy), 2 * TOLERANCE[dtype])
+
+
+@needs_kernel
+@pytest.mark.parametrize(("value", "of_dy"), [(1.5, (6e4, -6e4)), (-0.2, (1.2e-7, 1.2e-7))])
+def test_the_gradient_of_a_bias_fits_float16_where_those_of_x_do_not(
+    value: float, of_dy: tuple[float, float]
+) -> None:
+    x = jnp.full((1, 64, 64, 1), value, "float16")
+    dy = jnp.tile(jnp.asarray(of_dy, "float16"), 2048).reshape(x.shape)
+    got = float(program("kernel")(x, jnp.zeros(1), dy)[2][0])
+    slope = 0.5 + 0.5 * math.erf(value / math.sqrt(2))
+    slope += value * math.exp(-(value**2) / 2) / math.sqrt(2 * math.pi)
+    assert got == pytest.approx(slope * np.asarray(dy, np.float64).sum(), rel=1e-2, abs=1e-6)
 
 
 @needs_kernel

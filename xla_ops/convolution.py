@@ -33,7 +33,8 @@ def convolution(
     On x86 processors with AVX2 it is a kernel, but for float64: a matrix product whose rows are put
     together as they are read. On CUDA a small one is a matrix product over patches: XLA keeps
     convolutions out of its command buffers, and a product is launched with all else as one CUDA
-    graph. Under differentiation, and everywhere else, it is XLA's convolution.
+    graph. Everywhere else, and under differentiation where it is not that product, it is XLA's
+    convolution.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64, H and W at least 1.

@@ -23,15 +23,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error check(const char* name, cudaError_t error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal, std::string(name) + ": CUDA: " + cudaGetErrorString(error));
-}
-
-auto bind() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>();
-}
-
 // What CUDA says of this machine, with what helps where that is not plain.
 std::string explain(cudaError_t error) {
   std::string text = std::string("CUDA: ") + cudaGetErrorString(error);
@@ -46,6 +37,15 @@ std::string explain(cudaError_t error) {
     text += " (built for " INTERNIMAGE_CUDA_ARCHS "; INTERNIMAGE_CUDA_ARCHS at the build names others)";
   }
   return text;
+}
+
+ffi::Error check(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string(name) + ": " + explain(error));
+}
+
+auto bind() {
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>();
 }
 
 // In the handler itself: registered beside it, on CUDA, they do not count.

@@ -6,9 +6,6 @@ of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -84,10 +81,3 @@ def test_subnormal_numbers_count(name: str) -> None:
         allowed = 2**-9 * np.abs(b).max() + 2**-21
         np.testing.assert_allclose(a, b, rtol=0, atol=allowed)
         assert np.abs(b).max() > 8 * allowed
-
-
-def test_without_vectors_too() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "count"]
-    variables = os.environ | {"INTERNIMAGE_CPU_ISA": "baseline"}
-    done = subprocess.run([*command, __file__], capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, done.stdout

@@ -94,6 +94,15 @@ def test_any_depth(depth: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(2, 9, 7), (1, 130, 101)])
+def test_masks_much_below_the_gradient(size: tuple[int, int, int], dtype: str) -> None:
+    # The gradient of x is summed in fixed point, in shared memory and in scratch memory.
+    with jax.enable_x64(True):
+        x, offset, mask, dy = problem(0, dtype, PLAIN, size, 8)
+        assert_as_exact([x, offset, mask * 1e-30, dy], dtype, **PLAIN)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [(0, 4, 4), (1, 1, 1), (1, 1, 2048), (2, 130, 101)])
 def test_extreme_and_large_maps(size: tuple[int, int, int], dtype: str) -> None:
     arrays = problem(1, dtype, PLAIN, size, 8)

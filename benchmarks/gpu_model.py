@@ -155,8 +155,10 @@ def choices(options: argparse.Namespace) -> Rows:
     ]
     # A layer's first product and its depthwise convolution want nothing of each other. XLA lets the
     # steps of a command buffer run one after the other unless it is told so.
-    unordered = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-    unordered = Choice("steps at once where their data allow it", compiler=unordered)
+    unordered = Choice(
+        "steps at once where their data allow it",
+        compiler={"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
+    )
     at_small = [(T, unordered), *at_both, (B, unordered)]
     # At the small batch they all are already.
     every = Choice("every convolution a product", constant=(*patches, 1 << 60))

@@ -215,13 +215,42 @@ print(xla_ops.status()["cpu"].detail)
 """
 
 
-def run_program(**environment: str) -> list[str]:
+# A kernel for half precision sums dx in float32 in an array of its own, here of 64 MB for an image.
+# The results have room, and no such array.
+OUT_OF_MEMORY = """
+import resource
+import jax
+import jax.numpy as jnp
+from xla_ops import dcnv3
+
+shapes = (2, 4096, 64, 64), (2, 4096, 64, 2), (2, 4096, 64, 1)
+arrays = [jax.block_until_ready(jnp.ones(shape, jnp.bfloat16)) for shape in shapes]
+def gradients(*arrays):
+    y, vjp = jax.vjp(lambda *arrays: dcnv3(*arrays, group=1, kernel_size=1, pad=0), *arrays)
+    return vjp(y)
+program = jax.jit(gradients).lower(*arrays).compile()
+size = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
+limit = 1024 * int(size.split()[1]) + 2 * sum(array.nbytes for array in arrays) + (32 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+try:
+    jax.block_until_ready(program(*arrays))
+except jax.errors.JaxRuntimeError as error:
+    print(error)
+"""
+
+
+def run_program(program: str = PROGRAM, **environment: str) -> list[str]:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     return done.stdout.split()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_no_memory_is_an_error() -> None:
+    assert run_program(OUT_OF_MEMORY)[-1] == "scratch"  # not the memory for the results
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

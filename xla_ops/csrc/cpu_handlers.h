@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <utility>
 
 #include "cpu_types.h"
@@ -50,11 +51,11 @@ void prefer_large_pages([[maybe_unused]] Results&... results) {
 #endif
 }
 
-// Runs work(i) for i in [0, pieces) on this thread and the pool's.
+// Runs work(i) for i in [0, pieces) on this thread and the pool's. Nobody above them catches an exception,
+// of which there is one: no memory for what a piece works in.
 template <class Work>
 ffi::Future run(ffi::ThreadPool& pool, int64_t pieces, Work work) {
-  if (pieces <= 1) {
-    if (pieces == 1) work(0);
+  if (pieces <= 0) {
     ffi::Promise promise;
     ffi::Future future(promise);
     promise.SetAvailable();
@@ -64,8 +65,12 @@ ffi::Future run(ffi::ThreadPool& pool, int64_t pieces, Work work) {
     State(int64_t n, Work w) : done(n), work(std::move(w)), pieces(n) {}
     void help() {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-        work(i);
-        done.CountDown();
+        try {
+          work(i);
+          done.CountDown();
+        } catch (const std::bad_alloc&) {
+          done.CountDown(ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a kernel's scratch"));
+        }
       }
     }
     ffi::CountDownPromise done;

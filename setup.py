@@ -3,8 +3,8 @@
 A build that fails leaves the package working with the jnp form, and the reason in a file that
 `xla_ops.status()` reads. `INTERNIMAGE_CPU=1` turns the failure into an error, 0 skips the build;
 `INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`, or the one on the path or in
-/usr/local/cuda; neither a GPU nor its driver is needed. `INTERNIMAGE_CUDA_ARCHS="80 90"` builds for
-these architectures only.
+/usr/local/cuda; neither a GPU nor its driver is needed. `INTERNIMAGE_CUDA_ARCHS="80 90+PTX"` builds
+for these architectures only, and for later GPUs than the one named so.
 """
 
 from __future__ import annotations
@@ -74,19 +74,22 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def architectures(nvcc: str) -> list[str]:
-    """Those asked for, or those of ARCHITECTURES that this nvcc knows."""
+def architectures(nvcc: str) -> dict[str, bool]:
+    """Those asked for, or those of ARCHITECTURES that this nvcc knows: whether PTX is there too."""
     run = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = re.findall(r"compute_(\d+)", run.stdout)
     asked = re.findall(r"[^\s,;]+", os.environ.get("INTERNIMAGE_CUDA_ARCHS", ""))
-    asked = [arch.removesuffix("a") for arch in asked]  # 90 becomes 90a by itself
-    unknown = [arch for arch in asked if arch not in known]
+    if not asked:
+        chosen = [arch for arch in ARCHITECTURES if arch in known]
+        return {arch: arch in ("80", chosen[-1]) for arch in chosen}
+    # 90 becomes 90a by itself.
+    named = {name.removesuffix("+PTX").removesuffix("a"): name.endswith("+PTX") for name in asked}
+    unknown = [arch for arch in named if arch not in known]
     if unknown:
         raise SystemExit(
             f"INTERNIMAGE_CUDA_ARCHS: expected some of {' '.join(known)}, got {' '.join(unknown)}"
         )
-    chosen = asked or [arch for arch in ARCHITECTURES if arch in known]
-    return sorted(chosen, key=int)
+    return {arch: named[arch] for arch in sorted(named, key=int)}
 
 
 def release(nvcc: str) -> int:
@@ -150,8 +153,8 @@ class BuildExt(build_ext):
         # With the instructions that 9.0 alone has, which nvcc knows from 12.0 on.
         own = [arch + "a" if arch == "90" and release(nvcc) >= 12 else arch for arch in archs]
         code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in own]
-        for arch in sorted({"80", archs[-1]} & set(archs)):
-            code += [f"-gencode=arch=compute_{arch},code=compute_{arch}"]
+        later = [arch for arch, with_ptx in archs.items() if with_ptx]
+        code += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in later]
         code += ["-Xfatbin=-compress-all"]  # a quarter of the size
         names = " ".join(f"sm_{arch}" for arch in own)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]

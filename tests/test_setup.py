@@ -65,7 +65,8 @@ def built(tmp_path: Path) -> tuple[bool, str]:
 def test_what_has_not_changed_is_not_built_again(build: Build, tmp_path: Path) -> None:
     status, _, calls = build()
     assert (status, built(tmp_path)) == (0, (True, "")) and len(calls) > 5
-    assert all("sm_80" in call and "sm_90a" in call for call in calls if ".cu " in call)
+    codes = ("sm_80", "sm_90a", "code=compute_80", "code=compute_90")
+    assert all(code in call for call in calls if ".cu " in call for code in codes)
     assert build()[2] == []
     (tmp_path / "xla_ops" / "csrc" / "types.h").touch()
     assert len(build()[2]) == len(calls)
@@ -74,8 +75,11 @@ def test_what_has_not_changed_is_not_built_again(build: Build, tmp_path: Path) -
 def test_other_settings_are_built_anew(build: Build) -> None:
     build()
     calls = build(INTERNIMAGE_CUDA_ARCHS="90")[2]
-    assert calls and not any("sm_80" in call for call in calls)
+    assert calls and not any("sm_80" in call or "code=compute" in call for call in calls)
     assert build(INTERNIMAGE_CUDA_ARCHS="90")[2] == []
+    calls = build(INTERNIMAGE_CUDA_ARCHS="90a 80+PTX")[2]
+    assert all("sm_80" in call and "code=compute_80" in call for call in calls if ".cu " in call)
+    assert not any("code=compute_90" in call for call in calls)
     status, said, calls = build(INTERNIMAGE_CUDA_ARCHS="nonsense")
     assert (status, calls) == (1, [])
     assert said == "INTERNIMAGE_CUDA_ARCHS: expected some of 80 90, got nonsense"

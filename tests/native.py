@@ -24,13 +24,18 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def program(name: str, kernels: Sequence[str] = (), form: str = PORTABLE) -> Path:
+# Not all that "undefined" stands for: the others take a third more of the compiler's time.
+UNDEFINED = "alignment,bounds,integer-divide-by-zero,null,shift,signed-integer-overflow"
+
+
+def program(
+    name: str, kernels: Sequence[str] = (), form: str = PORTABLE, checks: str = UNDEFINED
+) -> Path:
     """Compiles tests/`name` and sources of xla_ops/csrc, once a run of the tests.
 
-    The CPU kernels are those of the instruction sets that `form` leaves.
+    The CPU kernels are those of the instruction sets that `form` leaves. `checks` are made beside
+    those of addresses.
     """
-    # Not all that "undefined" stands for: the others take a third more of the compiler's time.
-    checks = "alignment,bounds,integer-divide-by-zero,null,shift,signed-integer-overflow"
     sanitized = ["-Og", f"-fsanitize=address,{checks}", "-fno-sanitize-recover=all"]
     sources = [str(TESTS / name), *(str(CSRC / kernel) for kernel in kernels)]
 
@@ -43,6 +48,11 @@ def program(name: str, kernels: Sequence[str] = (), form: str = PORTABLE) -> Pat
         assert done.returncode == 0, done.stderr
 
     return once_a_run(f"{Path(name).stem}{form}", build)
+
+
+def cuda_program(name: str) -> Path:
+    """Kernels for CUDA: what no GPU forgives, a word at no multiple of its size, is an error."""
+    return program(name, checks="alignment")
 
 
 def once_a_run(name: str, build: Callable[[Path], None]) -> Path:

@@ -47,7 +47,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def program() -> Path:
     """Either of the two things that fuzz_dcnv3_cuda.cc does."""
-    return native.program("fuzz_dcnv3_cuda.cc")
+    return native.cuda_program("fuzz_dcnv3_cuda.cc")
 
 
 LARGE, NONE = 227 * 1024, 0  # shared memory of a block: of an H100; too little to use

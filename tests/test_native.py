@@ -31,7 +31,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour() -> None:
 
 @needs_compiler
 def test_nor_in_the_layers() -> None:
-    in_layers(250, "baseline")
+    in_layers(150, "baseline")
 
 
 @needs_compiler

@@ -1,13 +1,14 @@
 """Fine-tunes a model on classes of your own, on all devices of this machine.
 
-    python examples/finetune.py flowers/train mine --model internimage_t_1k_224 --epochs 10
+    python examples/finetune.py flowers/train mine --validate flowers/val
     python -m internimage_jax evaluate flowers/val --model mine --output mine-on-val
 
 The training set is a folder of class folders, whose names become the model's classes. Images are
 cropped and mirrored at random; the rest is AdamW with a warm-up and a cosine, label smoothing and
 stochastic depth. After each epoch the model is written to the output folder, which predict,
-evaluate, `from_pretrained` and this example's --model take. The first step compiles, which for T
-takes minutes on a CPU. It is an example: change what you like.
+evaluate, `from_pretrained` and this example's --model take, and evaluated on the images to
+validate with, if there are any. The first step compiles, which for T takes minutes on a CPU. It is
+an example: change what you like.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from PIL import Image
 import internimage_jax
 from internimage_jax.cache import cache_folder
 from internimage_jax.data import Dataset, open_dataset
+from internimage_jax.evaluate import evaluate
 from internimage_jax.loader import default_workers, map_ahead, prefetch_to_device
 from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import Preprocessing, load_image
@@ -141,6 +143,7 @@ def open_training_set(folder: Path) -> tuple[Dataset, list[str]]:
 
 def finetune(args: argparse.Namespace) -> None:
     dataset, classes = open_training_set(args.train)
+    validation = open_dataset(args.validate, class_names=classes) if args.validate else None
     devices = jax.local_device_count()
     if args.epochs < 1:
         raise ValueError(f"epochs: got {args.epochs}, expected at least 1")
@@ -186,6 +189,9 @@ def finetune(args: argparse.Namespace) -> None:
             raise ValueError(f"the loss is {loss}; try a smaller --learning-rate")
         nnx.update(model, *held[:2])
         internimage_jax.save_pretrained(model, args.output)
+        if validation:
+            report = evaluate(model, validation, batch_size=args.batch_size // devices)
+            print(f"top-1 on {args.validate}: {100 * report['top1']:.2f} %", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -195,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("train", type=Path, help="folder of class folders")
     parser.add_argument("output", type=Path, help="folder for the model, a new one")
     parser.add_argument("--model", default="internimage_t_1k_224", help="released name, or a path")
+    parser.add_argument("--validate", type=Path, help="folder of class folders, after each epoch")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="of all devices together")
     parser.add_argument("--learning-rate", type=float, default=1e-4)

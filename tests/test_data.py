@@ -97,6 +97,42 @@ def test_training_images_alone_are_read_and_the_report_says_so(tmp_path: Path) -
     assert dataset.notes == ("train is read, there is no val",)
 
 
+def test_what_lies_beside_the_images_is_not_read_nor_called_a_split(tmp_path: Path) -> None:
+    write_folder(tmp_path / "val", CLASS_FOLDERS)
+    write_folder(tmp_path / "docs", {"readme.txt": b""})
+    dataset = open_dataset(tmp_path)
+    check(dataset, CLASS_FOLDERS, CLASS_LABELS)
+    assert dataset.notes == ()
+    flat = write_folder(tmp_path / "flat", {"a.png": encoded(0), "val.txt": b"a.png 3\n"})
+    write_tar(flat / "more.tar", CLASS_FOLDERS)
+    check(open_dataset(flat), {"a.png": encoded(0)}, [(3,)])
+
+
+def test_of_archives_the_validation_images_are_read_by_their_names(tmp_path: Path) -> None:
+    def opened(folder: str, ours: str, *others: str) -> Dataset:
+        write_tar(tmp_path / folder / ours, CLASS_FOLDERS)
+        for other in others:
+            write_tar(tmp_path / folder / other, {f"{TENCH}/x.JPEG": b""})
+        dataset = open_dataset(tmp_path / folder)
+        check(dataset, CLASS_FOLDERS, CLASS_LABELS)
+        return dataset
+
+    opened("case", "IMAGES.TAR")
+    opened("hidden", "val.tar", "._val.tar")  # as macOS leaves them
+    opened("values", "my_val.tar", "train-values.tar", "evaluation.tar")
+    note = "file images.tar read, not file ILSVRC2012_devkit_t12.tar"
+    assert opened("devkit", "images.tar", "ILSVRC2012_devkit_t12.tar").notes == (note,)
+    kit = write_tar(tmp_path / "kit" / "ILSVRC2012_devkit_t12.tar", {"readme.txt": b""})
+    with pytest.raises(ValueError, match=r"devkit_t12\.tar: no images"):
+        open_dataset(kit.parent)
+
+
+def test_a_split_in_an_archive_is_told_by_its_whole_name(tmp_path: Path) -> None:
+    files = {f"{folder}/{TENCH}/x.png": encoded(1) for folder in ("val", "val2", "val_blurred")}
+    dataset = open_dataset(write_zip(tmp_path / "x.zip", files))
+    check(dataset, {f"{TENCH}/x.png": encoded(1)}, [(0,)])
+
+
 def test_links_are_followed_and_hidden_files_left_out(tmp_path: Path) -> None:
     write_folder(tmp_path / "store", CLASS_FOLDERS)
     root = write_folder(
@@ -227,7 +263,9 @@ def test_names_need_not_be_imagenets_nor_without_folders(tmp_path: Path) -> None
     files = {"cats/my photo.jpg": encoded(1), "b.png": encoded(2)}
     write_folder(tmp_path / "images", files)
     write_folder(tmp_path, {"my.txt": b"cats/my photo.jpg 281\nb 3\n"})
-    check(open_dataset(tmp_path / "images", labels=tmp_path / "my.txt"), files, [(3,), (281,)])
+    dataset = open_dataset(tmp_path / "images", labels=tmp_path / "my.txt")
+    check(dataset, files, [(3,), (281,)])
+    assert dataset.kind == "folders"
 
 
 @pytest.mark.parametrize("folders", [False, True])
@@ -267,6 +305,15 @@ def test_webdataset_shards_have_their_labels_beside_the_images(tmp_path: Path) -
     assert list(one.names) == ["0.jpg", "1.JPG"] and one.read(0) == encoded(1)
 
 
+def test_webdataset_samples_stay_in_their_order_and_folders(tmp_path: Path) -> None:
+    names = "val/b.png", "val/b.CLS", "train/a.png", "train/a.cls"
+    contents = encoded(1), b"1", encoded(2), b"2"
+    path = write_tar(tmp_path / "x.tar", dict(zip(names, contents, strict=True)))
+    dataset = open_dataset(path)
+    assert list(dataset.names) == ["val/b.png", "train/a.png"] and dataset.labels == [(1,), (2,)]
+    assert [dataset.read(i) for i in (0, 1)] == [encoded(1), encoded(2)]
+
+
 def test_parquet_shards_are_read_row_group_by_row_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +329,19 @@ def test_parquet_shards_are_read_row_group_by_row_group(
     order = [3, 9, 0, 1, 2, 4, 8, 7, 6, 5] * 3
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(dataset.read, order)) == [encoded(i) for i in order]
-    assert len(dataset.container._cached) == 2  # type: ignore[attr-defined]
+    cached = dataset.container._cached  # type: ignore[attr-defined]
+    assert len(cached) == 2
+    for i in (0, 2, 4):  # row groups of two images
+        dataset.read(i)
+    assert list(cached) == [1, 2]  # the last ones
+
+
+def test_images_of_one_path_in_parquet_files_get_numbers(tmp_path: Path) -> None:
+    for i in range(2):
+        write_parquet(tmp_path / f"validation-{i}.parquet", range(5))
+    dataset = open_dataset(tmp_path)
+    assert list(dataset.names) == [str(i) for i in range(10)]
+    assert dataset.read(7) == encoded(2)
 
 
 def test_parquet_labels_are_mapped_by_the_names_that_are_wordnet_ids(tmp_path: Path) -> None:

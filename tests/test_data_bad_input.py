@@ -153,6 +153,32 @@ def test_a_link_or_device_in_a_tar_is_refused(tmp_path: Path, kind: bytes) -> No
     assert error(path).startswith(f"{path}: {TENCH}/x.jpg is a link, a device or sparse")
 
 
+def test_a_sparse_file_in_a_tar_is_refused(tmp_path: Path) -> None:
+    member = tarfile.TarInfo(f"{TENCH}/x.jpg")
+    member.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(member)
+    assert "x.jpg is a link, a device or sparse" in error(tmp_path / "x.tar")
+
+
+def test_a_tar_that_is_cut_off_later_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", IMAGES)
+    dataset = open_dataset(path)
+    path.write_bytes(path.read_bytes()[:600])  # within the first image
+    with pytest.raises(ValueError, match=rf"0\.jpg: cannot be read \({path} ends early\)"):
+        dataset.read(0)
+
+
+def test_an_encrypted_image_in_a_zip_is_named_and_a_folder_is_none(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", IMAGES | {f"{TENCH}/folder.jpg/": b""})
+    assert len(open_dataset(path)) == 3
+    content = bytearray(path.read_bytes())
+    content[6] |= 1  # in its header, and where all are listed
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    assert error(path) == f"{path}: {SNAKE}/0.jpg is encrypted"
+
+
 @pytest.mark.parametrize("write", [write_tar, write_zip])
 def test_names_in_an_archive_are_never_paths(tmp_path: Path, write: Callable[..., Path]) -> None:
     files = {f"/{TENCH}/a.jpg": encoded(1), f"{TENCH}/../../b.jpg": encoded(2)}
@@ -196,6 +222,8 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar.gz", IMAGES, "w:gz")
     assert error(path).startswith(f"{path}: compressed, so images cannot be read one by one")
+    for mode in ("w:bz2", "w:xz"):
+        assert ": compressed, so" in error(write_tar(path, IMAGES, mode))
 
 
 def test_other_files_and_mixed_archives_are_no_data_set(tmp_path: Path) -> None:
@@ -205,6 +233,12 @@ def test_other_files_and_mixed_archives_are_no_data_set(tmp_path: Path) -> None:
     write_tar(folder / "x.tar", IMAGES)
     write_zip(folder / "x.zip", IMAGES)
     assert "2 archives (x.tar, x.zip), expected a single one" in error(folder)
+    write_zip(tmp_path / "zips" / "a.zip", IMAGES)
+    write_zip(tmp_path / "zips" / "b.zip", IMAGES)
+    assert "2 archives (a.zip, b.zip), expected a single one" in error(tmp_path / "zips")
+    assert "empty.zip: no images" in error(write_zip(tmp_path / "empty.zip", {}))
+    (tmp_path / "old.TAR").write_bytes(b"no tar")
+    assert error(tmp_path / "old.TAR").startswith(f"{tmp_path}/old.TAR: not a whole tar file")
 
 
 @pytest.mark.parametrize(
@@ -215,6 +249,7 @@ def test_other_files_and_mixed_archives_are_no_data_set(tmp_path: Path) -> None:
         ({"0.cls": b"1", "0.jpg": b"", "0.png": b""}, "several images for sample 0"),
         ({"0.cls": b"1000", "0.jpg": b""}, "no class of ImageNet-1K for label 1000"),
         ({"0.cls": b"\xff\0", "0.jpg": b""}, "no class of ImageNet-1K for label"),
+        ({"0.cls": b"", "0.jpg": b""}, "no class of ImageNet-1K for label ''; expected"),
     ],
 )
 def test_webdataset_samples_are_whole(
@@ -230,6 +265,14 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     for length in (len(whole) // 2, len(whole) - 1, 8):
         path.write_bytes(whole[:length])
         assert error(path).startswith(f"{path}: not a whole parquet file (")
+
+
+def test_a_row_group_that_fits_no_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_sources, "MAX_ROW_GROUP_BYTES", 100)
+    message = error(write_parquet(tmp_path / "x.parquet", range(5)))
+    assert re.fullmatch(rf"{tmp_path}/x\.parquet: a row group of \d+ bytes, .* 100: .*", message)
 
 
 def test_parquet_without_the_columns_or_with_other_labels_is_named(tmp_path: Path) -> None:

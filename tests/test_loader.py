@@ -186,3 +186,19 @@ def test_closing_the_prefetch_closes_the_pipeline(dataset: Dataset) -> None:
     next(results)
     results.close()
     assert not decoding_threads()
+
+
+def test_what_is_put_ahead_is_closed_with_it() -> None:
+    closed = []
+
+    def batches() -> Iterator[int]:
+        try:
+            yield from range(9)
+        finally:
+            closed.append(True)
+
+    source = batches()
+    put = prefetch_to_device(source, lambda batch: batch)
+    assert next(put) == 0
+    put.close()
+    assert closed == [True]

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from convert.rules import rules
+from internimage_jax import common
 from internimage_jax.model import InternImage
 from tests.support import (
     SMALLEST,
@@ -196,6 +197,34 @@ def test_dropout_and_stochastic_depth_act_in_training_alone():
     assert (run(0, True) != run(1, True)).any()
     with pytest.raises(ValueError, match=r"key: .* needs a PRNG key, got None"):
         model(x, train=True)
+
+
+def test_each_draw_has_a_key_of_its_own(monkeypatch):
+    drawn, drop = [], common._drop
+
+    def recorded(x, rate, key, shape):
+        data = jax.random.key_data(key)
+        jax.debug.callback(lambda found: drawn.append(tuple(found.tolist())), data)
+        return drop(x, rate, key, shape)
+
+    monkeypatch.setattr(common, "_drop", recorded)
+    rates = {"drop_rate": 0.37, "drop_path_rate": 0.37, "drop_path_type": "uniform"}
+    config = SMALLEST.replace(depths=(1, 1, 4, 1), **rates)  # of no other test, so traced here
+    graphdef, state = nnx.split(InternImage(config, rngs=nnx.Rngs(0)))
+    train = jax.jit(lambda state, x, key: nnx.merge(graphdef, state)(x, train=True, key=key))
+    jax.block_until_ready(train(state, images(), jax.random.key(0)))
+    jax.effects_barrier()
+    # The stem's, and of each of the 7 layers two of the MLP and two branches.
+    assert len(drawn) == len(set(drawn)) == 1 + 7 * 4
+
+
+def test_batch_statistics_move_by_a_tenth_and_of_large_means_too():
+    norm = InternImage(SMALLEST.replace(norm_layer="BN"), rngs=nnx.Rngs(0)).patch_embed.norm1
+    x = 1e4 + np.random.RandomState(0).standard_normal((8, 16, 16, 8)).astype(np.float32)
+    norm(jnp.asarray(x), use_running_average=False)
+    x = x.astype(np.float64)
+    np.testing.assert_allclose(norm.mean.get_value(), 0.1 * x.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(norm.var.get_value(), 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-3)
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():

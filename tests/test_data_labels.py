@@ -9,7 +9,7 @@ import pytest
 
 from internimage_jax import data_labels
 from internimage_jax.data import open_dataset
-from internimage_jax.labels import LabelClasses, class_subsets
+from internimage_jax.labels import LabelClasses, checked_names, class_subsets
 from tests.dataset_files import SNAKE, TENCH, encoded, val, write_folder, write_tar
 
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -50,15 +50,15 @@ def test_names_without_folders_count_where_they_are_of_one_image(tmp_path: Path)
 
 
 def test_the_suffix_does_not_count_nor_a_leading_slash(tmp_path: Path) -> None:
-    found = labelled(
-        tmp_path, "a 1\n/b.JPG 2\n./c 3\nv1.5 4\n", "a.PNG", "b.jpg", "c.gif", "v1.5.png"
-    )
-    assert found == {"a.PNG": 1, "b.jpg": 2, "c.gif": 3, "v1.5.png": 4}
+    content = "a 1\n/p/b.JPG 2\n./q/b 3\nv1.5 4\n"
+    found = labelled(tmp_path, content, "a.PNG", "p/b.jpg", "q/b.gif", "v1.5.png")
+    assert found == {"a.PNG": 1, "p/b.jpg": 2, "q/b.gif": 3, "v1.5.png": 4}
 
 
 def test_numbers_of_the_validation_set_are_the_files_not_their_folders(tmp_path: Path) -> None:
-    inner = f"{val(1)[:-5]}_parts/a.png"
-    assert labelled(tmp_path, f"{inner} 1\nb.png 2\n", inner, "b.png") == {inner: 1, "b.png": 2}
+    one, other = (f"{val(1)[:-5]}_parts/{name}.png" for name in "ab")
+    found = labelled(tmp_path, f"{one} 1\n{other} 2\nb.png 3\n", one, other, "b.png")
+    assert found == {one: 1, other: 2, "b.png": 3}
     assert labelled(tmp_path / "x", f"{val(1)} 3\n", f"{val(1)[:-5]}_{TENCH}.png") == {
         f"{val(1)[:-5]}_{TENCH}.png": 3
     }
@@ -129,5 +129,7 @@ def test_what_is_no_class_for_a_reason() -> None:
     assert LabelClasses(("cafe\u0301", "tea")).parse("caf\u00e9") == 0
     assert LabelClasses(("cat", "7")).parse("1") is None  # "7" is a name, so no number is an index
     assert LabelClasses(("cat", "dog")).parse("1") == 1
+    with pytest.raises(ValueError, match="expected a list of names, got '  '"):
+        checked_names(["cat", "  "])
     assert all(list(subset) == sorted(subset) for subset in class_subsets().values())
     assert data_labels.is_wnid(SNAKE) and not data_labels.is_wnid(f"{SNAKE}0")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Returns INTERNIMAGE_CACHE, or else our folder in the user's cache folder."""
-    if "INTERNIMAGE_CACHE" in os.environ:
-        return Path(os.environ["INTERNIMAGE_CACHE"])
+    if own := os.environ.get("INTERNIMAGE_CACHE"):
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internimage_jax"
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from convert import convert, open_model
 from convert.rules import rules
+from convert.source import _class_names, _preprocessing
 from convert.torch_file import open_checkpoint
 from convert.torch_writer import write_torch
 from internimage_jax.config import InternImageConfig
@@ -295,3 +296,18 @@ def test_torch_loads_every_dtype(dtype, tmp_path) -> None:
             exact = "running" in name and dtype != "float64"
             wanted = torch.from_numpy(array).to(torch.float32 if exact else getattr(torch, dtype))
             assert torch.equal(got[name], wanted), name
+
+
+def test_a_released_pth_has_the_image_size_of_its_name(tmp_path) -> None:
+    for name, side in (("internimage_l_22kto1k_384", 384), ("internimage_h_22kto1k_640", 640)):
+        assert _preprocessing(tmp_path, name, None, None).image_size == side
+    assert _preprocessing(tmp_path, "", None, None).image_size == 224
+
+
+def test_names_of_hugging_face_do_not_count_for_imagenets_classes(tmp_path) -> None:
+    def names(count: int) -> tuple[str, ...] | None:
+        labels = {"id2label": {str(i): f"class {i}" for i in range(count)}}
+        return _class_names(tmp_path, labels, count)
+
+    assert names(3) == ("class 0", "class 1", "class 2")
+    assert names(1000) is None and names(21841) is None

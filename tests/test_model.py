@@ -195,8 +195,15 @@ def test_half_precision_stays_close_and_returns_float32_logits(dtype):
     ],
 )
 def test_images_that_do_not_fit_are_named(x, message):
-    with pytest.raises(ValueError, match=message):
-        InternImage(SMALLEST, rngs=nnx.Rngs(0))(x)
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    for call in (model, model.features):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+def test_names_of_classes_are_as_many_as_there_are() -> None:
+    with pytest.raises(ValueError, match="classes: "):
+        InternImage(SMALLEST, rngs=nnx.Rngs(0), classes=["cat", "dog"])
 
 
 @pytest.mark.parametrize("key", [0, nnx.Rngs(0)])

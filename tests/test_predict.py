@@ -220,6 +220,17 @@ def test_an_output_that_is_not_finite_is_an_error_that_names_the_image(
     monkeypatch.setattr(predictor, "_arguments", broken)
     with pytest.raises(ValueError, match="image 0: the model's output is not finite"):
         list(predictor([noise(0)]))
+    compiled = predictor._compiled
+
+    def last_is_nan(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
+        probabilities, classes = map(np.array, compiled(*arguments))
+        probabilities[0, -1] = np.nan
+        return probabilities, classes
+
+    monkeypatch.undo()
+    monkeypatch.setattr(predictor, "_compiled", last_is_nan)
+    with pytest.raises(ValueError, match="image 0: the model's output is not finite"):
+        list(predictor([noise(0)]))
 
 
 # Folders

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from internimage_jax import preprocess as pre
 from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import Preprocessing
+from tests.dataset_files import encoded
 from tests.images import noise
 
 # The published pixels
@@ -198,6 +199,7 @@ def test_settings_survive_json() -> None:
         ({"image_size": 8, "resize_size": 10**6}, "resize_size: got 1000000, expected"),
         ({"image_size": 8, "mean": [0.5]}, "mean: got [0.5], expected three numbers"),
         ({"image_size": 8, "mean": 0.5}, "mean: got 0.5, expected three numbers"),
+        ({"image_size": 8, "std": "123"}, "std: got '123', expected three numbers"),
         ({"image_size": 8, "std": [1, 0, 1]}, "std: got (1.0, 0.0, 1.0), expected positive"),
         ({"image_size": 8, "std": [1, float("nan"), 1]}, "std: got [1, nan, 1], expected three"),
         ([224], "got list, expected names and values"),
@@ -207,6 +209,15 @@ def test_wrong_settings_are_errors(values: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         Preprocessing.from_dict(values, "config.json")
     assert str(caught.value).startswith(f"config.json: {message}")
+
+
+def test_no_memory_is_not_a_damaged_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(self: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_memory)
+    with pytest.raises(MemoryError):
+        pre.load_image(encoded(0))
 
 
 HUGGINGFACE = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from internimage_jax.cache import cache_folder
 from internimage_jax.config import RELEASED, ReleasedModel
 from internimage_jax.pretrained import from_pretrained
 from tests.hub_server import COMMIT, Hub, serving
@@ -227,6 +228,8 @@ def test_the_cache_is_below_the_users_unless_said_otherwise(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     from_pretrained(NAME)
     assert (tmp_path / "xdg" / "internimage_jax" / CONVERTED).is_dir()
+    monkeypatch.setenv("INTERNIMAGE_CACHE", "")  # as if it were not set
+    assert cache_folder() == tmp_path / "xdg" / "internimage_jax"
 
 
 def test_without_huggingface_hub_the_error_says_how_to_get_it(

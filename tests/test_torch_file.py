@@ -162,6 +162,7 @@ def test_objects_of_torch_that_are_not_dense_tensors_are_inert(tmp_path):
         "sparse": torch.eye(2).to_sparse(),
         "meta": torch.zeros(2, device="meta"),
         "negated": torch.tensor([1j]).conj().imag,
+        "negated_dtype": torch._neg_view(torch.ones(2, dtype=torch.uint16)),
         "dtype": torch.float16,
         "device": torch.device("cpu"),
         "storage": torch.ones(1).untyped_storage(),
@@ -183,7 +184,7 @@ def test_objects_of_torch_that_are_not_dense_tensors_are_inert(tmp_path):
         assert got["size"] == (2, 3)
         assert got["nested"][1][0] is None
         assert got["nested"][1][2:] == (2.5, 2**100)
-        names = "sparse meta negated dtype device storage numpy array set path module"
+        names = "sparse meta negated negated_dtype dtype device storage numpy array set path module"
         assert all(isinstance(got[name], Inert) for name in names.split())
         assert got["module"].name == "torch.nn.modules.linear.Linear()"
 

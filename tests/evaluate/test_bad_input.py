@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from internimage_jax import evaluate as evaluation
 from internimage_jax.__main__ import main
 from internimage_jax.data import Dataset, open_dataset
 from internimage_jax.evaluate import evaluate
+from internimage_jax.evaluation_folder import EvaluationFolder
+from internimage_jax.evaluation_settings import array_digests
 from internimage_jax.evaluation_step import Outputs, Step
 from internimage_jax.model import InternImage
 from internimage_jax.predictions import read_predictions
+from internimage_jax.processes import Group
 from tests.evaluate.runs import COUNT, EACH, counts, expected_counts, without_times
 
 
@@ -104,6 +110,71 @@ def test_sums_of_the_devices_that_disagree_with_the_predictions_are_an_error(
     )
     with pytest.raises(ValueError, match=r"the devices counted .* one of them is wrong"):
         run()
+
+
+def test_processes_with_other_settings_do_not_begin(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def others(self: Group, settings: dict[str, Any]) -> None:
+        raise ValueError(f"process 1 has another batch_size than {settings['batch_size']}")
+
+    monkeypatch.setattr(Group, "check_same", others)
+    with pytest.raises(ValueError, match=f"another batch_size than {EACH}"):
+        run(output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_ends_ends_the_others_after_what_they_have_begun(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = itertools.count()
+
+    def check(self: Group) -> None:
+        if next(calls) == 2:
+            raise OSError("process 1 has ended")
+
+    monkeypatch.setattr(Group, "check", check)
+    with pytest.raises(OSError, match="process 1 has ended"):
+        run(output=tmp_path / "out")
+    assert [one.index for one in read_predictions(tmp_path / "out")] == list(range(16))
+
+
+def test_where_a_process_has_a_folder_of_its_own_it_can_resume(tmp_path: Path) -> None:
+    def second(resume: bool) -> EvaluationFolder:
+        return EvaluationFolder(tmp_path / "mine", resume, 1, 2)
+
+    with second(resume=False) as folder:
+        folder.open({"batch_size": 2}, [])
+    assert second(resume=True).done({"batch_size": 2}, 8, 23) == []
+    with pytest.raises(ValueError, match="batch_size"):
+        second(resume=True).done({"batch_size": 3}, 8, 23)
+
+
+def test_options_of_a_checkpoint_reach_the_model(
+    checkpoint: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(path: str, **options: Any) -> None:
+        raise Loaded(options)
+
+    monkeypatch.setattr(evaluation, "from_pretrained", load)
+    options = {"dtype": "bfloat16", "implementation": "gather", "image_size": 48}
+    with pytest.raises(Loaded) as caught:
+        evaluate(checkpoint, dataset, **options)
+    assert caught.value.args == (options,)
+
+
+def test_weights_in_memory_are_told_apart_by_their_names_and_shapes() -> None:
+    def digest(**arrays: np.ndarray) -> list[dict[str, str]]:
+        model = nnx.Dict({name: nnx.Param(array) for name, array in arrays.items()})
+        return array_digests(model)  # type: ignore[arg-type]
+
+    one, two = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
+    assert digest(a=one, b=two) == digest(a=one.copy(), b=two)
+    for other in ({"a": two, "b": one}, {"a": one, "c": two}, {"a": one.reshape(3, 2), "b": two}):
+        assert digest(**other) != digest(a=one, b=two)
 
 
 # The command; tests/test_processes.py has runs of it

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +17,7 @@ from flax import nnx
 from internimage_jax import evaluate as evaluation
 from internimage_jax.data import Dataset
 from internimage_jax.evaluate import evaluate
-from internimage_jax.evaluation_step import make_step
+from internimage_jax.evaluation_step import _chooser, make_step
 from internimage_jax.initial import fill
 from internimage_jax.labels import map_22k_to_1k
 from internimage_jax.model import InternImage
@@ -127,6 +128,17 @@ def test_21841_classes_are_mapped_to_those_that_may_be_chosen_and_one_of_several
     assert report["num_classes"] == 21841
     [note] = report["notes"]
     assert "850" in note and "masked" in note and "21,841" in note
+
+
+@pytest.mark.parametrize("restricted_to", [None, (3, 4, 5, 7, 849, 850, 999)])
+def test_the_class_without_a_counterpart_is_never_chosen(
+    restricted_to: tuple[int, ...] | None,
+) -> None:
+    column = map_22k_to_1k()[849]  # which the map has for 850 too
+    logits = jnp.zeros((1, 21841)).at[0, column].set(9)
+    classes, probabilities = _chooser(21841, True, restricted_to)(logits)
+    assert classes[0, 0] == 849 and 850 not in np.asarray(classes)
+    assert probabilities[0, 0] > 0.85 and (probabilities[0, 1:] < 0.001).all()
 
 
 @pytest.mark.parametrize("num_images", [40, pytest.param(200, marks=pytest.mark.large)])

@@ -175,6 +175,18 @@ def test_what_is_not_finite_reaches_no_further_than_in_the_gather_form(
     assert not np.isfinite(got[0] if operand != 3 else got[1]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_changes_no_bit_of_another_image(value: float, dtype: str) -> None:
+    geometry = settings_of(CASES["plain"])
+    arrays = problem(7, dtype, geometry, (4, 5, 7), 16)  # several images in a block of pairs
+    clean = value_and_gradients("kernel", *arrays, **geometry)
+    arrays[0] = arrays[0].at[1, 2, 3].set(value)
+    others = np.array([0, 2, 3])
+    for a, b in zip(value_and_gradients("kernel", *arrays, **geometry), clean, strict=True):
+        np.testing.assert_array_equal(a[others], b[others])
+
+
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 4096), (1, 4096, 1), (0, 4, 4), (1, 2, 2)])
 def test_maps_of_extreme_shapes(size: tuple[int, int, int]) -> None:
     geometry = settings_of(CASES["plain"])

@@ -63,6 +63,15 @@ CPU_TARGET void sample_by_definition(const Block<Real>& b, int l) {
   }
 }
 
+// Whether all of the pair's result is finite.
+template <class T, class Real>
+CPU_TARGET bool is_finite(const Block<Real>& b, int l) {
+  const T* y = static_cast<const T*>(b.call.y) + b.position[l] * b.s.channels() + b.group[l] * b.s.depth;
+  Real poison = 0;
+  for (int64_t c = 0; c < b.s.depth; ++c) watch(Memory<T, Real, 1>::load(y + c), &poison);
+  return !poisoned(&poison, 1);
+}
+
 template <class T, int D, int P>
 CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
@@ -88,7 +97,9 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
       }
     }
     if (poisoned(poison, kLanes)) {
-      for (int l = 0; l < b.count; ++l) sample_by_definition<T>(b, l);
+      for (int l = 0; l < b.count; ++l) {
+        if (!is_finite<T>(b, l)) sample_by_definition<T>(b, l);
+      }
     }
   }
 }

@@ -209,10 +209,16 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
     }
     shapes = parameter_shapes(model.config)
     found_shapes = {name: array.shape for name, array in found.items()}
-    if differing := sorted(dict(found_shapes.items() ^ shapes.items())):
+    if names := sorted(found_shapes.keys() ^ shapes.keys()):
         raise ValueError(
-            f"model: {differing[0]} is not as its config has it; fused models cannot be saved"
+            f"model: {names[0]} is not as its config has it; fused models cannot be saved"
         )
+    for name, shape in shapes.items():
+        if found_shapes[name] != shape:
+            raise ValueError(
+                f"model: {name}: got shape {found_shapes[name]}, expected {shape} by model.config; "
+                "where a layer was replaced, model.config has to follow (such as its num_classes)"
+            )
     classes = (
         None if model.classes is None else checked_names(model.classes, model.config.num_classes)
     )

@@ -212,6 +212,12 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
     model = InternImage(CONFIG, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"is not as its config has it; fused models cannot"):
         save_pretrained(model.fused(), tmp_path / "out")
+    replaced = InternImage(CONFIG, rngs=nnx.Rngs(0))
+    replaced.head = nnx.Linear(replaced.head.in_features, 7, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"got shape \(.*7\,?\), expected \(.*10,?\) by model.config"
+    ):
+        save_pretrained(replaced, tmp_path / "out")
     model.classes = ["only"]
     with pytest.raises(ValueError, match="classes: expected 10 names, got 1"):
         save_pretrained(model, tmp_path / "out")

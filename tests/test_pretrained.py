@@ -215,7 +215,7 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
     replaced = InternImage(CONFIG, rngs=nnx.Rngs(0))
     replaced.head = nnx.Linear(replaced.head.in_features, 7, rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match=r"got shape \(.*7\,?\), expected \(.*10,?\) by model.config"
+        ValueError, match=r"got shape \(.*7,?\), expected \(.*10,?\) by model.config"
     ):
         save_pretrained(replaced, tmp_path / "out")
     model.classes = ["only"]

@@ -299,6 +299,8 @@ class InternImage(nnx.Module):
         return fused
 
     def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:
+        if not isinstance(images, jax.Array | np.ndarray):
+            raise ValueError(f"images: expected an array, got {type(images).__name__}")
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images: expected shape (N, H, W, 3), got {images.shape}")
         if not jnp.issubdtype(images.dtype, jnp.floating):

@@ -188,6 +188,7 @@ def test_half_precision_stays_close_and_returns_float32_logits(dtype):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
+        ([[[[0.0] * 3] * 32] * 32], "images: expected an array, got list"),
         (np.zeros((1, 3, 32, 32), np.float32), r"images: expected shape \(N, H, W, 3\), got"),
         (np.zeros((33, 32, 3), np.float32), r"images: expected shape \(N, H, W, 3\), got"),
         (np.zeros((1, 32, 32, 3), np.uint8), "images: expected normalised floats, got uint8"),

@@ -290,7 +290,7 @@ def test_an_empty_batch_gives_an_empty_output():
             {"x": jnp.zeros((2, 5, 6, 8), jnp.bfloat16)},  # float32 beside it is for records alone
             "offset: expected the dtype of x, bfloat16, got float32",
         ),
-        ({"x": jnp.zeros((2, 0, 6, 8))}, "x: a map of 0x6 is too small"),
+        ({"x": jnp.zeros((2, 0, 6, 8)), "pad": 2}, "x: a map of 0x6 is too small"),
         ({"x": jnp.zeros((2, 5, 6, 8), jnp.int32)}, "x: expected one of float32, .* got int32"),
         ({"group": 3}, "x: expected channels that 3 groups divide, got 8"),
         ({"group": 0}, "group: expected an integer of at least 1, got 0"),

@@ -191,7 +191,7 @@ def finetune(args: argparse.Namespace) -> None:
         internimage_jax.save_pretrained(model, args.output)
         if validation:
             report = evaluate(model, validation, batch_size=args.batch_size // devices)
-            print(f"top-1 on {args.validate}: {100 * report['top1']:.2f} %", flush=True)
+            print(f"top-1 on {args.validate}: {report['top1']:.2f} %", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

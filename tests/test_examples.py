@@ -53,12 +53,12 @@ def test_it_learns_and_is_evaluated(
     assert said.startswith(f"27 images of 3 classes, {jax.device_count()} device(s)\n")
     losses = [float(found) for found in re.findall(r"epoch \d/4: loss (\S+),", said)]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
-    top1 = [float(found) / 100 for found in re.findall(rf"top-1 on {val}: (\S+) %", said)]
-    assert len(top1) == 4 and top1[-1] > 0.8
+    top1 = [float(found) for found in re.findall(rf"top-1 on {val}: (\S+) %", said)]
+    assert len(top1) == 4 and 80 < top1[-1] <= 100
 
     model = from_pretrained(mine)
     assert model.classes == tuple(TINTS) and model.preprocessing.image_size == 32
-    assert evaluate(mine, val, batch_size=4)["top1"] == pytest.approx(top1[-1], abs=1e-4)
+    assert evaluate(mine, val, batch_size=4)["top1"] == pytest.approx(top1[-1], abs=0.01)
 
 
 def test_crops_are_parts_of_the_image() -> None:

@@ -346,7 +346,7 @@ def _check_side(name: str, value: Any) -> None:
 
 def _three_floats(name: str, values: Any) -> tuple[float, float, float]:
     try:
-        red, green, blue = map(float, list(values) if not isinstance(values, str) else [values])
+        red, green, blue = map(float, [values] if isinstance(values, str) else values)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: got {values!r}, expected three numbers") from None
     if not all(map(math.isfinite, (red, green, blue))):

@@ -2,7 +2,8 @@
 // one, under sanitizers. Found before the real header of this name. Blocks run one after the other in
 // random order; the threads of a block are fibers. Between two barriers of the block its warps run one after
 // the other, in random order, and so do a warp's threads between two of its own: of two accesses that no
-// barrier orders, either may come first. Launches are made one at a time, by any thread.
+// barrier orders, either may come first. Blocks of a cluster take turns from one of its barriers to the next.
+// Launches are made one at a time, by any thread; one that is made early has to wait for the kernel before.
 #pragma once
 
 #include <algorithm>
@@ -60,10 +61,25 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
   unsigned x, y, z;
 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeClusterDimension
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
@@ -85,7 +101,7 @@ struct Settings {
 };
 inline Settings settings;
 
-enum class State { kReady, kAtWarp, kAtTeam, kAtBlock, kDone };  // kAt: at a barrier
+enum class State { kReady, kAtWarp, kAtTeam, kAtBlock, kAtCluster, kDone };  // kAt: at a barrier
 
 struct Fiber {
   std::vector<char> stack = std::vector<char>(kStack);
@@ -102,6 +118,10 @@ inline const void* scheduler_stack;
 inline size_t scheduler_size;
 inline std::function<void()> body;
 inline std::mt19937 chance;
+// Whether some thread of this launch has waited for the kernel before, and what that writes: not to be
+// touched by a block's threads until the first of them has waited.
+inline bool has_waited;
+inline std::vector<std::pair<const void*, size_t>> of_kernel_before;
 
 inline void leave(State state, void** saved) {
   current->state = state;
@@ -170,35 +190,96 @@ inline bool release_teams(unsigned threads) {
   return !ready.empty();
 }
 
-inline void run_block(unsigned threads) {
+inline void begin_block(unsigned threads) {
+  for (const auto& [data, bytes] : of_kernel_before) ASAN_POISON_MEMORY_REGION(data, bytes);
   if (fibers.size() < threads) fibers.resize(threads);
   passed.clear();
-  std::vector<unsigned> warps;
   for (unsigned i = 0; i < threads; ++i) {
-    if (i % 32 == 0) warps.push_back(i);
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady;
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack.data(), kStack);  // of calls that never returned
     begin(fiber.place, fiber.stack.data(), kStack, entry);
   }
-  for (bool running = true; running;) {
-    running = false;
+}
+
+// Runs a block's threads until each is at a barrier of its cluster, or done; whether they are not done.
+inline bool run_block(unsigned threads) {
+  std::vector<unsigned> warps;
+  for (unsigned i = 0; i < threads; i += 32) warps.push_back(i);
+  const auto count = [&](State state) {
+    return std::count_if(fibers.begin(), fibers.begin() + threads,
+                         [&](const Fiber& fiber) { return fiber.state == state; });
+  };
+  while (true) {
     std::shuffle(warps.begin(), warps.end(), chance);
     for (unsigned first : warps) run_warp(first, std::min(first + 32, threads));
-    if (release_teams(threads)) {
-      running = true;
-      continue;
+    if (release_teams(threads)) continue;
+    const unsigned in_cluster = count(State::kAtCluster);
+    if (count(State::kAtTeam) || (in_cluster && in_cluster < threads)) {
+      std::fputs("not all threads of a team, or a cluster, have come to its barrier\n", stderr);
+      std::abort();
     }
+    if (in_cluster || count(State::kDone) == threads) return in_cluster;
     for (unsigned i = 0; i < threads; ++i) {
-      if (fibers[i].state == State::kDone) continue;
-      if (fibers[i].state == State::kAtTeam) {
-        std::fputs("not all threads of a team have come to its barrier\n", stderr);
-        std::abort();
-      }
-      fibers[i].state = State::kReady;
-      running = true;
+      if (fibers[i].state == State::kAtBlock) fibers[i].state = State::kReady;
     }
   }
+}
+
+// Blocks of a cluster take turns with the threads and the shared memory that there are; what others have of
+// the memory is kept here meanwhile.
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<unsigned char> shared;
+  bool running = true;
+};
+inline std::vector<Block> cluster;
+inline unsigned turn;
+
+inline const unsigned char* shared_of_block(unsigned block) {
+  return block == turn ? shared : cluster[block].shared.data();
+}
+
+inline void run_cluster(unsigned first, unsigned blocks, unsigned threads, size_t bytes) {
+  const auto take_turn = [&](unsigned block) {
+    turn = block, blockIdx.x = first + block;
+    std::swap(fibers, cluster[block].fibers);
+    std::memcpy(shared, cluster[block].shared.data(), bytes);
+  };
+  const auto end_turn = [&](bool running) {
+    Block& own = cluster[turn];
+    std::swap(fibers, own.fibers);
+    std::memcpy(own.shared.data(), shared, bytes);
+    if (!running) std::fill(own.shared.begin(), own.shared.end(), 0xa5);  // nobody may read what it had
+    own.running = running;
+  };
+  std::vector<unsigned> order;
+  if (cluster.size() < blocks) cluster.resize(blocks);
+  for (unsigned block = 0; block < blocks; ++block) {
+    order.push_back(block);
+    cluster[block].shared.assign(bytes, 0xa5);
+    take_turn(block);
+    begin_block(threads);
+    end_turn(true);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    std::shuffle(order.begin(), order.end(), chance);
+    for (unsigned block : order) {
+      if (!cluster[block].running) continue;
+      take_turn(block);
+      for (unsigned i = 0; i < threads; ++i) {
+        if (fibers[i].state == State::kAtCluster) fibers[i].state = State::kReady;
+      }
+      end_turn(run_block(threads));
+      running |= cluster[block].running;
+    }
+  }
+}
+
+inline void wait_for_kernel_before() {
+  has_waited = true;
+  for (const auto& [data, bytes] : of_kernel_before) ASAN_UNPOISON_MEMORY_REGION(data, bytes);
 }
 
 inline std::mutex one_launch;            // at a time
@@ -246,19 +327,29 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   body = [&] { kernel(arguments...); };
   gridDim = config->gridDim, blockDim = config->blockDim;
-  const int64_t count = gridDim.x / settings.part;
+  unsigned size = 1;  // of a cluster
+  bool early = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) size = attribute.val.clusterDim.x;
+    early |= attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  }
+  if (size < 1 || size > 8 || gridDim.x % size) return cudaErrorInvalidConfiguration;
+  const unsigned all = gridDim.x / size;
+  const int64_t count = all / settings.part;
   std::vector<unsigned> order(count);
-  for (int64_t i = 0; i < count; ++i) order[i] = unsigned(gridDim.x - count + i);
+  for (int64_t i = 0; i < count; ++i) order[i] = unsigned(all - count + i);
   chance.seed(settings.seed++);
   std::shuffle(order.begin(), order.end(), chance);
   ASAN_POISON_MEMORY_REGION(shared, kShared);
   ASAN_UNPOISON_MEMORY_REGION(shared, bytes);
-  for (unsigned block : order) {
-    std::memset(shared, 0xa5, bytes);
-    blockIdx.x = block;
-    run_block(blockDim.x);
-  }
+  has_waited = false;
+  for (unsigned i : order) run_cluster(i * size, size, blockDim.x, bytes);
   ASAN_UNPOISON_MEMORY_REGION(shared, kShared);
+  if (early && count && !has_waited) {
+    std::fputs("a kernel that was launched early has not waited for the one before\n", stderr);
+    std::abort();
+  }
   return cudaSuccess;
 }
 

@@ -206,29 +206,59 @@ inline cudaError_t find_device(Device* to) {
   return error;
 }
 
+// How a kernel is launched. `early`: while the one before it on the stream may still run, which it waits for
+// by itself; a GPU of compute capability 9.0 or later is wanted for that (cuda_chain.h), and for clusters of
+// so many neighbouring blocks.
+struct Manner {
+  bool early = false;
+  int cluster = 1;
+};
+
 // Puts one kernel on the stream; says so if it cannot.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared,
+cudaError_t launch(Manner manner, cudaStream_t stream, int64_t blocks, int threads, size_t shared,
                    void (*kernel)(Parameters...), Arguments... arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  config.attrs = attributes;
+  if (manner.early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (manner.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(manner.cluster);
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+template <class... Parameters, class... Arguments>
+cudaError_t launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared,
+                   void (*kernel)(Parameters...), Arguments... arguments) {
+  return launch(Manner(), stream, blocks, threads, shared, kernel, arguments...);
 }
 
 // Likewise with more shared memory than any block may have, if so many bytes are asked for.
 template <class... Parameters, class... Arguments>
-cudaError_t launch_with(cudaStream_t stream, const Device& device, int64_t blocks, int threads, size_t shared,
-                        void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t launch_with(Manner manner, cudaStream_t stream, const Device& device, int64_t blocks, int threads,
+                        size_t shared, void (*kernel)(Parameters...), Arguments... arguments) {
   if (shared > kPlainShared) {  // the same for all calls: others may be launching this kernel
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
     if (error) return error;
   }
-  return launch(stream, blocks, threads, shared, kernel, arguments...);
+  return launch(manner, stream, blocks, threads, shared, kernel, arguments...);
+}
+template <class... Parameters, class... Arguments>
+cudaError_t launch_with(cudaStream_t stream, const Device& device, int64_t blocks, int threads, size_t shared,
+                        void (*kernel)(Parameters...), Arguments... arguments) {
+  return launch_with(Manner(), stream, device, blocks, threads, shared, kernel, arguments...);
 }
 
 }  // namespace xla_ops::cuda

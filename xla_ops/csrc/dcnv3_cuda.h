@@ -12,8 +12,8 @@
 
 namespace dcnv3::cuda {
 
-// Computes y.
-cudaError_t forward(cudaStream_t stream, const Call& call);
+// Computes y; `early` as in cuda_device.h's Manner, where there is a choice.
+cudaError_t forward(cudaStream_t stream, const Call& call, bool early = false);
 
 // Computes all gradients: the same bits each time, in whatever order blocks run. `scratch` is device
 // memory of N * (H * W + 1) * G * D words of 64 bits, or anything where `is_small`.

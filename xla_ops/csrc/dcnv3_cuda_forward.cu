@@ -6,6 +6,7 @@
 //
 // Pixels are read where they are: caches serve what neighbours share. A third form, on tensor cores, has
 // whole maps in shared memory: dcnv3_cuda_tensor.h.
+#include "cuda_chain.h"
 #include "dcnv3_cuda.h"
 #include "dcnv3_cuda_definition.h"
 #include "dcnv3_cuda_device.h"
@@ -88,6 +89,8 @@ cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
 template <class T, int C, int U>
 __global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 6)
     nine_forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image, int shift) {
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   const uint32_t lane = threadIdx.x % 32;  // 2^shift of them to a pair
   const uint32_t image = blockIdx.x / blocks_an_image;
   const uint32_t first = (blockIdx.x - image * blocks_an_image) * kThreads + threadIdx.x - lane;
@@ -100,11 +103,12 @@ __global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 6)
 }
 
 template <class T, int C, int U>
-cudaError_t launch_nine(cudaStream_t stream, const Call& call) {
+cudaError_t launch_nine(Manner manner, cudaStream_t stream, const Call& call) {
   const int64_t each = blocks_an_image(call.problem, C);
   const int shift = shift_of(call, C);
-  return launch(stream, call.problem.batch * each, kThreads, (kThreads >> shift) * kRecord * sizeof(float),
-                nine_forward_kernel<T, C, U>, call, uint32_t(each), shift);
+  return launch(manner, stream, call.problem.batch * each, kThreads,
+                (kThreads >> shift) * kRecord * sizeof(float), nine_forward_kernel<T, C, U>, call,
+                uint32_t(each), shift);
 }
 
 template <class T, int S, bool centre>
@@ -140,7 +144,7 @@ const char* refusal(const Call& call) {
   return nullptr;
 }
 
-cudaError_t forward(cudaStream_t stream, const Call& call) {
+cudaError_t forward(cudaStream_t stream, const Call& call, bool early) {
   if (call.problem.batch == 0) return cudaSuccess;
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -157,8 +161,8 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
         }
         // Few threads have to wait for as little as can be, one after the other.
         const int64_t threads = call.problem.batch * call.problem.positions() * call.problem.channels() / 8;
-        if (threads < 1024 * int64_t(device.processors)) return launch_nine<T, 4, 9>(stream, call);
-        return launch_nine<T, 8, 3>(stream, call);
+        if (threads < 1024 * int64_t(device.processors)) return launch_nine<T, 4, 9>({early}, stream, call);
+        return launch_nine<T, 8, 3>({early}, stream, call);
       }
       if (depth % 16 == 0) return launch_forward<T, 16>(stream, call);
     }

@@ -9,8 +9,8 @@
 
 namespace dwconv::cuda {
 
-// Computes y.
-cudaError_t forward(cudaStream_t stream, const Call& call);
+// Computes y; `early` as in cuda_device.h's Manner, where there is a choice.
+cudaError_t forward(cudaStream_t stream, const Call& call, bool early = false);
 
 // Computes dx and the parts of the parameters' gradients, where each row of an image is a chunk: `chunks`
 // is the height. Deterministic: every sum has its order. `dv` is device memory of as many float32, float64

@@ -1,6 +1,7 @@
 // Depthwise convolution, LayerNorm and GELU on CUDA: the forward, in two forms, and what calls are refused.
 #include <algorithm>
 
+#include "cuda_chain.h"
 #include "dwconv_cuda_device.h"
 
 namespace dwconv::cuda {
@@ -124,6 +125,8 @@ __device__ __forceinline__ void team_sums(float (&v)[P], const Team& team, int l
 template <class T, int C, int P, int K, bool same>
 __global__ void __launch_bounds__((kMostLanes<T, P, K>))
     register_forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Team team) {
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   using Parameter = std::conditional_t<same, T, float>;
   constexpr int kColumns = P + K - 1, kAhead = K == 5 ? 1 : same && (P == 1 || sizeof(T) == 4) ? 3 : 2;
   const int height = int(call.height), width = int(call.width), channels = int(call.channels);
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__((kMostLanes<T, P, K>))
 }
 
 template <class T, int C, int K, bool same, int P>
-cudaError_t launch_register_forward(cudaStream_t stream, const Call& call, int processors) {
+cudaError_t launch_register_forward(Manner manner, cudaStream_t stream, const Call& call, int processors) {
   const int64_t across = (call.width + P - 1) / P, strips = call.batch * across * call.height;
   const int pieces = int(call.channels / C);
   int lanes = 1;
@@ -236,7 +239,7 @@ cudaError_t launch_register_forward(cudaStream_t stream, const Call& call, int p
   }
   if constexpr (P > 1) {
     if (lanes > kMostLanes<T, P, K> || strips * lanes < int64_t(32) * kManyWarps * processors) {
-      return launch_register_forward<T, C, K, same, 1>(stream, call, processors);
+      return launch_register_forward<T, C, K, same, 1>(manner, stream, call, processors);
     }
   }
   const int threads = (each * lanes + 31) / 32 * 32;
@@ -251,7 +254,7 @@ cudaError_t launch_register_forward(cudaStream_t stream, const Call& call, int p
                      Divisor(std::min(call.shared, call.batch))};
   // Threads behind the last team read as if they were one.
   const int64_t shared = lanes == near ? 0 : (2 * threads + lanes) / near * P * sizeof(float);
-  return launch(stream, (strips + each - 1) / each, threads, shared,
+  return launch(manner, stream, (strips + each - 1) / each, threads, shared,
                 register_forward_kernel<T, C, P, K, same>, call, team);
 }
 
@@ -275,16 +278,18 @@ struct Forward {
         if (cudaError_t error = find_device(&device)) return error;
         if constexpr (sizeof(T) == 2) {
           if (call.parameters_type == Type::kFloat32) {
-            return launch_register_forward<T, C, K, false, kPixels<C>>(stream, call, device.processors);
+            return launch_register_forward<T, C, K, false, kPixels<C>>({early}, stream, call,
+                                                                       device.processors);
           }
         }
-        return launch_register_forward<T, C, K, true, kPixels<C>>(stream, call, device.processors);
+        return launch_register_forward<T, C, K, true, kPixels<C>>({early}, stream, call, device.processors);
       }
     }
     return launch_forward<T, C, 0, kPixels<C>>(stream, call);
   }
   cudaStream_t stream;
   const Call& call;
+  bool early;
 };
 
 }  // namespace
@@ -304,9 +309,9 @@ const char* refusal(const Call& call) {
   return nullptr;
 }
 
-cudaError_t forward(cudaStream_t stream, const Call& call) {
+cudaError_t forward(cudaStream_t stream, const Call& call, bool early) {
   if (call.batch == 0) return cudaSuccess;
-  return with_form(call, nullptr, Forward{stream, call});
+  return with_form(call, nullptr, Forward{stream, call, early});
 }
 
 }  // namespace dwconv::cuda

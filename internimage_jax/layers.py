@@ -235,6 +235,9 @@ class InternImageLayer(nnx.Module):
         `normalized` is what `norm1` makes of `x`, where the layer before has made it, since a sum
         and the norm after it can be one pass.
         """
+        if normalized is None and not train and self.is_one_call(x):
+            x = self._as_one_call(x)
+            return x, None if following is None else self._normalize(following, x)
         key1, key2, key3 = split(key, 3)
         if normalized is None:
             normalized = x if self.post_norm else self._normalize(self.norm1, x)
@@ -249,6 +252,51 @@ class InternImageLayer(nnx.Module):
         x, normalized = self._add(x, y, own1, gamma1, norm2, drop_path_rate, key1)
         y = self.mlp(x if normalized is None else normalized, key=key2)
         return self._add(x, y, own2, gamma2, following, drop_path_rate, key3)
+
+    def is_one_call(self, x: jax.Array) -> bool:
+        """Whether a call without training and without `normalized` is `xla_ops.layer`.
+
+        That is where it pays; it takes what `fuse` makes of released models' layers, but for those
+        of H and G.
+        """
+        dcn, mlp = self.dcn, self.mlp
+        has_form = hasattr(dcn, "record") and dcn.dw_conv.fused and mlp.fused
+        other = dcn.center_feature_scale or dcn.remove_center or self.res_post_norm
+        return (
+            self.implementation is None
+            and dcn.implementation is None
+            and has_form
+            and not (other or self.layer_scale)
+            and dcn.record.kernel.ndim == 2  # not in panels
+            and xla_ops.layer_pays(jax.ShapeDtypeStruct(x.shape, dcn.dtype), dcn.group)
+        )
+
+    def _as_one_call(self, x: jax.Array) -> jax.Array:
+        dcn, mlp, depthwise = self.dcn, self.mlp, self.dcn.dw_conv
+        x = x.astype(dcn.dtype)
+        vector = functools.partial(operand, x)
+
+        def product(layer: nnx.Linear) -> list[jax.Array]:
+            return [layer.kernel[...].astype(x.dtype), vector(layer.bias)]
+
+        def norm(layer: nnx.LayerNorm | nnx.BatchNorm) -> list[jax.Array]:
+            return [vector(layer.scale), vector(layer.bias)]
+
+        parameters = [
+            *norm(self.norm1),
+            *(vector(depthwise.conv.kernel)[:, :, 0], vector(depthwise.conv.bias)),
+            *norm(depthwise.norm),
+            *(*product(dcn.input_proj), *product(dcn.record), *product(dcn.output_proj)),
+            *norm(self.norm2),
+            *(*product(mlp.fc1), *product(mlp.fc2)),
+        ]
+        return xla_ops.layer(
+            *(x, xla_ops.LayerParameters._make(parameters)),
+            group=dcn.group,
+            offset_scale=dcn.offset_scale,
+            post_norm=self.post_norm,
+            epsilon=self.norm1.epsilon,
+        )
 
     def _add(
         self,

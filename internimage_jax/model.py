@@ -95,8 +95,9 @@ class InternImageBlock(nnx.Module):
         """Returns the level's map, which `downsample` takes to the next level."""
         keys = split(key, len(self.blocks))
         normalized = None
+        one_call = not train and self.blocks[0].is_one_call(x)
         for i, block in enumerate(self.blocks):
-            graphdef, state = nnx.split((block, self._following(i)))
+            graphdef, state = nnx.split((block, self._following(i, one_call)))
             rate = self.drop_path_rates[i] if train else 0
             (x, normalized), statistics = _traced_once(
                 *(graphdef, state, x, normalized, keys[i], np.float32(rate) if rate else None),
@@ -112,14 +113,17 @@ class InternImageBlock(nnx.Module):
             return normalize(self.norm, x, train, self.implementation)
         return x if normalized is None else normalized
 
-    def _following(self, i: int) -> nnx.LayerNorm | None:
-        """The norm that layer `i` is to apply to its map, for what follows."""
+    def _following(self, i: int, one_call: bool) -> nnx.LayerNorm | None:
+        """The norm that layer `i` is to apply to its map, for what follows.
+
+        A layer that is one call has its norms within.
+        """
         if i in self.post_norm_block_ids:
             return self.post_norms[self.post_norm_block_ids.index(i)]
         if i + 1 == len(self.blocks):
             return self.norm if self.has_norm else None
         # With `with_cp` it would be one map more to keep for each layer.
-        return None if self.post_norm or self.with_cp else self.blocks[i + 1].norm1
+        return None if one_call or self.post_norm or self.with_cp else self.blocks[i + 1].norm1
 
 
 class ConvHead(nnx.Module):

@@ -4,6 +4,7 @@
 #include "dwconv_cuda_backward.cu"
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
+#include "layer_cuda_product.h"
 #include "linear_cuda.cu"
 #include "mlp_cuda.cu"
 #include "norm_cuda.cu"
@@ -112,6 +113,67 @@ bool mlp_call(const linear::Call& first, const linear::Call& second) {
                [&] { return linear::cuda::mlp(nullptr, first, second); });
 }
 
+// A product of a layer that is one call: with a norm before it, maybe to which a map is added, with GELU, or
+// a map that is added to it. Before it has waited it may read its kernel and its vectors.
+bool product_case() {
+  using namespace layer::cuda;
+  const int64_t inputs[] = {16, 32, 64, 80, 112, 128, 176, 256, 512}, m = integer(1, 70),
+                n = 8 * integer(1, 20);
+  const int64_t k = inputs[integer(0, 8)];
+  const Type type = integer(0, 1) ? Type::kBFloat16 : Type::kFloat16;
+  const Type vectors = integer(0, 1) ? Type::kFloat32 : type, others = integer(0, 1) ? Type::kFloat32 : type;
+  const bool norm = integer(0, 1), adds = norm && integer(0, 1), writes = norm && integer(0, 1);
+  const bool gelu = integer(0, 1), residual = !gelu && integer(0, 1);
+  const Values x = normal(m * k, 1), scale = normal(k, 1), bias = normal(k), added = normal(m * k);
+  const Values kernel = normal(k * n), offset = normal(n), base = normal(m * n);
+  const auto bx = stored(type, x), bs = stored(vectors, scale), bb = stored(vectors, bias);
+  const auto ba = stored(type, added), bk = stored(type, kernel), bo = stored(others, offset);
+  const auto br = stored(type, base);
+  std::vector<char> y(m * n * 2), taken(m * k * 2);
+  Product p = {};
+  p.rows = int(m), p.inputs = int(k), p.outputs = int(n), p.early = integer(0, 1), p.gelu = gelu;
+  p.x = bx.data(), p.kernel = bk.data(), p.offset = {bo.data(), others}, p.y = y.data();
+  if (norm)
+    p.scale = {bs.data(), vectors}, p.bias = {bb.data(), vectors}, p.epsilon = 1e-3f, p.share = 1.f / k;
+  if (adds) p.added = ba.data();
+  if (writes) p.taken = taken.data();
+  if (residual) p.residual = br.data();
+
+  Values between = x, wanted = base;
+  for (int64_t i = 0; i < m && norm; ++i) {
+    double mean = 0, variance = 0;
+    for (int64_t c = 0; c < k; ++c) mean += x[i * k + c] / k;
+    for (int64_t c = 0; c < k; ++c) variance += (x[i * k + c] - mean) * (x[i * k + c] - mean) / k;
+    for (int64_t c = 0; c < k; ++c) {
+      const double unit = (x[i * k + c] - mean) / std::sqrt(variance + 1e-3);
+      between[i * k + c] = unit * scale[c] + bias[c] + (adds ? added[i * k + c] : 0);
+    }
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double z = offset[j];
+      for (int64_t c = 0; c < k; ++c) z += between[i * k + c] * kernel[c * n + j];
+      wanted[i * n + j] = (gelu ? z * phi(z) : z) + (residual ? base[i * n + j] : 0);
+    }
+  }
+
+  // As many blocks as fit, so that each number of parts has its turn.
+  settings.processors = int(integer(1, 60));
+  cuda_on_host::of_kernel_before = {{bx.data(), bx.size()}, {ba.data(), ba.size()}, {br.data(), br.size()}};
+  cuda_on_host::of_kernel_before.push_back({y.data(), y.size()});
+  cuda_on_host::of_kernel_before.push_back({taken.data(), taken.size()});
+  const xla_ops::cuda::Device device = {int(settings.shared_limit), settings.processors};
+  const bool good = twice({{y.data(), y.size()}, {taken.data(), taken.size()}}, [&] {
+    return type == Type::kBFloat16 ? multiply<xla_ops::cuda::BFloat16>(nullptr, device, p)
+                                   : multiply<xla_ops::cuda::Float16>(nullptr, device, p);
+  });
+  cuda_on_host::of_kernel_before.clear();
+  settings.processors = 4;
+  // What the norm gives is rounded before it is multiplied.
+  return good && close("a product", type, y, wanted, norm ? 2 : 1) &&
+         (!writes || close("a norm", type, taken, between));
+}
+
 // The most channels that a call may have, and one more.
 bool limits() {
   dwconv::Call s = {};
@@ -171,6 +233,7 @@ int main(int argc, char** argv) {
   if (!limits() || !refusals() || !gelu_for_half()) return 1;
   return fuzz(count, seed, [] {
     return dwconv_case(true, dwconv_call) && gelu_case(gelu_call) && norm_case(norm_call) &&
-           linear_case(true, linear_gelu_call) && (integer(0, 3) || mlp_case(true, mlp_call));
+           linear_case(true, linear_gelu_call) && (integer(0, 3) || mlp_case(true, mlp_call)) &&
+           product_case();
   });
 }

@@ -18,6 +18,7 @@ import pytest
 
 import xla_ops
 from tests import gpu
+from tests import test_layer as layer
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
 from tests.layers import TOLERANCE, assert_close, on_device, operands
@@ -142,9 +143,9 @@ def test_linear_with_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
 LINEAR = functools.partial(xla_ops.linear, gelu=True)
 
 
-def by_kernel(function: Callable, *arrays: jax.Array, times: int = 1) -> list[Any]:
+def by_kernel(function: Callable, *arrays: Any, times: int = 1) -> list[Any]:
     """The value of `function`, or its values, which has a kernel for the forward alone."""
-    local = [jax.device_put(a, gpu.device()) for a in arrays]
+    local = jax.device_put(arrays, gpu.device())
     with gpu.kernels():
         run = jax.jit(functools.partial(function, implementation="kernel"))
         return [jax.tree.map(np.asarray, run(*local)) for _ in range(times)]
@@ -349,3 +350,68 @@ def test_the_same_bits_each_time() -> None:
     first, *others = by_cuda(xla_ops.dwconv_norm_gelu, *arrays, times=3)
     for other in others:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(first, other, strict=True))
+
+
+WHOLE = [
+    ((1, 9, 5, 112), 7, 448),
+    ((2, 5, 6, 128), 8, 512),
+    ((1, 3, 3, 256), 16, 1024),  # of several parts
+    ((1, 2, 3, 80), 5, 320),
+    ((1, 20, 20, 64), 4, 256),
+    ((1, 1, 1, 16), 1, 16),
+    ((3, 1, 7, 32), 4, 48),
+    ((0, 2, 2, 16), 2, 32),
+    gpu.large((1, 56, 56, 64), 4, 256),
+    gpu.large((1, 14, 14, 256), 16, 1024),
+    gpu.large((1, 7, 7, 512), 32, 2048),
+    gpu.large((1, 7, 7, 896), 56, 3584),
+    gpu.large((8, 14, 14, 320), 20, 1280),
+    gpu.large((1, 7, 9, 1024), 16, 4096),
+]
+
+
+@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
+@pytest.mark.parametrize(
+    ("dtype", "vectors", "post_norm"),
+    [
+        ("bfloat16", "bfloat16", False),
+        ("float16", "float32", True),  # as norms are that factors were multiplied into
+    ],
+)
+@pytest.mark.parametrize(("shape", "group", "hidden"), WHOLE, ids=str)
+def test_layer(
+    shape: tuple[int, ...], group: int, hidden: int, dtype: str, vectors: str, post_norm: bool
+) -> None:
+    function = functools.partial(xla_ops.layer, group=group, offset_scale=0.7, post_norm=post_norm)
+    x, parameters = layer.operands(shape, group, hidden, dtype, vectors)
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (x, parameters))
+        wanted = jax.jit(functools.partial(function, implementation="jnp"))(*exact)
+    first, second = by_kernel(function, x, parameters, times=2)
+    assert_close(first, wanted, 4 * TOLERANCE[dtype])  # as the operators one after the other
+    assert first.tobytes() == second.tobytes()
+
+
+@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
+def test_layer_with_parameters_of_each_example() -> None:
+    sets = [layer.operands((2, 3, 5, 32), 2, 64, "bfloat16", "float32") for _ in range(2)]
+    sets[1] = jax.tree.map(lambda a: a * 1.5, sets[1])
+    function = functools.partial(xla_ops.layer, group=2)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *sets)
+    mapped = lambda *a, implementation: jax.vmap(  # noqa: E731
+        functools.partial(function, implementation=implementation)
+    )(*a)
+    (got,) = by_kernel(mapped, *stacked)
+    wanted = [by_kernel(function, *arrays)[0] for arrays in sets]
+    assert got.tobytes() == np.stack(wanted).tobytes()
+
+
+@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
+def test_layer_of_what_is_not_finite() -> None:
+    """It spreads as far as a depthwise kernel and points reach, and not into another image."""
+    x, parameters = layer.operands((2, 6, 6, 32), 2, 64, "bfloat16")
+    function = functools.partial(xla_ops.layer, group=2)
+    (finite,) = by_kernel(function, x, parameters)
+    (got,) = by_kernel(function, x.at[0, 3, 3, 5].set(jnp.nan), parameters)
+    assert np.isnan(got[0, 3, 3].astype(np.float64)).all()
+    np.testing.assert_array_equal(got[1], finite[1])

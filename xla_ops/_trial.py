@@ -115,6 +115,10 @@ def _single_calls(cuda: bool) -> Iterator[_Call]:
     yield _Call(_targets.CONVOLUTION_FORWARD, operands, version, results, [5.0, 5.0])
     operands, products = _two_products(cuda)
     yield _Call(_targets.MLP_FORWARD, operands, version, (products,), [products])
+    operands, whole, scratch = _layer()
+    settings: dict[str, Any] = {"group": np.int64(1), "offset_scale": np.float64(1)}
+    settings |= {"post_norm": False, "early": True, "epsilon": np.float64(0)} | version
+    yield _Call(_targets.LAYER_FORWARD, operands, settings, (whole, scratch), [whole])
 
 
 def _dcnv3(*, kernel: int, pad: int, group: int) -> dict[str, Any]:
@@ -199,3 +203,29 @@ def _two_products(cuda: bool) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     operands = x, kernel, bias, np.eye(hidden, dtype=int)[:, ::2], other
     result = (x @ kernel + bias)[..., ::2] + other
     return tuple(a.astype(dtype) for a in operands), result.astype(dtype)
+
+
+def _layer() -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    """x and the parameters of a layer, the result, and an array like the scratch.
+
+    Rows of x are of ones and minus ones, as many of both: so are their norms. DCNv3 gives what it
+    is given, by its middle point alone. The MLP's first product gives small integers that GELU
+    leaves as they are, and its second takes some of them.
+    """
+    channels, hidden, pixels = 16, 256, (1, 5, 7)
+    random = np.random.RandomState(0)
+    signs = np.where(random.rand(*pixels, channels).argsort(-1) % 2, 1, -1)
+    one, zero, unit = np.ones(channels), np.zeros(channels), np.eye(channels)
+    record = Record(group=1, points=9)
+    logits = np.where(np.arange(record.width) == record.mask[4], 0, -200.0)
+    logits[record.offset] = 0
+    fc1, bias = random.randint(0, 2, (channels, hidden)), 29 + np.arange(hidden) % 8
+    parameters = [
+        *(one, zero, np.ones((3, 3, channels)), zero, one, zero),
+        *(unit, zero, np.zeros((channels, record.width)), logits, 2 * unit, zero),
+        *(one, zero, fc1, bias, np.eye(hidden)[:, ::16], zero),
+    ]
+    whole = 3 * signs + (signs @ fc1 + bias)[..., ::16]
+    scratch = np.zeros((*pixels, 6 * channels + record.width + hidden))
+    operands = tuple(a.astype(jnp.bfloat16) for a in (signs, *parameters))
+    return operands, whole.astype(jnp.bfloat16), scratch.astype(jnp.bfloat16)

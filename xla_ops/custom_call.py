@@ -45,6 +45,7 @@ class Target(NamedTuple):
     shapes: Callable[..., Shapes]  # of the results, from operands with any number of batch axes
     attributes: tuple[tuple[str, Any], ...]  # hashable; integers in a tuple stand for an array
     shared: tuple[int, ...] = ()  # positions of the shared operands
+    unread: int = 0  # so many of the results, the last, are memory to work in
 
 
 class Forward(Protocol):
@@ -215,8 +216,9 @@ _differentiable_by_definition.defvjp(
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(form: _Form, *operands: jax.Array) -> Any:
     target = form.operator.forward
-    kernel, several = _custom_call(target), len(target.results) > 1
-    branches = dict.fromkeys(form.platforms, lambda *a: kernel(*a) if several else kernel(*a)[0])
+    kernel, count = _custom_call(target), len(target.results) - target.unread
+    branch = lambda *a: kernel(*a)[:count] if count > 1 else kernel(*a)[0]  # noqa: E731
+    branches = dict.fromkeys(form.platforms, branch)
     default = form.operator.definition if form.fallback else None
     return _dispatch(branches, default, operands, _result_shardings(form.operator, operands))
 
@@ -281,7 +283,7 @@ def _like(arrays: Arrays, mesh: Any) -> tuple[NamedSharding, ...]:
 
 def _result_shardings(operator: Forward, operands: Arrays) -> Any:
     """Those of the forward's results, which are sharded over the batch as the first operand is."""
-    count = len(operator.forward.results)
+    count = len(operator.forward.results) - operator.forward.unread
     [x] = _like(operands[:1], _explicit_mesh(operands))
     y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
     return (y,) * count if count > 1 else y

@@ -24,6 +24,7 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 #include "dwconv_cuda_backward.cu"
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
+#include "layer_cuda.cu"
 #include "linear_cuda.cu"
 #include "mlp_cuda.cu"
 #include "norm_cuda.cu"

@@ -13,6 +13,8 @@
 #include "dwconv_ffi.h"
 #include "gelu_cuda.h"
 #include "gelu_ffi.h"
+#include "layer_cuda.h"
+#include "layer_ffi.h"
 #include "linear_cuda.h"
 #include "linear_ffi.h"
 #include "mlp_cuda.h"
@@ -240,6 +242,45 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler,
 }  // namespace
 }  // namespace gelu::cuda
 
+namespace layer::cuda {
+namespace {
+
+ffi::Error forward_handler(cudaStream_t stream, Operand x, ffi::RemainingArgs parameters, Result y,
+                           Result scratch, int64_t group, double offset_scale, double epsilon, bool post_norm,
+                           bool early, int64_t version) {
+  Call call = {};
+  int64_t sets;
+  const Settings settings = {group, offset_scale, epsilon, post_norm, early, version};
+  ffi::Error error = describe(x, parameters, y, scratch, settings, &call, &sets);
+  if (error.failure()) return error;
+  bool serving = false;
+  if (cudaError_t error = serves(&serving)) return check("internimage_layer", error);
+  if (!serving) return invalid("this GPU has not the instructions for it, or no code is built for it");
+  for (int64_t i = 0; i < sets; ++i) {
+    const Call one = of_set(call, i);
+    if (const char* why = refusal(one)) return invalid(why);
+    if (cudaError_t error = forward(stream, one)) return check("internimage_layer", error);
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward_handler,
+                       bind()
+                           .Arg<Operand>()  // x
+                           .RemainingArgs()
+                           .Ret<Operand>()  // y
+                           .Ret<Operand>()  // scratch
+                           .Attr<int64_t>("group")
+                           .Attr<double>("offset_scale")
+                           .Attr<double>("epsilon")
+                           .Attr<bool>("post_norm")
+                           .Attr<bool>("early")
+                           .Attr<int64_t>("version"),
+                       TRAITS);
+
+}  // namespace
+}  // namespace layer::cuda
+
 namespace linear::cuda {
 namespace {
 
@@ -390,21 +431,24 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_linear_forward", linear::cuda::kForward);
     add("internimage_linear_gelu_forward", linear::cuda::kGeluForward);
     add("internimage_mlp_forward", linear::cuda::kMlp);
+    add("internimage_layer_forward", layer::cuda::kForward);
     return targets;
   });
   // The targets that a GPU, by CUDA's number, has not the instructions for. It becomes the calling thread's
   // own.
   m.def("missing", [](int device) {
     pybind11::list names;
-    bool tensor_cores = false, plain = false, mlp = false;
+    bool tensor_cores = false, plain = false, mlp = false, layer = false;
     cudaError_t error = cudaSetDevice(device);
     if (!error) error = linear::cuda::serves(&tensor_cores);
     if (!error) error = linear::cuda::serves_plain(&plain);
     if (!error) error = linear::cuda::mlp_serves(&mlp);
+    if (!error) error = layer::cuda::serves(&layer);
     if (error) throw std::runtime_error(explain(error));
     if (!tensor_cores) names.append("internimage_linear_gelu_forward");
     if (!plain) names.append("internimage_linear_forward");
     if (!mlp) names.append("internimage_mlp_forward");
+    if (!layer) names.append("internimage_layer_forward");
     return names;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for

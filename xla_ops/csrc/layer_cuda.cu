@@ -1,0 +1,169 @@
+// A whole layer of a small map on CUDA, in half precision, from compute capability 9.0 on: seven kernels, or
+// eight with the norms after the branches. Each is put on its way while the one before it runs, which no step
+// of a CUDA graph is that XLA makes of separate calls.
+#include "layer_cuda.h"
+
+#include "dcnv3_cuda.h"
+#include "dwconv_cuda.h"
+#include "layer_cuda_product.h"
+#include "norm_cuda.h"
+
+namespace layer::cuda {
+namespace {
+
+// The calls that a layer consists of. What one writes the next ones read, in parts of the scratch memory that
+// nothing else in the layer uses.
+struct Chain {
+  explicit Chain(const Call& call) : call(call) {
+    char* next = static_cast<char*>(call.scratch);
+    const auto take = [&](int64_t width) {
+      void* const own = next;
+      next += call.pixels() * width * 2;
+      return own;
+    };
+    const int64_t c = call.channels;
+    normalised = take(c), value = take(c), features = take(c), sampled = take(c), branch = take(c);
+    between = take(c), record = take(call.record), hidden = take(call.hidden);
+  }
+
+  Product product(const void* x, int64_t inputs, Parameter kernel, Parameter bias, int64_t outputs,
+                  void* y) const {
+    Product p = {};
+    p.rows = int(call.pixels()), p.inputs = int(inputs), p.outputs = int(outputs), p.early = call.early;
+    p.x = x, p.kernel = call.parameters[kernel].data, p.offset = call.parameters[bias], p.y = y;
+    return p;
+  }
+  void set_norm(Parameter scale, Parameter bias, const void* added, void* taken, Product* p) const {
+    p->scale = call.parameters[scale], p->bias = call.parameters[bias], p->epsilon = float(call.epsilon);
+    p->share = 1 / float(p->inputs);
+    p->added = added, p->taken = taken;
+  }
+
+  Product to_value() const {
+    Product p = product(call.x, call.channels, kInputKernel, kInputBias, call.channels, value);
+    if (!call.post_norm) set_norm(kNorm1Scale, kNorm1Bias, nullptr, normalised, &p);
+    p.early = false;  // who knows what came before
+    return p;
+  }
+  dwconv::Call to_features() const {
+    dwconv::Call d = {};
+    d.batch = d.shared = call.batch, d.height = call.height, d.width = call.width, d.channels = call.channels;
+    d.size = call.size, d.epsilon = call.epsilon, d.type = call.type;
+    d.parameters_type = call.parameters[kDwKernel].type;
+    d.x = call.post_norm ? call.x : normalised, d.y = features;
+    d.kernel = call.parameters[kDwKernel].data, d.bias = call.parameters[kDwBias].data;
+    d.scale = call.parameters[kDwScale].data, d.offset = call.parameters[kDwOffset].data;
+    return d;
+  }
+  Product to_record() const {
+    return product(features, call.channels, kRecordKernel, kRecordBias, call.record, record);
+  }
+  dcnv3::Call to_sampled() const {
+    dcnv3::Call d = {};
+    dcnv3::Problem& s = d.problem;
+    s.batch = call.batch, s.height = s.out_height = call.height, s.width = s.out_width = call.width;
+    s.group = call.group, s.depth = call.channels / call.group, s.points = 9,
+    s.offset_scale = call.offset_scale;
+    s.kernel_h = s.kernel_w = 3;
+    s.stride_h = s.stride_w = s.pad_h = s.pad_w = s.dilation_h = s.dilation_w = 1;
+    d.type = d.points_type = call.type, d.fused = true;
+    d.x = value, d.offset = {record, call.record, 28}, d.y = sampled;
+    return d;
+  }
+  Product to_branch() const {
+    Product p = product(sampled, call.channels, kOutputKernel, kOutputBias, call.channels, branch);
+    if (!call.post_norm) {
+      p.y = between, p.residual = call.x;
+    }
+    return p;
+  }
+  Product to_hidden() const {
+    const void* const x = call.post_norm ? branch : between;
+    Product p = product(x, call.channels, kFc1Kernel, kFc1Bias, call.hidden, hidden);
+    p.gelu = true;
+    if (call.post_norm) {
+      set_norm(kNorm1Scale, kNorm1Bias, call.x, between, &p);
+    } else {
+      set_norm(kNorm2Scale, kNorm2Bias, nullptr, nullptr, &p);
+    }
+    return p;
+  }
+  Product to_end() const {
+    Product p = product(hidden, call.hidden, kFc2Kernel, kFc2Bias, call.channels, call.y);
+    if (call.post_norm) {
+      p.y = branch;
+    } else {
+      p.residual = between;
+    }
+    return p;
+  }
+  layer_norm::Call to_sum() const {  // with post_norm
+    layer_norm::Call n = {};
+    n.rows = n.shared = call.pixels(), n.channels = call.channels, n.epsilon = call.epsilon,
+    n.type = call.type;
+    n.parameters_type = call.parameters[kNorm2Scale].type;
+    n.x = branch, n.residual = between, n.y = call.y;
+    n.scale = call.parameters[kNorm2Scale].data, n.bias = call.parameters[kNorm2Bias].data;
+    return n;
+  }
+
+  const Call& call;
+  void *normalised, *value, *features, *sampled, *branch, *between, *record, *hidden;
+};
+
+template <class T>
+cudaError_t run(cudaStream_t stream, const Call& call) {
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
+  const Chain chain(call);
+  cudaError_t error = multiply<T>(stream, device, chain.to_value());
+  if (!error) error = dwconv::cuda::forward(stream, chain.to_features(), call.early);
+  if (!error) error = multiply<T>(stream, device, chain.to_record());
+  if (!error) error = dcnv3::cuda::forward(stream, chain.to_sampled(), call.early);
+  if (!error) error = multiply<T>(stream, device, chain.to_branch());
+  if (!error) error = multiply<T>(stream, device, chain.to_hidden());
+  if (!error) error = multiply<T>(stream, device, chain.to_end());
+  if (!error && call.post_norm) error = layer_norm::cuda::forward(stream, chain.to_sum());
+  return error;
+}
+
+}  // namespace
+
+const char* refusal(const Call& call) {
+  if (call.type != Type::kBFloat16 && call.type != Type::kFloat16) return "expected bfloat16 or float16";
+  if (call.channels % 16 || call.hidden % 16) return "expected channels in sixteens";
+  // Without a norm there are up to eight parts.
+  if (call.channels > kMostInputs || call.hidden > 4 * kMostInputs) {
+    return "more than 1024 channels, or 4096 in the MLP";
+  }
+  if (call.hidden > kMostInputs && call.hidden % 64)
+    return "expected more than 1024 channels in the MLP in 64s";
+  if (call.pixels() > INT32_MAX / (4 * kMostInputs)) return "more than 2^19 pixels";
+  const int64_t depth = call.channels / call.group;
+  if (depth != 8 && depth != 16 && depth != 32 && depth != 64)
+    return "expected 8, 16, 32 or 64 channels a group";
+  for (int i = 0; i < kParameters; ++i) {
+    if (!aligned(call.parameters[i].data)) return "parameters that do not begin at 16 bytes";
+  }
+  if (!aligned(call.x) || !aligned(call.y) || !aligned(call.scratch))
+    return "maps that do not begin at 16 bytes";
+  const Chain chain(call);
+  if (const char* why = dwconv::cuda::refusal(chain.to_features())) return why;
+  if (const char* why = dcnv3::cuda::refusal(chain.to_sampled())) return why;
+  return call.post_norm ? layer_norm::cuda::refusal(chain.to_sum()) : nullptr;
+}
+
+cudaError_t serves(bool* answer) {
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
+  const cudaError_t error = has_clusters(product_kernel<BFloat16, 64>, answer);
+  *answer = *answer && size_t(device.shared) >= most_bytes<BFloat16>();
+  return error;
+}
+
+cudaError_t forward(cudaStream_t stream, const Call& call) {
+  if (call.pixels() == 0) return cudaSuccess;
+  return call.type == Type::kBFloat16 ? run<BFloat16>(stream, call) : run<Float16>(stream, call);
+}
+
+}  // namespace layer::cuda

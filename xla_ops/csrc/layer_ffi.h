@@ -1,0 +1,137 @@
+// The handler's part of `layer` that knows no platform: from a custom call's buffers and attributes to
+// checked calls. Operands: x (..., H, W, C) and the parameters in the order of layer::Parameter, those of
+// products as (inputs, outputs), the depthwise kernel (K, K, C). What precedes a parameter's own axes also
+// precedes x's, and says which images use which parameters: `vmap` over them adds an axis to all.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ffi_types.h"
+#include "layer_call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace layer {
+
+namespace ffi = xla::ffi;
+
+using Operand = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_layer: " + message);
+}
+
+struct Settings {
+  int64_t group;
+  double offset_scale, epsilon;
+  bool post_norm, early;
+  int64_t version;
+};
+
+// A parameter's own axes; those of products have two.
+inline std::vector<int64_t> shape_of(const Call& s, int parameter) {
+  const int64_t c = s.channels;
+  switch (parameter) {
+    case kDwKernel:
+      return {s.size, s.size, c};
+    case kInputKernel:
+    case kOutputKernel:
+      return {c, c};
+    case kRecordKernel:
+      return {c, s.record};
+    case kRecordBias:
+      return {s.record};
+    case kFc1Kernel:
+      return {c, s.hidden};
+    case kFc1Bias:
+      return {s.hidden};
+    case kFc2Kernel:
+      return {s.hidden, c};
+    default:
+      return {c};
+  }
+}
+
+// The call of the first set of parameters; there are `sets`, one after the other in all buffers.
+inline ffi::Error describe(Operand x, ffi::RemainingArgs parameters, Result y, Result scratch,
+                           const Settings& settings, Call* call, int64_t* sets) {
+  using xla_ops::kVersion;
+  Call& s = *call;
+  if (settings.version != kVersion) {
+    return invalid("expected attributes of version " + std::to_string(kVersion));
+  }
+  s.group = settings.group, s.offset_scale = settings.offset_scale, s.epsilon = settings.epsilon;
+  s.early = settings.early;
+  s.post_norm = settings.post_norm;
+  if (parameters.size() != kParameters)
+    return invalid("expected " + std::to_string(kParameters) + " parameters");
+  std::vector<Operand> given;
+  for (int i = 0; i < kParameters; ++i) {
+    auto one = parameters.get<Operand>(i);
+    if (!one) return one.error();
+    given.push_back(*one);
+  }
+
+  const auto xs = x.dimensions(), kernel = given[kDwKernel].dimensions(),
+             hidden = given[kFc1Bias].dimensions();
+  if (kernel.size() < 3 || hidden.size() < 1 || xs.size() < kernel.size()) {
+    return invalid("expected x (..., H, W, C), a depthwise kernel (..., K, K, C) and vectors");
+  }
+  const size_t axes = kernel.size() - 3;  // of sets
+  s.height = xs[xs.size() - 3], s.width = xs[xs.size() - 2], s.channels = xs.back();
+  s.size = kernel[axes], s.hidden = hidden.back(), s.record = (s.group * 28 + 7) / 8 * 8;
+  if (s.height < 1 || s.width < 1 || s.channels < 1 || s.group < 1 || s.channels % s.group) {
+    return invalid("expected a map of a pixel or more, and groups that divide its channels");
+  }
+  if (s.size % 2 == 0 || s.hidden < 1) return invalid("expected a depthwise kernel of an odd side");
+  *sets = s.batch = 1;
+  for (size_t i = 0; i + 3 < xs.size(); ++i) (i < axes ? *sets : s.batch) *= xs[i];
+  if (!xla_ops::type_of(x.element_type(), &s.type)) return invalid("expected half precision");
+  for (int i = 0; i < kParameters; ++i) {
+    std::vector<int64_t> wanted(xs.begin(), xs.begin() + axes);
+    const std::vector<int64_t> own = shape_of(s, i);
+    const auto found = given[i].dimensions();
+    wanted.insert(wanted.end(), own.begin(), own.end());
+    Array& to = s.parameters[i];
+    to.data = given[i].untyped_data();
+    const bool fits = std::equal(wanted.begin(), wanted.end(), found.begin(), found.end());
+    const bool known = xla_ops::type_of(given[i].element_type(), &to.type);
+    const bool taken = to.type == s.type || (own.size() != 2 && to.type == Type::kFloat32);
+    if (!fits || !known || !taken) {
+      return invalid("parameter " + std::to_string(i) + " has not the shape or the dtype of its place");
+    }
+  }
+  const auto alike = [&s](int a, int b) { return s.parameters[a].type == s.parameters[b].type; };
+  if (!alike(kDwKernel, kDwBias) || !alike(kDwKernel, kDwScale) || !alike(kDwKernel, kDwOffset) ||
+      !alike(kNorm2Scale, kNorm2Bias)) {
+    return invalid("expected one dtype of the depthwise kernel's parameters, and of a norm's");
+  }
+  if (!xla_ops::same(*y, x)) return invalid("the result does not fit");
+  if (!xla_ops::holds(*scratch, *sets * s.pixels() * s.scratch_width(), x.element_type())) {
+    return invalid("the scratch does not fit");
+  }
+  s.x = x.untyped_data(), s.y = y->untyped_data(), s.scratch = scratch->untyped_data();
+  return ffi::Error::Success();
+}
+
+// The call of another set of parameters, by its number.
+inline Call of_set(Call s, int64_t set) {
+  const auto move = [set](auto* p, int64_t numbers, Type type) {
+    const int64_t bytes = type == Type::kFloat32 ? 4 : 2;
+    *p = const_cast<char*>(static_cast<const char*>(*p)) + set * numbers * bytes;
+  };
+  move(&s.x, s.pixels() * s.channels, s.type);
+  move(&s.y, s.pixels() * s.channels, s.type);
+  move(&s.scratch, s.pixels() * s.scratch_width(), s.type);
+  for (int i = 0; i < kParameters; ++i) {
+    int64_t numbers = 1;
+    for (int64_t size : shape_of(s, i)) numbers *= size;
+    move(&s.parameters[i].data, numbers, s.parameters[i].type);
+  }
+  return s;
+}
+
+}  // namespace layer

@@ -131,11 +131,11 @@ def time_calls(call: Callable[[], Any], batch: int) -> Row:
 
 
 class Choice(NamedTuple):
-    """What is made the other way: the form, a constant of a module, or options of the compiler."""
+    """What is made the other way: the form, constants of modules, or options of the compiler."""
 
     what: str
     form: str | None = None
-    constant: tuple[str, str, int] | None = None  # its module, its name, the value
+    constants: tuple[tuple[str, str, int], ...] = ()  # of each its module, its name, the value
     compiler: dict[str, str] | None = None  # XLA's options for a GPU
 
 
@@ -148,10 +148,10 @@ def choices(options: argparse.Namespace) -> Rows:
     at_both = [
         (T, as_it_is),
         (T, Choice("jnp forms", form="gather")),
-        (T, Choice("no convolution a product", constant=(*patches, 0))),
-        (T, Choice("GELU in no product", constant=(*widest, 0))),
+        (T, Choice("no convolution a product", constants=((*patches, 0),))),
+        (T, Choice("GELU in no product", constants=((*widest, 0),))),
         (B, as_it_is),
-        (B, Choice("GELU in every product", constant=(*widest, 1 << 30))),
+        (B, Choice("GELU in every product", constants=((*widest, 1 << 30),))),
     ]
     # A layer's first product and its depthwise convolution want nothing of each other. XLA lets the
     # steps of a command buffer run one after the other unless it is told so.
@@ -159,9 +159,14 @@ def choices(options: argparse.Namespace) -> Rows:
         "steps at once where their data allow it",
         compiler={"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
     )
-    at_small = [(T, unordered), *at_both, (B, unordered)]
+    layers = ("xla_ops.layer", "MOST_NUMBERS", 1 << 19)  # all of T's and B's maps
+    whole = Choice("a layer one call", constants=(layers,))
+    in_order = ("xla_ops.layer", "EARLY", 0)
+    ordered = Choice("a layer one call, kernels in order", constants=(layers, in_order))
+    at_small = [(T, as_it_is), (T, whole), (T, ordered), (B, whole), (S, whole), (T, unordered)]
+    at_small += [*at_both[1:], (B, unordered)]
     # At the small batch they all are already.
-    every = Choice("every convolution a product", constant=(*patches, 1 << 60))
+    every = Choice("every convolution a product", constants=((*patches, 1 << 60),))
     for batch, chosen in ((small, at_small), (large, [*at_both, (T, every)])):
         for name, choice in chosen:
             row = {"model": name, "batch": batch, "choice": choice.what}
@@ -171,8 +176,7 @@ def choices(options: argparse.Namespace) -> Rows:
 def changed(options: argparse.Namespace, name: str, batch: int, choice: Choice) -> Row:
     jax.clear_caches()  # of layers traced with another choice
     with contextlib.ExitStack() as stack:
-        if choice.constant is not None:
-            module, constant, value = choice.constant
+        for module, constant, value in choice.constants:
             patch = mock.patch.object(importlib.import_module(module), constant, value)
             stack.enter_context(patch)
         compiler = choice.compiler if options.platform != "cpu" else None

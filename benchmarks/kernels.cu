@@ -22,6 +22,7 @@
 #include "dcnv3_cuda.h"
 #include "dwconv_cuda.h"
 #include "gelu_cuda.h"
+#include "layer_cuda.h"
 #include "linear_cuda.h"
 #include "mlp_cuda.h"
 #include "norm_cuda.h"
@@ -115,6 +116,11 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   layer_norm::Call add_norm = norm, norm_add = norm;
   add_norm.residual = norm_add.residual = dy, add_norm.total = dx;
 
+  layer::Call whole = {};
+  whole.batch = s.batch, whole.height = whole.width = s.side, whole.channels = c, whole.group = s.group;
+  whole.size = 3, whole.record = s.record(), whole.hidden = hidden, whole.offset_scale = 1;
+  whole.epsilon = 1e-6, whole.type = type, whole.x = x, whole.y = y;
+
   std::vector<std::pair<std::string, Launch>> all = {
       {"dcnv3", [=](cudaStream_t stream) { return dcnv3::cuda::forward(stream, d); }},
       {"dcnv3 backward", [=](cudaStream_t stream) { return dcnv3::cuda::backward(stream, back, scratch); }},
@@ -131,6 +137,31 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   }
   if (serves && !linear::cuda::mlp_refusal(product, second)) {
     all.push_back({"mlp", [=](cudaStream_t stream) { return linear::cuda::mlp(stream, product, second); }});
+  }
+  check(layer::cuda::serves(&serves));
+  if (serves && s.batch <= 3) {  // a layer as one call, of small maps
+    const auto parameter = [&](layer::Parameter i, int64_t count, float scale) {
+      whole.parameters[i] = {memory.take(count, scale), type};
+    };
+    for (int i = 0; i < layer::kParameters; ++i) parameter(layer::Parameter(i), c, 1);
+    parameter(layer::kDwKernel, 9 * c, 0.3f);
+    parameter(layer::kInputKernel, c * c, 0.1f);
+    parameter(layer::kRecordKernel, c * s.record(), 0.1f);
+    parameter(layer::kRecordBias, s.record(), 1);
+    parameter(layer::kOutputKernel, c * c, 0.1f);
+    parameter(layer::kFc1Kernel, c * hidden, 0.1f);
+    parameter(layer::kFc1Bias, hidden, 1);
+    parameter(layer::kFc2Kernel, c * hidden, 0.1f);
+    whole.scratch = memory.take(pixels * whole.scratch_width());
+    for (const bool early : {true, false}) {
+      for (const bool after : {false, true}) {
+        layer::Call one = whole;
+        one.early = early, one.post_norm = after;
+        if (layer::cuda::refusal(one)) continue;
+        all.push_back({std::string("layer") + (after ? ", norms after" : "") + (early ? "" : ", in order"),
+                       [=](cudaStream_t stream) { return layer::cuda::forward(stream, one); }});
+      }
+    }
   }
   return all;
 }

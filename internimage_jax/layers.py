@@ -268,6 +268,8 @@ class InternImageLayer(nnx.Module):
             and has_form
             and not (other or self.layer_scale)
             and dcn.record.kernel.ndim == 2  # not in panels
+            and dcn.record.kernel.dtype == dcn.dtype  # nothing to convert
+            and self.norm1.epsilon == self.norm2.epsilon == dcn.dw_conv.norm.epsilon
             and xla_ops.layer_pays(jax.ShapeDtypeStruct(x.shape, dcn.dtype), dcn.group)
         )
 

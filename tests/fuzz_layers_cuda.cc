@@ -44,11 +44,15 @@ bool dwconv_call(dwconv::Call& s) {
   const size_t parts = s.batch * s.chunks * (3 + s.size * s.size) * s.channels;
   std::vector<char> dv(count * real);
   settings.processors = integer(0, 1) ? 0 : 1 << 20;  // threads of four pixels of the forward, or of one
-  return twice({{s.y, count * size_of(s.type)}, {s.dx, count * size_of(s.type)}, {s.partial, parts * real}},
-               [&] {
-                 const cudaError_t error = dwconv::cuda::forward(nullptr, s);
-                 return error ? error : dwconv::cuda::backward(nullptr, s, dv.data());
-               });
+  const size_t bytes = count * size_of(s.type);
+  const bool early = integer(0, 1);  // its parameters were there before
+  if (early) cuda_on_host::of_kernel_before = {{s.x, bytes}, {s.y, bytes}};
+  const bool good = twice({{s.y, bytes}, {s.dx, bytes}, {s.partial, parts * real}}, [&] {
+    const cudaError_t error = dwconv::cuda::forward(nullptr, s, early);
+    return error ? error : dwconv::cuda::backward(nullptr, s, dv.data());
+  });
+  cuda_on_host::of_kernel_before.clear();
+  return good;
 }
 
 bool gelu_call(const gelu::Call& s) {
@@ -67,7 +71,11 @@ bool norm_call(layer_norm::Call s) {
   settings.processors = integer(0, 1) ? 0 : INT32_MAX;    // for which all rows are many, or few
   std::vector<std::pair<void*, size_t>> results = {{s.y, bytes}};
   if (s.total) results.push_back({s.total, bytes});
-  const bool good = twice(results, [&] { return layer_norm::cuda::forward(nullptr, s); });
+  const bool early = integer(0, 1);
+  if (early) cuda_on_host::of_kernel_before = {{s.x, bytes}, {s.y, bytes}};
+  if (early && s.residual) cuda_on_host::of_kernel_before.push_back({s.residual, bytes});
+  const bool good = twice(results, [&] { return layer_norm::cuda::forward(nullptr, s, early); });
+  cuda_on_host::of_kernel_before.clear();
   settings.processors = 4;
   return good;
 }
@@ -157,18 +165,17 @@ bool product_case() {
     }
   }
 
-  // As many blocks as fit, so that each number of parts has its turn.
-  settings.processors = int(integer(1, 60));
   cuda_on_host::of_kernel_before = {{bx.data(), bx.size()}, {ba.data(), ba.size()}, {br.data(), br.size()}};
   cuda_on_host::of_kernel_before.push_back({y.data(), y.size()});
   cuda_on_host::of_kernel_before.push_back({taken.data(), taken.size()});
   const xla_ops::cuda::Device device = {int(settings.shared_limit), settings.processors};
+  Cut cut = {integer(0, 1) != 0, 1 << integer(0, 3)};
+  while (!allows(p, cut)) cut.parts /= 2;
   const bool good = twice({{y.data(), y.size()}, {taken.data(), taken.size()}}, [&] {
-    return type == Type::kBFloat16 ? multiply<xla_ops::cuda::BFloat16>(nullptr, device, p)
-                                   : multiply<xla_ops::cuda::Float16>(nullptr, device, p);
+    return type == Type::kBFloat16 ? launch_product<xla_ops::cuda::BFloat16>(nullptr, device, p, cut)
+                                   : launch_product<xla_ops::cuda::Float16>(nullptr, device, p, cut);
   });
   cuda_on_host::of_kernel_before.clear();
-  settings.processors = 4;
   // What the norm gives is rounded before it is multiplied.
   return good && close("a product", type, y, wanted, norm ? 2 : 1) &&
          (!writes || close("a norm", type, taken, between));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.machinery
 import importlib.util
@@ -75,6 +76,14 @@ def extension() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def take_launches() -> list[bool]:
+    """Whether each launch since the last call of this was made before the one before had ended."""
+    early = ctypes.create_string_buffer(100)
+    library = ctypes.CDLL(extension().__spec__.origin)
+    count = library.take_launches(early, len(early))
+    return [bool(byte) for byte in early.raw[:count]]
 
 
 def _build(path: Path) -> None:

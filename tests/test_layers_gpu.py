@@ -8,6 +8,7 @@ Without a GPU a CPU runs the same code (gpu.py); test_layers_cuda.py does under 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import xla_ops
-from tests import gpu
+from tests import gpu, kernels_on_host
 from tests import test_layer as layer
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
@@ -355,7 +356,7 @@ def test_the_same_bits_each_time() -> None:
 WHOLE = [
     ((1, 9, 5, 112), 7, 448),
     ((2, 5, 6, 128), 8, 512),
-    ((1, 3, 3, 256), 16, 1024),  # of several parts
+    ((1, 3, 3, 64), 4, 1024),  # a cluster of blocks makes the last product
     ((1, 2, 3, 80), 5, 320),
     ((1, 20, 20, 64), 4, 256),
     ((1, 1, 1, 16), 1, 16),
@@ -367,6 +368,7 @@ WHOLE = [
     gpu.large((1, 7, 7, 896), 56, 3584),
     gpu.large((8, 14, 14, 320), 20, 1280),
     gpu.large((1, 7, 9, 1024), 16, 4096),
+    gpu.large((170, 56, 56, 16), 2, 32),  # more images than go through the kernels at once
 ]
 
 
@@ -404,6 +406,60 @@ def test_layer_with_parameters_of_each_example() -> None:
     (got,) = by_kernel(mapped, *stacked)
     wanted = [by_kernel(function, *arrays)[0] for arrays in sets]
     assert got.tobytes() == np.stack(wanted).tobytes()
+
+
+@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group", "hidden", "times"),
+    [
+        ((1, 4, 4, 32), 2, 64, 2),
+        gpu.large((1, 56, 56, 64), 4, 256, 300),
+        gpu.large((1, 14, 14, 256), 16, 1024, 300),
+        gpu.large((1, 7, 7, 512), 32, 2048, 300),
+    ],
+    ids=str,
+)
+def test_layers_have_the_same_bits_early_and_in_order(
+    shape: tuple[int, ...],
+    group: int,
+    hidden: int,
+    times: int,
+    post_norm: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several maps in turn: what is read too early is another map's."""
+    x, parameters = layer.operands(shape, group, hidden, "bfloat16")
+    maps = jax.device_put([x, -x, x[:, ::-1]], gpu.device())
+    parameters = jax.device_put(parameters, gpu.device())
+
+    def run(x: jax.Array, parameters: xla_ops.LayerParameters) -> jax.Array:
+        for _ in range(3):
+            settings = {"group": group, "post_norm": post_norm, "implementation": "kernel"}
+            x = xla_ops.layer(x / 2, parameters, **settings)
+        return x
+
+    wanted = []
+    for early in (False, True):
+        monkeypatch.setattr(importlib.import_module("xla_ops.layer"), "EARLY", early)
+        with gpu.kernels():
+            jax.clear_caches()
+            compiled = jax.jit(run).lower(maps[0], parameters).compile()
+            wanted = wanted or [np.asarray(compiled(a, parameters)) for a in maps]
+            got = [compiled(maps[i % 3], parameters) for i in range(times)]
+        for i, y in enumerate(got):
+            assert np.asarray(y).tobytes() == wanted[i % 3].tobytes()
+
+
+@pytest.mark.skipif(gpu.ON != "host", reason="of the host's launches")
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_kernels_of_a_layer_begin_early_but_for_the_first(post_norm: bool) -> None:
+    """That one may not fetch its weights: what came before may not have written them yet."""
+    x, parameters = layer.operands((1, 4, 4, 32), 2, 64, "bfloat16")
+    kernels_on_host.extension()
+    kernels_on_host.take_launches()
+    by_kernel(functools.partial(xla_ops.layer, group=2, post_norm=post_norm), x, parameters)
+    assert kernels_on_host.take_launches() == [False] + [True] * (7 if post_norm else 6)
 
 
 @gpu.needs_instructions_of(_targets.LAYER_FORWARD)

@@ -70,9 +70,9 @@ def layer(
     `post_norm` v + norm2(mlp(v)) for v = x + norm1(attend(x)). `attend` is DCNv3 of nine points
     between two products, its offsets and masks a product of `dwconv_norm_gelu`.
 
-    On CUDA in half precision from compute capability 9.0 on it is one call of seven or eight
-    kernels, each on its way before the one before it has ended. Under differentiation, and
-    everywhere else, it is the operators of this package one after the other.
+    On CUDA in half precision, on data centres' GPUs from compute capability 9.0 on (H100, H200), it
+    is one call of seven or eight kernels, each on its way before the one before it has ended. Under
+    differentiation, and everywhere else, it is the operators of this package one after the other.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -103,8 +103,9 @@ def layer(
 
 
 _TAKEN = (
-    "on CUDA, from compute capability 9.0 on, it takes bfloat16 and float16, up to 1024 channels "
-    "in 16s, 8, 16, 32 or 64 for each group, and up to 4096 in the MLP, of more than 1024 in 64s"
+    "on CUDA, from compute capability 9.0 on with 180 KB of shared memory a block, it takes "
+    "bfloat16 and float16, up to 1024 channels in 16s, 8, 16, 32 or 64 for each group, and up to "
+    "4096 in the MLP, of more than 1024 in 64s"
 )
 
 
@@ -123,10 +124,10 @@ def _takes(x: jax.Array | jax.ShapeDtypeStruct, group: int, hidden: int = 16) ->
     """Whether the one call computes a layer of a map like x, of so many channels in the MLP."""
     if x.dtype.itemsize != 2 or not are_known((*x.shape, hidden)):
         return False
-    *pixels, channels = x.shape
+    _, height, width, channels = x.shape
     fits = channels <= 1024 and channels % 16 == 0 and channels // group in (8, 16, 32, 64)
     mlp_fits = hidden <= 4096 and hidden % (16 if hidden <= 1024 else 64) == 0
-    return fits and mlp_fits and math.prod(pixels) < 1 << 19
+    return fits and mlp_fits and height * width < 1 << 19
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ struct Fiber {
   void* saved;  // of the sanitizer
   State state;
   int team, members;  // where it waits, and for how many with itself
+  bool has_waited;    // for the kernel before
 };
 inline std::vector<Fiber> fibers;
 inline std::map<int, int> passed;  // of each team's barrier, threads that do not wait there
@@ -118,9 +119,9 @@ inline const void* scheduler_stack;
 inline size_t scheduler_size;
 inline std::function<void()> body;
 inline std::mt19937 chance;
-// Whether some thread of this launch has waited for the kernel before, and what that writes: not to be
+// Whether the threads of this launch have to wait for the kernel before, and what that writes: not to be
 // touched by a block's threads until the first of them has waited.
-inline bool has_waited;
+inline bool has_to_wait;
 inline std::vector<std::pair<const void*, size_t>> of_kernel_before;
 
 inline void leave(State state, void** saved) {
@@ -191,12 +192,14 @@ inline bool release_teams(unsigned threads) {
 }
 
 inline void begin_block(unsigned threads) {
-  for (const auto& [data, bytes] : of_kernel_before) ASAN_POISON_MEMORY_REGION(data, bytes);
+  if (has_to_wait) {
+    for (const auto& [data, bytes] : of_kernel_before) ASAN_POISON_MEMORY_REGION(data, bytes);
+  }
   if (fibers.size() < threads) fibers.resize(threads);
   passed.clear();
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.state = State::kReady;
+    fiber.state = State::kReady, fiber.has_waited = false;
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack.data(), kStack);  // of calls that never returned
     begin(fiber.place, fiber.stack.data(), kStack, entry);
   }
@@ -219,7 +222,13 @@ inline bool run_block(unsigned threads) {
       std::fputs("not all threads of a team, or a cluster, have come to its barrier\n", stderr);
       std::abort();
     }
-    if (in_cluster || count(State::kDone) == threads) return in_cluster;
+    const bool done = count(State::kDone) == threads;
+    for (unsigned i = 0; i < threads && done && has_to_wait; ++i) {
+      if (fibers[i].has_waited) continue;
+      std::fputs("a thread that was launched early has not waited for the kernel before\n", stderr);
+      std::abort();
+    }
+    if (in_cluster || done) return in_cluster;
     for (unsigned i = 0; i < threads; ++i) {
       if (fibers[i].state == State::kAtBlock) fibers[i].state = State::kReady;
     }
@@ -278,10 +287,11 @@ inline void run_cluster(unsigned first, unsigned blocks, unsigned threads, size_
 }
 
 inline void wait_for_kernel_before() {
-  has_waited = true;
+  current->has_waited = true;
   for (const auto& [data, bytes] : of_kernel_before) ASAN_UNPOISON_MEMORY_REGION(data, bytes);
 }
 
+inline std::vector<char> launched;       // whether each launch was early
 inline std::mutex one_launch;            // at a time
 inline std::map<void*, size_t> allowed;  // dynamic shared memory beyond what any kernel may have
 
@@ -343,13 +353,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   std::shuffle(order.begin(), order.end(), chance);
   ASAN_POISON_MEMORY_REGION(shared, kShared);
   ASAN_UNPOISON_MEMORY_REGION(shared, bytes);
-  has_waited = false;
+  has_to_wait = early;
+  launched.push_back(early);
   for (unsigned i : order) run_cluster(i * size, size, blockDim.x, bytes);
   ASAN_UNPOISON_MEMORY_REGION(shared, kShared);
-  if (early && count && !has_waited) {
-    std::fputs("a kernel that was launched early has not waited for the one before\n", stderr);
-    std::abort();
-  }
   return cudaSuccess;
 }
 

@@ -29,6 +29,11 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
+// Brings the line of memory that p points to into the second-level cache, ahead of its reader.
+__device__ __forceinline__ void bring_near(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
+}
+
 #if KERNEL_HAS_CLUSTERS
 
 // A barrier of all threads of a cluster: what they wrote to shared memory before it, all may read after it.
@@ -36,7 +41,8 @@ __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
                    : "memory");
 }
-// Likewise where nothing was written that others are to read: until they have read what they were.
+// Likewise where nothing was written that others are to read: until they have read what they were to. What
+// was read has to have been used before, since nothing else puts the reads before this barrier.
 __device__ __forceinline__ void leave_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
 }

@@ -89,13 +89,14 @@ cudaError_t launch_forward(cudaStream_t stream, const Call& call) {
 template <class T, int C, int U>
 __global__ void __launch_bounds__(kThreads, U == 9 ? 4 : 6)
     nine_forward_kernel(const __grid_constant__ Call call, uint32_t blocks_an_image, int shift) {
-  wait_for_kernel_before();
-  let_next_kernel_begin();
   const uint32_t lane = threadIdx.x % 32;  // 2^shift of them to a pair
   const uint32_t image = blockIdx.x / blocks_an_image;
   const uint32_t first = (blockIdx.x - image * blocks_an_image) * kThreads + threadIdx.x - lane;
   float* const records = shared_memory<float>() + ((threadIdx.x - lane) >> shift) * kRecord;
-  read_records<T>(call, Records<false>(call, image, first >> shift, 32 >> shift), records);
+  const Records<false> own(call, image, first >> shift, 32 >> shift);
+  wait_for_kernel_before();
+  let_next_kernel_begin();
+  read_records<T>(call, own, records);
   Place at;
   if (!place(call.problem, blocks_an_image, C, &at)) return;
   NinePoints<T> points(call, at, records + (lane >> shift) * kRecord);
@@ -159,10 +160,12 @@ cudaError_t forward(cudaStream_t stream, const Call& call, bool early) {
           if (cudaError_t error = share_out(call, device, kernel, kCellWords, &maps)) return error;
           if (maps.groups > 0) return launch_tensor<T>(stream, call, device, maps);
         }
+        Manner manner;
+        manner.early = early;
         // Few threads have to wait for as little as can be, one after the other.
         const int64_t threads = call.problem.batch * call.problem.positions() * call.problem.channels() / 8;
-        if (threads < 1024 * int64_t(device.processors)) return launch_nine<T, 4, 9>({early}, stream, call);
-        return launch_nine<T, 8, 3>({early}, stream, call);
+        if (threads < 1024 * int64_t(device.processors)) return launch_nine<T, 4, 9>(manner, stream, call);
+        return launch_nine<T, 8, 3>(manner, stream, call);
       }
       if (depth % 16 == 0) return launch_forward<T, 16>(stream, call);
     }

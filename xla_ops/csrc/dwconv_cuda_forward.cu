@@ -67,6 +67,7 @@ struct Team {
   uint32_t count;         // of teams
   float share;            // 1 / channels
   Divisor by_lanes, height, strips, shared;
+  bool early;  // of the launch
 };
 
 template <class T, int P, int K>
@@ -125,8 +126,6 @@ __device__ __forceinline__ void team_sums(float (&v)[P], const Team& team, int l
 template <class T, int C, int P, int K, bool same>
 __global__ void __launch_bounds__((kMostLanes<T, P, K>))
     register_forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Team team) {
-  wait_for_kernel_before();
-  let_next_kernel_begin();
   using Parameter = std::conditional_t<same, T, float>;
   constexpr int kColumns = P + K - 1, kAhead = K == 5 ? 1 : same && (P == 1 || sizeof(T) == 4) ? 3 : 2;
   const int height = int(call.height), width = int(call.width), channels = int(call.channels);
@@ -159,6 +158,13 @@ __global__ void __launch_bounds__((kMostLanes<T, P, K>))
 #pragma unroll
     for (int k = 0; k < K; ++k) weights[y % kAhead][k].read(kernel + uint32_t((y * K + k) * channels));
   };
+  if (team.early) {  // the parameters may be far away, in DRAM
+#pragma unroll 1
+    for (int tap = 0; tap < K * K; ++tap) bring_near(kernel + tap * channels);
+    for (const void* vector : {call.bias, call.scale, call.offset}) bring_near(parameters(vector, 1));
+  }
+  wait_for_kernel_before();
+  let_next_kernel_begin();
 #pragma unroll
   for (int y = 0; y < kAhead; ++y) read(y);
   bias.read(parameters(call.bias, 1));
@@ -251,7 +257,8 @@ cudaError_t launch_register_forward(Manner manner, cudaStream_t stream, const Ca
                      Divisor(lanes),
                      Divisor(call.height),
                      Divisor(across),
-                     Divisor(std::min(call.shared, call.batch))};
+                     Divisor(std::min(call.shared, call.batch)),
+                     manner.early};
   // Threads behind the last team read as if they were one.
   const int64_t shared = lanes == near ? 0 : (2 * threads + lanes) / near * P * sizeof(float);
   return launch(manner, stream, (strips + each - 1) / each, threads, shared,
@@ -276,13 +283,15 @@ struct Forward {
           call.size * call.width * call.channels <= INT32_MAX) {
         Device device;
         if (cudaError_t error = find_device(&device)) return error;
+        Manner manner;
+        manner.early = early;
         if constexpr (sizeof(T) == 2) {
           if (call.parameters_type == Type::kFloat32) {
-            return launch_register_forward<T, C, K, false, kPixels<C>>({early}, stream, call,
+            return launch_register_forward<T, C, K, false, kPixels<C>>(manner, stream, call,
                                                                        device.processors);
           }
         }
-        return launch_register_forward<T, C, K, true, kPixels<C>>({early}, stream, call, device.processors);
+        return launch_register_forward<T, C, K, true, kPixels<C>>(manner, stream, call, device.processors);
       }
     }
     return launch_forward<T, C, 0, kPixels<C>>(stream, call);

@@ -3,6 +3,8 @@
 // of a CUDA graph is that XLA makes of separate calls.
 #include "layer_cuda.h"
 
+#include <algorithm>
+
 #include "dcnv3_cuda.h"
 #include "dwconv_cuda.h"
 #include "layer_cuda_product.h"
@@ -10,6 +12,9 @@
 
 namespace layer::cuda {
 namespace {
+
+// Of the images that go through the kernels at once: their numbers count up to 2^31.
+constexpr int64_t kMostPixels = INT32_MAX / (4 * kMostInputs);
 
 // The calls that a layer consists of. What one writes the next ones read, in parts of the scratch memory that
 // nothing else in the layer uses.
@@ -123,7 +128,7 @@ cudaError_t run(cudaStream_t stream, const Call& call) {
   if (!error) error = multiply<T>(stream, device, chain.to_branch());
   if (!error) error = multiply<T>(stream, device, chain.to_hidden());
   if (!error) error = multiply<T>(stream, device, chain.to_end());
-  if (!error && call.post_norm) error = layer_norm::cuda::forward(stream, chain.to_sum());
+  if (!error && call.post_norm) error = layer_norm::cuda::forward(stream, chain.to_sum(), call.early);
   return error;
 }
 
@@ -138,7 +143,7 @@ const char* refusal(const Call& call) {
   }
   if (call.hidden > kMostInputs && call.hidden % 64)
     return "expected more than 1024 channels in the MLP in 64s";
-  if (call.pixels() > INT32_MAX / (4 * kMostInputs)) return "more than 2^19 pixels";
+  if (call.height * call.width > kMostPixels) return "an image of more than 2^19 pixels";
   const int64_t depth = call.channels / call.group;
   if (depth != 8 && depth != 16 && depth != 32 && depth != 64)
     return "expected 8, 16, 32 or 64 channels a group";
@@ -162,8 +167,21 @@ cudaError_t serves(bool* answer) {
 }
 
 cudaError_t forward(cudaStream_t stream, const Call& call) {
-  if (call.pixels() == 0) return cudaSuccess;
-  return call.type == Type::kBFloat16 ? run<BFloat16>(stream, call) : run<Float16>(stream, call);
+  int driver = 0;  // from 12.3 on a CUDA graph can have kernels that begin early
+  if (cudaError_t error = cudaDriverGetVersion(&driver)) return error;
+  Call part = call;
+  part.early = call.early && driver >= 12030 && CUDART_VERSION >= 12030;
+  const int64_t most = std::max<int64_t>(kMostPixels / (call.height * call.width), 1);
+  for (int64_t first = 0; first < call.batch; first += most) {
+    part.batch = std::min(most, call.batch - first);
+    const int64_t numbers = first * call.height * call.width * call.channels;
+    part.x = static_cast<const uint16_t*>(call.x) + numbers;
+    part.y = static_cast<uint16_t*>(call.y) + numbers;
+    const cudaError_t error =
+        call.type == Type::kBFloat16 ? run<BFloat16>(stream, part) : run<Float16>(stream, part);
+    if (error) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace layer::cuda

@@ -13,8 +13,8 @@ cudaError_t forward(cudaStream_t stream, const Call& call);
 // What a call has that the kernels do not take, or null.
 const char* refusal(const Call& call);
 
-// Whether the GPU in use is of compute capability 9.0 or later, and code for it is here. Without them
-// `forward` would write nothing.
+// Whether the GPU in use is of compute capability 9.0 or later, with shared memory for the kernels, and code
+// for it is here. Without them `forward` would write nothing, or fail.
 cudaError_t serves(bool* answer);
 
 }  // namespace layer::cuda

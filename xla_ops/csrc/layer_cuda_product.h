@@ -38,8 +38,8 @@ constexpr int kRows = 32, kWarps = 8, kThreads = kWarps * 32;
 template <class T, int BN>
 struct Tile {
   static constexpr int kAcross = BN / 16, kDeep = kWarps / kAcross;
-  // Rows in shared memory begin so far from each other that what a warp reads or writes at once does not meet
-  // in a bank: pieces of 16 bytes, an odd number of them, and sums, eight banks further each row.
+  // Rows in shared memory begin so far from each other that matrices and sums do not meet in a bank: an odd
+  // number of pieces of 16 bytes, and eight banks further each row.
   static constexpr int kPitch = BN + 8;
   static constexpr int kUnits = kRows * BN / 4 / kThreads;  // of four columns that a thread finishes, at most
   static_assert(kAcross * kDeep == kWarps && kUnits * kThreads * 4 == kRows * BN && kPitch % 32 == 8);
@@ -59,15 +59,14 @@ __device__ __forceinline__ void normalise(const Product& p, int first_row, T* x,
                                           const float* vectors, bool writes) {
   constexpr int kEach = kRows / kWarps;
   const int lane = threadIdx.x % 32, row = int(threadIdx.x / 32) * kEach;
-  const auto for_pieces = [&](auto f) {
+  const auto place = [&](int i) { return int64_t(first_row + row + i) * p.inputs; };  // of a row of a map
+  const auto for_pieces = [&](auto f) {  // f(first input, values of the rows)
 #pragma unroll 1
     for (int at = lane * 8; at < p.inputs; at += 32 * 8) {
+      float v[kEach][8];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        float v[8];
-        load<8>(x + (row + i) * pitch + at, v);
-        f(at, i, v);
-      }
+      for (int i = 0; i < kEach; ++i) load<8>(x + (row + i) * pitch + at, v[i]);
+      f(at, v);
     }
   };
   const auto sum_up = [](float (&v)[kEach]) {
@@ -78,31 +77,48 @@ __device__ __forceinline__ void normalise(const Product& p, int first_row, T* x,
     }
   };
   float mean[kEach] = {}, factor[kEach] = {};
-  for_pieces([&](int, int i, const float* v) {
+  for_pieces([&](int, const float (&v)[kEach][8]) {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) mean[i] += v[c];
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) mean[i] += v[i][c];
+    }
   });
   sum_up(mean);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) mean[i] *= p.share;
-  for_pieces([&](int, int i, const float* v) {
+  for_pieces([&](int, const float (&v)[kEach][8]) {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) factor[i] += (v[c] - mean[i]) * (v[c] - mean[i]);
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) factor[i] += (v[i][c] - mean[i]) * (v[i][c] - mean[i]);
+    }
   });
   sum_up(factor);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) factor[i] = rsqrtf(factor[i] * p.share + p.epsilon);
-  for_pieces([&](int at, int i, float* v) {
-    const int64_t place = int64_t(first_row + row + i) * p.inputs + at;
-    const bool there = first_row + row + i < p.rows;
-    float added[8] = {};
-    if (p.added && there) load<8>(static_cast<const T*>(p.added) + place, added);
+  for_pieces([&](int at, const float (&v)[kEach][8]) {
+    uint4 added[kEach];  // of all rows before any is used
+    float scale[8], bias[8];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      v[c] = (v[c] - mean[i]) * factor[i] * vectors[at + c] + vectors[p.inputs + at + c] + added[c];
+    for (int i = 0; i < kEach; ++i) {
+      added[i] = uint4();
+      if (!p.added || first_row + row + i >= p.rows) continue;
+      added[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.added) + place(i) + at);
     }
-    store<8>(v, x + (row + i) * pitch + at);
-    if (writes && there) store<8>(v, static_cast<T*>(p.taken) + place);
+    load<8>(vectors + at, scale);
+    load<8>(vectors + p.inputs + at, bias);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      float more[8], normal[8];
+      unpack_word<T>(added[i], more);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) normal[c] = (v[i][c] - mean[i]) * factor[i] * scale[c] + bias[c] + more[c];
+      store<8>(normal, x + (row + i) * pitch + at);
+      if (writes && first_row + row + i < p.rows) {
+        store<8>(normal, static_cast<T*>(p.taken) + place(i) + at);
+      }
+    }
   });
 }
 
@@ -110,7 +126,7 @@ __device__ __forceinline__ void normalise(const Product& p, int first_row, T* x,
 
 // The cluster of a tile has `parts` blocks.
 template <class T, int BN>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     product_kernel(const __grid_constant__ Product p, const __grid_constant__ int parts) {
 #if KERNEL_HAS_CLUSTERS
   using Form = Tile<T, BN>;
@@ -159,15 +175,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!unit(u, &row, &column)) continue;
     load_parameters<4, T>(p.offset.data, p.offset.type, first_column + column, offset[u]);
   }
+  // Eight threads copy a row of x.
+  const int x_row = threadIdx.x / 8, x_first = threadIdx.x % 8 * 8;
+  const T* const x_from = static_cast<const T*>(p.x) + int64_t(first_row + x_row) * p.inputs + first_input;
+  T* const x_to = x + x_row * pitch;
+  const bool x_there = first_row + x_row < p.rows;
   if (p.early) wait_for_kernel_before();
   let_next_kernel_begin();
 
-  for (int row = warp; row < kRows; row += kWarps) {
-    const T* const from = static_cast<const T*>(p.x) + int64_t(first_row + row) * p.inputs + first_input;
-    for (int at = lane * 8; at < depth; at += 32 * 8) {
-      copy_ahead(x + row * pitch + at, from + at, first_row + row < p.rows);
-    }
-  }
+#pragma unroll 4
+  for (int at = x_first; at < depth; at += 64) copy_ahead(x_to + at, x_from + at, x_there);
   end_group();
   Word<T, 4> residual[kUnits];
 #pragma unroll
@@ -178,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     residual[u] = *reinterpret_cast<const Word<T, 4>*>(
         static_cast<const T*>(p.residual) + int64_t(first_row + row) * p.outputs + first_column + column);
   }
+  __syncwarp();  // beyond which compilers do not put these reads off
   wait_for_groups<0>();
   __syncthreads();
   if (p.scale.data) {
@@ -261,23 +279,54 @@ size_t most_bytes() {
   return Tile<T, 32>::bytes(kMostInputs, true);
 }
 
-// The largest tiles, and the fewest parts, with which most multiprocessors have a block; what has a norm is
-// not cut into parts.
+// How a product is cut up: tiles of 64 columns or of 32, and the parts of a tile.
+struct Cut {
+  bool wide;
+  int parts;
+};
+template <class T>
+size_t bytes_of_block(const Product& p, Cut cut) {
+  return (cut.wide ? Tile<T, 64>::bytes : Tile<T, 32>::bytes)(p.inputs / cut.parts, p.scale.data);
+}
+inline int64_t blocks_of(const Product& p, Cut cut) {
+  const int columns = cut.wide ? 64 : 32;
+  return int64_t((p.rows + kRows - 1) / kRows) * ((p.outputs + columns - 1) / columns) * cut.parts;
+}
+// What has a norm has to be whole, and a part whole sixteens.
+inline bool allows(const Product& p, Cut cut) {
+  return cut.parts == 1 || (!p.scale.data && p.inputs % (cut.parts * 16) == 0);
+}
+
+// That with which a multiprocessor has the least to copy, where the barriers of a cluster count as so much.
+constexpr size_t kBarriers = 32 << 10;
+template <class T>
+Cut cut_of(const Device& device, const Product& p) {
+  Cut best = {};
+  size_t least = SIZE_MAX;
+  for (const int parts : {1, 2, 4, 8}) {
+    for (const bool wide : {true, false}) {
+      const Cut cut = {wide, parts};
+      const size_t bytes = bytes_of_block<T>(p, cut), columns = wide ? 64 : 32;
+      if (!allows(p, cut) || bytes > size_t(device.shared)) continue;
+      const size_t rounds = (blocks_of(p, cut) + device.processors - 1) / device.processors;
+      const size_t copied = rounds * (kRows + columns) * (p.inputs / parts) * sizeof(T);
+      const size_t cost = copied + (parts > 1 ? kBarriers : 0);
+      if (cost < least) best = cut, least = cost;
+    }
+  }
+  return best;
+}
+
+template <class T>
+cudaError_t launch_product(cudaStream_t stream, const Device& device, const Product& p, Cut cut) {
+  return launch_with({p.early, cut.parts}, stream, device, blocks_of(p, cut), kThreads,
+                     bytes_of_block<T>(p, cut), cut.wide ? product_kernel<T, 64> : product_kernel<T, 32>, p,
+                     cut.parts);
+}
 template <class T>
 cudaError_t multiply(cudaStream_t stream, const Device& device, const Product& p) {
-  const int64_t down = (p.rows + kRows - 1) / kRows, enough = device.processors * 3 / 4;
-  const auto tiles = [&](int columns) { return down * ((p.outputs + columns - 1) / columns); };
-  const auto bytes = [&](bool wide, int parts) {
-    return (wide ? Tile<T, 64>::bytes : Tile<T, 32>::bytes)(p.inputs / parts, p.scale.data);
-  };
-  int most = 1;
-  while (!p.scale.data && most < 8 && p.inputs % (32 * most) == 0 && p.inputs > 64 * most) most *= 2;
-  const bool wide = tiles(64) * most >= enough && bytes(true, most) <= size_t(device.shared);
-  const int64_t count = tiles(wide ? 64 : 32);
-  int parts = 1;
-  while (parts < most && (count * parts < enough || bytes(wide, parts) > size_t(device.shared))) parts *= 2;
-  return launch_with({p.early, parts}, stream, device, count * parts, kThreads, bytes(wide, parts),
-                     wide ? product_kernel<T, 64> : product_kernel<T, 32>, p, parts);
+  const Cut cut = cut_of<T>(device, p);
+  return cut.parts ? launch_product<T>(stream, device, p, cut) : cudaErrorInvalidConfiguration;
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 // cache, for the variance and once for the result.
 #include "norm_cuda.h"
 
-#include "cuda_device.h"
+#include "cuda_chain.h"
 
 namespace layer_norm::cuda {
 namespace {
@@ -77,6 +77,8 @@ __global__ void __launch_bounds__(kThreads)
   const bool whole = ((R - 1) * lanes + lane) * C < channels;
   const auto there = [&](int k, int r) { return k * teams < left && (r + 1 < R || whole); };
 
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   W words[K][R], residual[A != Add::kNot ? K : 1][R];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -185,6 +187,8 @@ __global__ void __launch_bounds__(kWideThreads)
       f(i, v);
     }
   };
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   if constexpr (kBefore) {  // a thread reads again what it wrote itself
     using W = Word<T, C>;
     const T* const residual = static_cast<const T*>(call.residual) + row * channels;
@@ -239,7 +243,7 @@ inline Plan make_plan(int64_t pieces) {
 }
 
 template <Add A, class T, class P, int C, int R>
-cudaError_t launch_teams(cudaStream_t stream, const Call& call, int shift) {
+cudaError_t launch_teams(Manner manner, cudaStream_t stream, const Call& call, int shift) {
   constexpr int kMost = kMostPieces / (A != Add::kNot ? 2 : 1);  // two operands are as many pieces in flight
   constexpr int kRows = C > 1 && kMost > R ? kMost / R : 1;      // a form less to compile for what is rare
   const Numbers<RealOf<T>> numbers(call);
@@ -252,50 +256,51 @@ cudaError_t launch_teams(cudaStream_t stream, const Call& call, int shift) {
     if (cudaError_t error = find_device(&device)) return error;
     const bool many = call.rows << shift > int64_t(device.processors) * kResident;
     if (many && call.shared >= call.rows) {
-      return launch(stream, blocks(kRows), kThreads, 0, norm_kernel<A, T, P, C, R, kRows>, call, numbers,
-                    shift);
+      return launch(manner, stream, blocks(kRows), kThreads, 0, norm_kernel<A, T, P, C, R, kRows>, call,
+                    numbers, shift);
     }
   }
-  return launch(stream, blocks(1), kThreads, 0, norm_kernel<A, T, P, C, R, 1>, call, numbers, shift);
+  return launch(manner, stream, blocks(1), kThreads, 0, norm_kernel<A, T, P, C, R, 1>, call, numbers, shift);
 }
 
 template <Add A, class T, class P, int C>
-cudaError_t launch_pieces(cudaStream_t stream, const Call& call) {
+cudaError_t launch_pieces(Manner manner, cudaStream_t stream, const Call& call) {
   const int64_t pieces = call.channels / C;
   if (pieces > 32 * kMostPieces) {
     const size_t shared = 2 * kWideThreads / 32 * sizeof(RealOf<T>);
-    return launch(stream, call.rows, kWideThreads, shared, norm_wide_kernel<A, T, P, C>, call,
+    return launch(manner, stream, call.rows, kWideThreads, shared, norm_wide_kernel<A, T, P, C>, call,
                   Numbers<RealOf<T>>(call));
   }
   const Plan plan = make_plan(pieces);
   switch (plan.pieces) {
     case 1:
-      return launch_teams<A, T, P, C, 1>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 1>(manner, stream, call, plan.shift);
     case 2:
-      return launch_teams<A, T, P, C, 2>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 2>(manner, stream, call, plan.shift);
     case 3:
-      return launch_teams<A, T, P, C, 3>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 3>(manner, stream, call, plan.shift);
     default:
-      return launch_teams<A, T, P, C, 4>(stream, call, plan.shift);
+      return launch_teams<A, T, P, C, 4>(manner, stream, call, plan.shift);
   }
 }
 
 template <Add A, class T, class P>
-cudaError_t launch_rows(cudaStream_t stream, const Call& call) {
+cudaError_t launch_rows(Manner manner, cudaStream_t stream, const Call& call) {
   const bool whole = call.channels % kPiece<T> == 0 && aligned(call.x) && aligned(call.scale) &&
                      aligned(call.bias) && aligned(call.y) && aligned(call.residual) && aligned(call.total);
-  return whole ? launch_pieces<A, T, P, kPiece<T>>(stream, call) : launch_pieces<A, T, P, 1>(stream, call);
+  return whole ? launch_pieces<A, T, P, kPiece<T>>(manner, stream, call)
+               : launch_pieces<A, T, P, 1>(manner, stream, call);
 }
 
 template <class T, class P>
-cudaError_t launch_norm(cudaStream_t stream, const Call& call) {
+cudaError_t launch_norm(Manner manner, cudaStream_t stream, const Call& call) {
   switch (call.add()) {
     case Add::kNot:
-      return launch_rows<Add::kNot, T, P>(stream, call);
+      return launch_rows<Add::kNot, T, P>(manner, stream, call);
     case Add::kBefore:
-      return launch_rows<Add::kBefore, T, P>(stream, call);
+      return launch_rows<Add::kBefore, T, P>(manner, stream, call);
     case Add::kAfter:
-      return launch_rows<Add::kAfter, T, P>(stream, call);
+      return launch_rows<Add::kAfter, T, P>(manner, stream, call);
   }
   return cudaErrorInvalidValue;
 }
@@ -307,14 +312,16 @@ const char* refusal(const Call& call) {
   return call.rows * call.channels / (kThreads / 2) >= INT32_MAX ? "more than 2^31 blocks" : nullptr;
 }
 
-cudaError_t forward(cudaStream_t stream, const Call& call) {
+cudaError_t forward(cudaStream_t stream, const Call& call, bool early) {
   if (call.rows == 0) return cudaSuccess;
+  Manner manner;
+  manner.early = early;
   return with_type(call.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) == 2) {
-      if (call.parameters_type == Type::kFloat32) return launch_norm<T, float>(stream, call);
+      if (call.parameters_type == Type::kFloat32) return launch_norm<T, float>(manner, stream, call);
     }
-    return launch_norm<T, T>(stream, call);
+    return launch_norm<T, T>(manner, stream, call);
   });
 }
 

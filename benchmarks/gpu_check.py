@@ -113,7 +113,7 @@ product = jax.jit(lambda *a: xla_ops.linear(*a, gelu=True, implementation="kerne
 for rows, outputs in ((81, 136), (1600, 264), (6500, 264)):
     x, w, b = (jnp.ones(s, "bfloat16") for s in ((1, 1, rows, 136), (136, outputs), outputs))
     jax.block_until_ready(product(x, w, b))
-if "cuda" in xla_ops._ffi.serving("internimage_layer_forward"):  # from 9.0 on
+if "cuda" in xla_ops._ffi.serving("internimage_layers_forward"):  # from 9.0 on
     # Tiles that are not full, of one part and of several.
     for side, c, group in ((7, 512, 32), (9, 80, 5), (40, 64, 4)):
         r, h = xla_ops.Record(group, 9).width, 4 * c
@@ -121,8 +121,8 @@ if "cuda" in xla_ops._ffi.serving("internimage_layer_forward"):  # from 9.0 on
         shapes = [c, c, *attend, c, c, (c, h), h, (h, c), c]
         arrays = [jnp.ones(shape, "bfloat16") for shape in shapes]
         x = jnp.ones((1, side, side, c), "bfloat16")
-        run = jax.jit(xla_ops.layer, static_argnames=("group", "implementation"))
-        parameters = xla_ops.LayerParameters(*arrays)
+        run = jax.jit(xla_ops.layers, static_argnames=("group", "implementation"))
+        parameters = [xla_ops.LayerParameters(*arrays)] * 2
         jax.block_until_ready(run(x, parameters, group=group, implementation="kernel"))
 if "cuda" in xla_ops._ffi.serving("internimage_mlp_forward"):  # compute capability 9.0
     both = jax.jit(lambda *a: xla_ops.mlp(*a, implementation="kernel"))

@@ -159,10 +159,12 @@ def choices(options: argparse.Namespace) -> Rows:
         "steps at once where their data allow it",
         compiler={"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
     )
-    layers = ("xla_ops.layer", "MOST_NUMBERS", 1 << 19)  # all of T's and B's maps
-    whole = Choice("a layer one call", constants=(layers,))
-    in_order = ("xla_ops.layer", "EARLY", 0)
-    ordered = Choice("a layer one call, kernels in order", constants=(layers, in_order))
+    layers = ("xla_ops.layers", "MOST_NUMBERS", 1 << 19)  # all of T's and B's maps
+    whole = Choice("the layers of a level one call", constants=(layers,))
+    in_order = ("xla_ops.layers", "EARLY", 0)
+    ordered = Choice(
+        "the layers of a level one call, kernels in order", constants=(layers, in_order)
+    )
     at_small = [(T, as_it_is), (T, whole), (T, ordered), (B, whole), (S, whole), (T, unordered)]
     at_small += [*at_both[1:], (B, unordered)]
     # At the small batch they all are already.

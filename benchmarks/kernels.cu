@@ -119,7 +119,7 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
   layer::Call whole = {};
   whole.batch = s.batch, whole.height = whole.width = s.side, whole.channels = c, whole.group = s.group;
   whole.size = 3, whole.record = s.record(), whole.hidden = hidden, whole.offset_scale = 1;
-  whole.epsilon = 1e-6, whole.type = type, whole.x = x, whole.y = y;
+  whole.epsilon = 1e-6, whole.type = type, whole.x = x, whole.y = y, whole.layers.resize(1);
 
   std::vector<std::pair<std::string, Launch>> all = {
       {"dcnv3", [=](cudaStream_t stream) { return dcnv3::cuda::forward(stream, d); }},
@@ -139,9 +139,9 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
     all.push_back({"mlp", [=](cudaStream_t stream) { return linear::cuda::mlp(stream, product, second); }});
   }
   check(layer::cuda::serves(&serves));
-  if (serves && s.batch <= 3) {  // a layer as one call, of small maps
+  if (serves && s.batch <= 3) {  // layers as one call, of small maps
     const auto parameter = [&](layer::Parameter i, int64_t count, float scale) {
-      whole.parameters[i] = {memory.take(count, scale), type};
+      whole.layers[0][i] = {memory.take(count, scale), type};
     };
     for (int i = 0; i < layer::kParameters; ++i) parameter(layer::Parameter(i), c, 1);
     parameter(layer::kDwKernel, 9 * c, 0.3f);
@@ -153,13 +153,15 @@ std::vector<std::pair<std::string, Launch>> launches(const Shape& s, Memory& mem
     parameter(layer::kFc1Bias, hidden, 1);
     parameter(layer::kFc2Kernel, c * hidden, 0.1f);
     whole.scratch = memory.take(pixels * whole.scratch_width());
+    whole.layers.resize(4, whole.layers[0]);
     for (const bool early : {true, false}) {
       for (const bool after : {false, true}) {
         layer::Call one = whole;
         one.early = early, one.post_norm = after;
         if (layer::cuda::refusal(one)) continue;
-        all.push_back({std::string("layer") + (after ? ", norms after" : "") + (early ? "" : ", in order"),
-                       [=](cudaStream_t stream) { return layer::cuda::forward(stream, one); }});
+        all.push_back(
+            {std::string("four layers") + (after ? ", norms after" : "") + (early ? "" : ", in order"),
+             [=](cudaStream_t stream) { return layer::cuda::forward(stream, one); }});
       }
     }
   }

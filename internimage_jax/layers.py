@@ -6,6 +6,7 @@ Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -235,9 +236,6 @@ class InternImageLayer(nnx.Module):
         `normalized` is what `norm1` makes of `x`, where the layer before has made it, since a sum
         and the norm after it can be one pass.
         """
-        if normalized is None and not train and self.is_one_call(x):
-            x = self._as_one_call(x)
-            return x, None if following is None else self._normalize(following, x)
         key1, key2, key3 = split(key, 3)
         if normalized is None:
             normalized = x if self.post_norm else self._normalize(self.norm1, x)
@@ -253,29 +251,41 @@ class InternImageLayer(nnx.Module):
         y = self.mlp(x if normalized is None else normalized, key=key2)
         return self._add(x, y, own2, gamma2, following, drop_path_rate, key3)
 
-    def is_one_call(self, x: jax.Array) -> bool:
-        """Whether a call without training and without `normalized` is `xla_ops.layer`.
+    @classmethod
+    def one_call(cls, layers: Sequence[InternImageLayer], x: jax.Array) -> jax.Array | None:
+        """What all `layers` of a level make of `x` without training, by `xla_ops.layers`.
 
-        That is where it pays; it takes what `fuse` makes of released models' layers, but for those
-        of H and G.
+        None where that does not pay, or they are of another form than `fuse` makes of the released
+        models' layers, those of H and G aside.
         """
-        dcn, mlp = self.dcn, self.mlp
-        has_form = hasattr(dcn, "record") and dcn.dw_conv.fused and mlp.fused
-        other = dcn.center_feature_scale or dcn.remove_center or self.res_post_norm
-        return (
-            self.implementation is None
+        one = layers[0]
+        dcn, depthwise, mlp = one.dcn, one.dcn.dw_conv, one.mlp
+        other = dcn.center_feature_scale or dcn.remove_center or one.res_post_norm
+        is_one_call = (
+            one.implementation is None
             and dcn.implementation is None
-            and has_form
-            and not (other or self.layer_scale)
+            and hasattr(dcn, "record")
             and dcn.record.kernel.ndim == 2  # not in panels
             and dcn.record.kernel.dtype == dcn.dtype  # nothing to convert
-            and self.norm1.epsilon == self.norm2.epsilon == dcn.dw_conv.norm.epsilon
-            and xla_ops.layer_pays(jax.ShapeDtypeStruct(x.shape, dcn.dtype), dcn.group)
+            and depthwise.fused
+            and mlp.fused
+            and not (other or one.layer_scale)
+            and one.norm1.epsilon == one.norm2.epsilon == depthwise.norm.epsilon
+            and xla_ops.layers_pay(jax.ShapeDtypeStruct(x.shape, dcn.dtype), dcn.group)
+        )
+        if not is_one_call:
+            return None
+        x = x.astype(dcn.dtype)
+        return xla_ops.layers(
+            *(x, [layer._parameters(x) for layer in layers]),
+            group=dcn.group,
+            offset_scale=dcn.offset_scale,
+            post_norm=one.post_norm,
+            epsilon=one.norm1.epsilon,
         )
 
-    def _as_one_call(self, x: jax.Array) -> jax.Array:
+    def _parameters(self, x: jax.Array) -> xla_ops.LayerParameters:
         dcn, mlp, depthwise = self.dcn, self.mlp, self.dcn.dw_conv
-        x = x.astype(dcn.dtype)
         vector = functools.partial(operand, x)
 
         def product(layer: nnx.Linear) -> list[jax.Array]:
@@ -292,13 +302,7 @@ class InternImageLayer(nnx.Module):
             *norm(self.norm2),
             *(*product(mlp.fc1), *product(mlp.fc2)),
         ]
-        return xla_ops.layer(
-            *(x, xla_ops.LayerParameters._make(parameters)),
-            group=dcn.group,
-            offset_scale=dcn.offset_scale,
-            post_norm=self.post_norm,
-            epsilon=self.norm1.epsilon,
-        )
+        return xla_ops.LayerParameters._make(parameters)
 
     def _add(
         self,

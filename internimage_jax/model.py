@@ -95,9 +95,12 @@ class InternImageBlock(nnx.Module):
         """Returns the level's map, which `downsample` takes to the next level."""
         keys = split(key, len(self.blocks))
         normalized = None
-        one_call = not train and self.blocks[0].is_one_call(x)
+        if not train and not self.post_norm_block_ids:
+            whole = InternImageLayer.one_call(self.blocks, x)
+            if whole is not None:
+                return self._normalize(whole)
         for i, block in enumerate(self.blocks):
-            graphdef, state = nnx.split((block, self._following(i, one_call)))
+            graphdef, state = nnx.split((block, self._following(i)))
             rate = self.drop_path_rates[i] if train else 0
             (x, normalized), statistics = _traced_once(
                 *(graphdef, state, x, normalized, keys[i], np.float32(rate) if rate else None),
@@ -109,21 +112,20 @@ class InternImageBlock(nnx.Module):
             if i in self.post_norm_block_ids:
                 assert normalized is not None
                 x, normalized = normalized, None
-        if normalized is None and self.has_norm:
-            return normalize(self.norm, x, train, self.implementation)
-        return x if normalized is None else normalized
+        return self._normalize(x) if normalized is None else normalized
 
-    def _following(self, i: int, one_call: bool) -> nnx.LayerNorm | None:
-        """The norm that layer `i` is to apply to its map, for what follows.
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        """The level's norm of x, or x where it has none."""
+        return normalize(self.norm, x, implementation=self.implementation) if self.has_norm else x
 
-        A layer that is one call has its norms within.
-        """
+    def _following(self, i: int) -> nnx.LayerNorm | None:
+        """The norm that layer `i` is to apply to its map, for what follows."""
         if i in self.post_norm_block_ids:
             return self.post_norms[self.post_norm_block_ids.index(i)]
         if i + 1 == len(self.blocks):
             return self.norm if self.has_norm else None
         # With `with_cp` it would be one map more to keep for each layer.
-        return None if one_call or self.post_norm or self.with_cp else self.blocks[i + 1].norm1
+        return None if self.post_norm or self.with_cp else self.blocks[i + 1].norm1
 
 
 class ConvHead(nnx.Module):

@@ -19,9 +19,9 @@ import pytest
 
 import xla_ops
 from tests import gpu, kernels_on_host
-from tests import test_layer as layer
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
+from tests import test_whole_layers as whole
 from tests.layers import TOLERANCE, assert_close, on_device, operands
 from xla_ops import _targets
 from xla_ops.mlp import CHANNELS_ON_CUDA
@@ -372,7 +372,7 @@ WHOLE = [
 ]
 
 
-@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
+@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
 @pytest.mark.parametrize(
     ("dtype", "vectors", "post_norm"),
     [
@@ -381,11 +381,11 @@ WHOLE = [
     ],
 )
 @pytest.mark.parametrize(("shape", "group", "hidden"), WHOLE, ids=str)
-def test_layer(
+def test_whole_layers(
     shape: tuple[int, ...], group: int, hidden: int, dtype: str, vectors: str, post_norm: bool
 ) -> None:
-    function = functools.partial(xla_ops.layer, group=group, offset_scale=0.7, post_norm=post_norm)
-    x, parameters = layer.operands(shape, group, hidden, dtype, vectors)
+    function = functools.partial(xla_ops.layers, group=group, offset_scale=0.7, post_norm=post_norm)
+    x, parameters = whole.operands(shape, group, hidden, dtype, vectors)
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (x, parameters))
         wanted = jax.jit(functools.partial(function, implementation="jnp"))(*exact)
@@ -394,11 +394,11 @@ def test_layer(
     assert first.tobytes() == second.tobytes()
 
 
-@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
-def test_layer_with_parameters_of_each_example() -> None:
-    sets = [layer.operands((2, 3, 5, 32), 2, 64, "bfloat16", "float32") for _ in range(2)]
+@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
+def test_whole_layers_with_parameters_of_each_example() -> None:
+    sets = [whole.operands((2, 3, 5, 32), 2, 64, "bfloat16", "float32") for _ in range(2)]
     sets[1] = jax.tree.map(lambda a: a * 1.5, sets[1])
-    function = functools.partial(xla_ops.layer, group=2)
+    function = functools.partial(xla_ops.layers, group=2)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *sets)
     mapped = lambda *a, implementation: jax.vmap(  # noqa: E731
         functools.partial(function, implementation=implementation)
@@ -408,7 +408,7 @@ def test_layer_with_parameters_of_each_example() -> None:
     assert got.tobytes() == np.stack(wanted).tobytes()
 
 
-@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
+@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize(
     ("shape", "group", "hidden", "times"),
@@ -420,7 +420,7 @@ def test_layer_with_parameters_of_each_example() -> None:
     ],
     ids=str,
 )
-def test_layers_have_the_same_bits_early_and_in_order(
+def test_whole_layers_have_the_same_bits_early_and_in_order(
     shape: tuple[int, ...],
     group: int,
     hidden: int,
@@ -429,19 +429,19 @@ def test_layers_have_the_same_bits_early_and_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of several maps in turn: what is read too early is another map's."""
-    x, parameters = layer.operands(shape, group, hidden, "bfloat16")
+    x, parameters = whole.operands(shape, group, hidden, "bfloat16")
     maps = jax.device_put([x, -x, x[:, ::-1]], gpu.device())
     parameters = jax.device_put(parameters, gpu.device())
 
-    def run(x: jax.Array, parameters: xla_ops.LayerParameters) -> jax.Array:
+    def run(x: jax.Array, parameters: list[xla_ops.LayerParameters]) -> jax.Array:
         for _ in range(3):
             settings = {"group": group, "post_norm": post_norm, "implementation": "kernel"}
-            x = xla_ops.layer(x / 2, parameters, **settings)
+            x = xla_ops.layers(x / 2, parameters, **settings)
         return x
 
     wanted = []
     for early in (False, True):
-        monkeypatch.setattr(importlib.import_module("xla_ops.layer"), "EARLY", early)
+        monkeypatch.setattr(importlib.import_module("xla_ops.layers"), "EARLY", early)
         with gpu.kernels():
             jax.clear_caches()
             compiled = jax.jit(run).lower(maps[0], parameters).compile()
@@ -453,20 +453,20 @@ def test_layers_have_the_same_bits_early_and_in_order(
 
 @pytest.mark.skipif(gpu.ON != "host", reason="of the host's launches")
 @pytest.mark.parametrize("post_norm", [False, True])
-def test_kernels_of_a_layer_begin_early_but_for_the_first(post_norm: bool) -> None:
+def test_kernels_of_layers_begin_early_but_for_the_first(post_norm: bool) -> None:
     """That one may not fetch its weights: what came before may not have written them yet."""
-    x, parameters = layer.operands((1, 4, 4, 32), 2, 64, "bfloat16")
+    x, parameters = whole.operands((1, 4, 4, 32), 2, 64, "bfloat16")
     kernels_on_host.extension()
     kernels_on_host.take_launches()
-    by_kernel(functools.partial(xla_ops.layer, group=2, post_norm=post_norm), x, parameters)
-    assert kernels_on_host.take_launches() == [False] + [True] * (7 if post_norm else 6)
+    by_kernel(functools.partial(xla_ops.layers, group=2, post_norm=post_norm), x, parameters)
+    assert kernels_on_host.take_launches() == [False] + [True] * (15 if post_norm else 13)
 
 
-@gpu.needs_instructions_of(_targets.LAYER_FORWARD)
-def test_layer_of_what_is_not_finite() -> None:
+@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
+def test_whole_layers_of_what_is_not_finite() -> None:
     """It spreads as far as a depthwise kernel and points reach, and not into another image."""
-    x, parameters = layer.operands((2, 6, 6, 32), 2, 64, "bfloat16")
-    function = functools.partial(xla_ops.layer, group=2)
+    x, parameters = whole.operands((2, 6, 6, 32), 2, 64, "bfloat16")
+    function = functools.partial(xla_ops.layers, group=2)
     (finite,) = by_kernel(function, x, parameters)
     (got,) = by_kernel(function, x.at[0, 3, 3, 5].set(jnp.nan), parameters)
     assert np.isnan(got[0, 3, 3].astype(np.float64)).all()

@@ -7,8 +7,8 @@ from xla_ops.dcnv3 import Implementation, dcnv3, dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.dwconv_jnp import depthwise_convolution
 from xla_ops.geometry import Record
-from xla_ops.layer import LayerParameters, layer, layer_pays
 from xla_ops.layer_norm import add_norm, layer_norm, norm_add
+from xla_ops.layers import LayerParameters, layers, layers_pay
 from xla_ops.linear import linear
 from xla_ops.mlp import mlp
 from xla_ops.panels import in_panels, reads_panels
@@ -27,9 +27,9 @@ __all__ = [
     "dwconv_norm_gelu",
     "export_checks",
     "in_panels",
-    "layer",
     "layer_norm",
-    "layer_pays",
+    "layers",
+    "layers_pay",
     "linear",
     "mlp",
     "norm_add",

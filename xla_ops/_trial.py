@@ -115,10 +115,10 @@ def _single_calls(cuda: bool) -> Iterator[_Call]:
     yield _Call(_targets.CONVOLUTION_FORWARD, operands, version, results, [5.0, 5.0])
     operands, products = _two_products(cuda)
     yield _Call(_targets.MLP_FORWARD, operands, version, (products,), [products])
-    operands, whole, scratch = _layer()
+    operands, whole, scratch = _layers()
     settings: dict[str, Any] = {"group": np.int64(1), "offset_scale": np.float64(1)}
     settings |= {"post_norm": False, "early": True, "epsilon": np.float64(0)} | version
-    yield _Call(_targets.LAYER_FORWARD, operands, settings, (whole, scratch), [whole])
+    yield _Call(_targets.LAYERS_FORWARD, operands, settings, (whole, scratch), [whole])
 
 
 def _dcnv3(*, kernel: int, pad: int, group: int) -> dict[str, Any]:
@@ -205,12 +205,12 @@ def _two_products(cuda: bool) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     return tuple(a.astype(dtype) for a in operands), result.astype(dtype)
 
 
-def _layer() -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
-    """x and the parameters of a layer, the result, and an array like the scratch.
+def _layers() -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+    """x and the parameters of two layers, the result, and an array like the scratch.
 
     Rows of x are of ones and minus ones, as many of both: so are their norms. DCNv3 gives what it
     is given, by its middle point alone. The MLP's first product gives small integers that GELU
-    leaves as they are, and its second takes some of them.
+    leaves as they are, and its second takes some of them. The second layer adds one.
     """
     # So many that a GPU's cluster of blocks makes the last product.
     channels, hidden, pixels = 16, 512, (1, 5, 7)
@@ -226,7 +226,9 @@ def _layer() -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
         *(unit, zero, np.zeros((channels, record.width)), logits, 2 * unit, zero),
         *(one, zero, fc1, bias, np.eye(hidden)[:, ::32], zero),
     ]
-    whole = 3 * signs + (signs @ fc1 + bias)[..., ::32]
-    scratch = np.zeros((*pixels, 6 * channels + record.width + hidden))
-    operands = tuple(a.astype(jnp.bfloat16) for a in (signs, *parameters))
+    nothing = list(parameters)
+    nothing[10], nothing[16], nothing[17] = 0 * unit, 0 * parameters[16], one  # the last products
+    whole = 3 * signs + (signs @ fc1 + bias)[..., ::32] + 1
+    scratch = np.zeros((*pixels, 8 * channels + record.width + hidden))
+    operands = tuple(a.astype(jnp.bfloat16) for a in (signs, *parameters, *nothing))
     return operands, whole.astype(jnp.bfloat16), scratch.astype(jnp.bfloat16)

@@ -254,12 +254,12 @@ ffi::Error forward_handler(cudaStream_t stream, Operand x, ffi::RemainingArgs pa
   ffi::Error error = describe(x, parameters, y, scratch, settings, &call, &sets);
   if (error.failure()) return error;
   bool serving = false;
-  if (cudaError_t error = serves(&serving)) return check("internimage_layer", error);
+  if (cudaError_t error = serves(&serving)) return check("internimage_layers", error);
   if (!serving) return invalid("this GPU has not the instructions for it, or no code is built for it");
   for (int64_t i = 0; i < sets; ++i) {
     const Call one = of_set(call, i);
     if (const char* why = refusal(one)) return invalid(why);
-    if (cudaError_t error = forward(stream, one)) return check("internimage_layer", error);
+    if (cudaError_t error = forward(stream, one)) return check("internimage_layers", error);
   }
   return ffi::Error::Success();
 }
@@ -431,7 +431,7 @@ PYBIND11_MODULE(_cuda, m) {
     add("internimage_linear_forward", linear::cuda::kForward);
     add("internimage_linear_gelu_forward", linear::cuda::kGeluForward);
     add("internimage_mlp_forward", linear::cuda::kMlp);
-    add("internimage_layer_forward", layer::cuda::kForward);
+    add("internimage_layers_forward", layer::cuda::kForward);
     return targets;
   });
   // The targets that a GPU, by CUDA's number, has not the instructions for. It becomes the calling thread's
@@ -448,7 +448,7 @@ PYBIND11_MODULE(_cuda, m) {
     if (!tensor_cores) names.append("internimage_linear_gelu_forward");
     if (!plain) names.append("internimage_linear_forward");
     if (!mlp) names.append("internimage_mlp_forward");
-    if (!layer) names.append("internimage_layer_forward");
+    if (!layer) names.append("internimage_layers_forward");
     return names;
   });
   m.def("instruction_set", [] { return INTERNIMAGE_CUDA_ARCHS; });  // those it was built for

@@ -1,4 +1,5 @@
-// One call of a whole layer over raw buffers: DCNv3 and an MLP, each a branch that is added to the map.
+// One call of whole layers over raw buffers, one after the other: DCNv3 and an MLP, each a branch that is
+// added to the map.
 //
 //   attend(n) = DCNv3(n input + b, dwconv_norm_gelu(n) record + b) output + b
 //   mlp(n)    = gelu(n fc1 + b) fc2 + b
@@ -6,7 +7,9 @@
 //   y = v + norm2(mlp(v)),  v = x + norm1(attend(x))      after them (post_norm)
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <vector>
 
 #include "types.h"
 
@@ -14,7 +17,7 @@ namespace layer {
 
 using xla_ops::Type;
 
-// In the order of the operands.
+// Of a layer, in the order of the operands.
 enum Parameter {
   kNorm1Scale,
   kNorm1Bias,
@@ -41,6 +44,7 @@ struct Array {
   const void* data;
   Type type;
 };
+using Parameters = std::array<Array, kParameters>;
 
 struct Call {
   int64_t batch, height, width, channels;
@@ -52,11 +56,11 @@ struct Call {
   const void* x;
   void* y;
   void* scratch;  // (pixels, scratch_width()) of `type`
-  Array parameters[kParameters];
+  std::vector<Parameters> layers;
 
   int64_t pixels() const { return batch * height * width; }
-  // Of each pixel: what lies between the kernels.
-  int64_t scratch_width() const { return 6 * channels + record + hidden; }
+  // Of each pixel: what lies between the kernels, and between layers.
+  int64_t scratch_width() const { return 8 * channels + record + hidden; }
 };
 
 }  // namespace layer

@@ -1,6 +1,6 @@
-// A whole layer of a small map on CUDA, in half precision, from compute capability 9.0 on: seven kernels, or
-// eight with the norms after the branches. Each is put on its way while the one before it runs, which no step
-// of a CUDA graph is that XLA makes of separate calls.
+// Whole layers of a small map on CUDA, in half precision, from compute capability 9.0 on: seven kernels each,
+// or eight with the norms after the branches. All but the first are put on their way while the one before
+// them runs, which no step of a CUDA graph is that XLA makes of separate calls.
 #include "layer_cuda.h"
 
 #include <algorithm>
@@ -16,11 +16,12 @@ namespace {
 // Of the images that go through the kernels at once: their numbers count up to 2^31.
 constexpr int64_t kMostPixels = INT32_MAX / (4 * kMostInputs);
 
-// The calls that a layer consists of. What one writes the next ones read, in parts of the scratch memory that
-// nothing else in the layer uses.
+// The calls that a layer consists of, from x to y. What one writes the next ones read, in parts of the
+// scratch memory that nothing else in the layer uses, after two maps that layers hand on.
 struct Chain {
-  explicit Chain(const Call& call) : call(call) {
-    char* next = static_cast<char*>(call.scratch);
+  Chain(const Call& call, const Parameters& parameters, const void* x, void* y, bool first)
+      : call(call), parameters(parameters), x(x), y(y), first(first) {
+    char* next = static_cast<char*>(map_between(call, 2));
     const auto take = [&](int64_t width) {
       void* const own = next;
       next += call.pixels() * width * 2;
@@ -30,34 +31,37 @@ struct Chain {
     normalised = take(c), value = take(c), features = take(c), sampled = take(c), branch = take(c);
     between = take(c), record = take(call.record), hidden = take(call.hidden);
   }
+  static void* map_between(const Call& call, int i) {
+    return static_cast<char*>(call.scratch) + i * call.pixels() * call.channels * 2;
+  }
 
-  Product product(const void* x, int64_t inputs, Parameter kernel, Parameter bias, int64_t outputs,
-                  void* y) const {
+  Product product(const void* from, int64_t inputs, Parameter kernel, Parameter bias, int64_t outputs,
+                  void* to) const {
     Product p = {};
     p.rows = int(call.pixels()), p.inputs = int(inputs), p.outputs = int(outputs), p.early = call.early;
-    p.x = x, p.kernel = call.parameters[kernel].data, p.offset = call.parameters[bias], p.y = y;
+    p.x = from, p.kernel = parameters[kernel].data, p.offset = parameters[bias], p.y = to;
     return p;
   }
   void set_norm(Parameter scale, Parameter bias, const void* added, void* taken, Product* p) const {
-    p->scale = call.parameters[scale], p->bias = call.parameters[bias], p->epsilon = float(call.epsilon);
+    p->scale = parameters[scale], p->bias = parameters[bias], p->epsilon = float(call.epsilon);
     p->share = 1 / float(p->inputs);
     p->added = added, p->taken = taken;
   }
 
   Product to_value() const {
-    Product p = product(call.x, call.channels, kInputKernel, kInputBias, call.channels, value);
+    Product p = product(x, call.channels, kInputKernel, kInputBias, call.channels, value);
     if (!call.post_norm) set_norm(kNorm1Scale, kNorm1Bias, nullptr, normalised, &p);
-    p.early = false;  // who knows what came before
+    p.early = call.early && !first;  // the first kernel of all: who knows what came before
     return p;
   }
   dwconv::Call to_features() const {
     dwconv::Call d = {};
     d.batch = d.shared = call.batch, d.height = call.height, d.width = call.width, d.channels = call.channels;
     d.size = call.size, d.epsilon = call.epsilon, d.type = call.type;
-    d.parameters_type = call.parameters[kDwKernel].type;
-    d.x = call.post_norm ? call.x : normalised, d.y = features;
-    d.kernel = call.parameters[kDwKernel].data, d.bias = call.parameters[kDwBias].data;
-    d.scale = call.parameters[kDwScale].data, d.offset = call.parameters[kDwOffset].data;
+    d.parameters_type = parameters[kDwKernel].type;
+    d.x = call.post_norm ? x : normalised, d.y = features;
+    d.kernel = parameters[kDwKernel].data, d.bias = parameters[kDwBias].data;
+    d.scale = parameters[kDwScale].data, d.offset = parameters[kDwOffset].data;
     return d;
   }
   Product to_record() const {
@@ -78,23 +82,23 @@ struct Chain {
   Product to_branch() const {
     Product p = product(sampled, call.channels, kOutputKernel, kOutputBias, call.channels, branch);
     if (!call.post_norm) {
-      p.y = between, p.residual = call.x;
+      p.y = between, p.residual = x;
     }
     return p;
   }
   Product to_hidden() const {
-    const void* const x = call.post_norm ? branch : between;
-    Product p = product(x, call.channels, kFc1Kernel, kFc1Bias, call.hidden, hidden);
+    const void* const from = call.post_norm ? branch : between;
+    Product p = product(from, call.channels, kFc1Kernel, kFc1Bias, call.hidden, hidden);
     p.gelu = true;
     if (call.post_norm) {
-      set_norm(kNorm1Scale, kNorm1Bias, call.x, between, &p);
+      set_norm(kNorm1Scale, kNorm1Bias, x, between, &p);
     } else {
       set_norm(kNorm2Scale, kNorm2Bias, nullptr, nullptr, &p);
     }
     return p;
   }
   Product to_end() const {
-    Product p = product(hidden, call.hidden, kFc2Kernel, kFc2Bias, call.channels, call.y);
+    Product p = product(hidden, call.hidden, kFc2Kernel, kFc2Bias, call.channels, y);
     if (call.post_norm) {
       p.y = branch;
     } else {
@@ -106,21 +110,23 @@ struct Chain {
     layer_norm::Call n = {};
     n.rows = n.shared = call.pixels(), n.channels = call.channels, n.epsilon = call.epsilon,
     n.type = call.type;
-    n.parameters_type = call.parameters[kNorm2Scale].type;
-    n.x = branch, n.residual = between, n.y = call.y;
-    n.scale = call.parameters[kNorm2Scale].data, n.bias = call.parameters[kNorm2Bias].data;
+    n.parameters_type = parameters[kNorm2Scale].type;
+    n.x = branch, n.residual = between, n.y = y;
+    n.scale = parameters[kNorm2Scale].data, n.bias = parameters[kNorm2Bias].data;
     return n;
   }
 
   const Call& call;
+  const Parameters& parameters;
+  const void* const x;
+  void* const y;
+  const bool first;
   void *normalised, *value, *features, *sampled, *branch, *between, *record, *hidden;
 };
 
 template <class T>
-cudaError_t run(cudaStream_t stream, const Call& call) {
-  Device device;
-  if (cudaError_t error = find_device(&device)) return error;
-  const Chain chain(call);
+cudaError_t run(cudaStream_t stream, const Device& device, const Chain& chain) {
+  const Call& call = chain.call;
   cudaError_t error = multiply<T>(stream, device, chain.to_value());
   if (!error) error = dwconv::cuda::forward(stream, chain.to_features(), call.early);
   if (!error) error = multiply<T>(stream, device, chain.to_record());
@@ -130,6 +136,20 @@ cudaError_t run(cudaStream_t stream, const Call& call) {
   if (!error) error = multiply<T>(stream, device, chain.to_end());
   if (!error && call.post_norm) error = layer_norm::cuda::forward(stream, chain.to_sum(), call.early);
   return error;
+}
+
+template <class T>
+cudaError_t run_all(cudaStream_t stream, const Call& call) {
+  Device device;
+  if (cudaError_t error = find_device(&device)) return error;
+  const void* x = call.x;
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    void* const y = i + 1 < call.layers.size() ? Chain::map_between(call, i % 2) : call.y;
+    const Chain chain(call, call.layers[i], x, y, i == 0);
+    if (cudaError_t error = run<T>(stream, device, chain)) return error;
+    x = y;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -147,12 +167,14 @@ const char* refusal(const Call& call) {
   const int64_t depth = call.channels / call.group;
   if (depth != 8 && depth != 16 && depth != 32 && depth != 64)
     return "expected 8, 16, 32 or 64 channels a group";
-  for (int i = 0; i < kParameters; ++i) {
-    if (!aligned(call.parameters[i].data)) return "parameters that do not begin at 16 bytes";
+  for (const Parameters& layer : call.layers) {
+    for (const Array& one : layer) {
+      if (!aligned(one.data)) return "parameters that do not begin at 16 bytes";
+    }
   }
   if (!aligned(call.x) || !aligned(call.y) || !aligned(call.scratch))
     return "maps that do not begin at 16 bytes";
-  const Chain chain(call);
+  const Chain chain(call, call.layers[0], call.x, call.y, true);
   if (const char* why = dwconv::cuda::refusal(chain.to_features())) return why;
   if (const char* why = dcnv3::cuda::refusal(chain.to_sampled())) return why;
   return call.post_norm ? layer_norm::cuda::refusal(chain.to_sum()) : nullptr;
@@ -178,7 +200,7 @@ cudaError_t forward(cudaStream_t stream, const Call& call) {
     part.x = static_cast<const uint16_t*>(call.x) + numbers;
     part.y = static_cast<uint16_t*>(call.y) + numbers;
     const cudaError_t error =
-        call.type == Type::kBFloat16 ? run<BFloat16>(stream, part) : run<Float16>(stream, part);
+        call.type == Type::kBFloat16 ? run_all<BFloat16>(stream, part) : run_all<Float16>(stream, part);
     if (error) return error;
   }
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// A whole layer of a small map on CUDA: the launcher over raw buffers in device memory.
+// Whole layers of a small map on CUDA: the launcher over raw buffers in device memory.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,8 @@
-// The handler's part of `layer` that knows no platform: from a custom call's buffers and attributes to
-// checked calls. Operands: x (..., H, W, C) and the parameters in the order of layer::Parameter, those of
-// products as (inputs, outputs), the depthwise kernel (K, K, C). What precedes a parameter's own axes also
-// precedes x's, and says which images use which parameters: `vmap` over them adds an axis to all.
+// The handler's part of `layers` that knows no platform: from a custom call's buffers and attributes to
+// checked calls. Operands: x (..., H, W, C) and the parameters of each layer in the order of
+// layer::Parameter, those of products as (inputs, outputs), the depthwise kernel (K, K, C). What precedes a
+// parameter's own axes also precedes x's, and says which images use which parameters: `vmap` over them adds
+// an axis to all.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +22,7 @@ using Operand = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
 inline ffi::Error invalid(const std::string& message) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_layer: " + message);
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_layers: " + message);
 }
 
 struct Settings {
@@ -66,10 +67,12 @@ inline ffi::Error describe(Operand x, ffi::RemainingArgs parameters, Result y, R
   s.group = settings.group, s.offset_scale = settings.offset_scale, s.epsilon = settings.epsilon;
   s.early = settings.early;
   s.post_norm = settings.post_norm;
-  if (parameters.size() != kParameters)
-    return invalid("expected " + std::to_string(kParameters) + " parameters");
+  const size_t layers = parameters.size() / kParameters;
+  if (layers < 1 || parameters.size() % kParameters) {
+    return invalid("expected " + std::to_string(kParameters) + " parameters for each layer");
+  }
   std::vector<Operand> given;
-  for (int i = 0; i < kParameters; ++i) {
+  for (size_t i = 0; i < parameters.size(); ++i) {
     auto one = parameters.get<Operand>(i);
     if (!one) return one.error();
     given.push_back(*one);
@@ -90,24 +93,28 @@ inline ffi::Error describe(Operand x, ffi::RemainingArgs parameters, Result y, R
   *sets = s.batch = 1;
   for (size_t i = 0; i + 3 < xs.size(); ++i) (i < axes ? *sets : s.batch) *= xs[i];
   if (!xla_ops::type_of(x.element_type(), &s.type)) return invalid("expected half precision");
-  for (int i = 0; i < kParameters; ++i) {
+  s.layers.resize(layers);
+  for (size_t at = 0; at < given.size(); ++at) {
+    const int i = int(at % kParameters);
     std::vector<int64_t> wanted(xs.begin(), xs.begin() + axes);
     const std::vector<int64_t> own = shape_of(s, i);
-    const auto found = given[i].dimensions();
+    const auto found = given[at].dimensions();
     wanted.insert(wanted.end(), own.begin(), own.end());
-    Array& to = s.parameters[i];
-    to.data = given[i].untyped_data();
+    Array& to = s.layers[at / kParameters][i];
+    to.data = given[at].untyped_data();
     const bool fits = std::equal(wanted.begin(), wanted.end(), found.begin(), found.end());
-    const bool known = xla_ops::type_of(given[i].element_type(), &to.type);
+    const bool known = xla_ops::type_of(given[at].element_type(), &to.type);
     const bool taken = to.type == s.type || (own.size() != 2 && to.type == Type::kFloat32);
     if (!fits || !known || !taken) {
-      return invalid("parameter " + std::to_string(i) + " has not the shape or the dtype of its place");
+      return invalid("parameter " + std::to_string(at) + " has not the shape or the dtype of its place");
     }
   }
-  const auto alike = [&s](int a, int b) { return s.parameters[a].type == s.parameters[b].type; };
-  if (!alike(kDwKernel, kDwBias) || !alike(kDwKernel, kDwScale) || !alike(kDwKernel, kDwOffset) ||
-      !alike(kNorm2Scale, kNorm2Bias)) {
-    return invalid("expected one dtype of the depthwise kernel's parameters, and of a norm's");
+  for (const Parameters& layer : s.layers) {
+    const auto alike = [&layer](int a, int b) { return layer[a].type == layer[b].type; };
+    if (!alike(kDwKernel, kDwBias) || !alike(kDwKernel, kDwScale) || !alike(kDwKernel, kDwOffset) ||
+        !alike(kNorm2Scale, kNorm2Bias)) {
+      return invalid("expected one dtype of the depthwise kernel's parameters, and of a norm's");
+    }
   }
   if (!xla_ops::same(*y, x)) return invalid("the result does not fit");
   if (!xla_ops::holds(*scratch, *sets * s.pixels() * s.scratch_width(), x.element_type())) {
@@ -129,7 +136,7 @@ inline Call of_set(Call s, int64_t set) {
   for (int i = 0; i < kParameters; ++i) {
     int64_t numbers = 1;
     for (int64_t size : shape_of(s, i)) numbers *= size;
-    move(&s.parameters[i].data, numbers, s.parameters[i].type);
+    for (Parameters& layer : s.layers) move(&layer[i].data, numbers, layer[i].type);
   }
   return s;
 }

@@ -1,9 +1,11 @@
-"""A whole layer of InternImage as one operator, for small maps on a GPU."""
+"""Whole layers of InternImage as one operator, for small maps on a GPU."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -54,9 +56,9 @@ class LayerParameters(NamedTuple):
     fc2_bias: jax.Array  # (C,)
 
 
-def layer(
+def layers(
     x: jax.Array,
-    parameters: LayerParameters,
+    parameters: Sequence[LayerParameters],
     *,
     group: int,
     offset_scale: float = 1.0,
@@ -64,19 +66,21 @@ def layer(
     epsilon: float = 1e-6,
     implementation: Literal["kernel", "jnp"] | None = None,
 ) -> jax.Array:
-    """Returns what a layer makes of a map: DCNv3 and an MLP, each added to it, with their norms.
+    """Returns what layers, one after the other, make of a map.
 
-    With the norms before the branches it is v + mlp(norm2(v)) for v = x + attend(norm1(x)), with
-    `post_norm` v + norm2(mlp(v)) for v = x + norm1(attend(x)). `attend` is DCNv3 of nine points
-    between two products, its offsets and masks a product of `dwconv_norm_gelu`.
+    Each adds to it what DCNv3 and an MLP make of it, with their norms. With the norms before these
+    branches it is v + mlp(norm2(v)) for v = x + attend(norm1(x)), with `post_norm` it is
+    v + norm2(mlp(v)) for v = x + norm1(attend(x)). `attend` is DCNv3 of nine points between two
+    products, its offsets and masks a product of `dwconv_norm_gelu`.
 
     On CUDA in half precision, on data centres' GPUs from compute capability 9.0 on (H100, H200), it
-    is one call of seven or eight kernels, each on its way before the one before it has ended. Under
-    differentiation, and everywhere else, it is the operators of this package one after the other.
+    is one call of seven or eight kernels a layer, each on its way before the one before it has
+    ended. Under differentiation, and everywhere else, it is the operators of this package one after
+    the other.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
-        parameters: As described there.
+        parameters: Of each layer, one at least, all of the same shapes.
         group: Groups of DCNv3.
         offset_scale: As for `xla_ops.dcnv3_fused`.
         post_norm: Whether the norms come after the branches.
@@ -94,12 +98,15 @@ def layer(
     """
     _check(x, parameters, group, epsilon)
     plain = "jnp" if implementation == "jnp" else None
-    operator = Layer(group, float(offset_scale), bool(post_norm), float(epsilon), plain)
+    operator = Layers(
+        *(len(parameters), group, float(offset_scale), bool(post_norm), float(epsilon), plain)
+    )
     serving = _serving()
-    taken = serving if _takes(x, group, parameters.fc1_bias.shape[0]) else ()
-    if implementation is None and not layer_pays(x, group):
+    taken = serving if _takes(x, group, parameters[0].fc1_bias.shape[0]) else ()
+    if implementation is None and not layers_pay(x, group):
         taken = ()
-    return forward(operator, implementation, taken, _TAKEN if serving else "", x, *parameters)
+    operands = itertools.chain.from_iterable(parameters)
+    return forward(operator, implementation, taken, _TAKEN if serving else "", x, *operands)
 
 
 _TAKEN = (
@@ -109,19 +116,19 @@ _TAKEN = (
 )
 
 
-def layer_pays(x: jax.Array | jax.ShapeDtypeStruct, group: int) -> bool:
-    """Whether `layer` is one call, where it serves, of a map like x without being asked for it."""
+def layers_pay(x: jax.Array | jax.ShapeDtypeStruct, group: int) -> bool:
+    """Whether `layers` is one call, where it serves, of a map like x without being asked for it."""
     if not are_known(x.shape) or math.prod(x.shape) > MOST_NUMBERS:
         return False
     return _takes(x, group) and bool(_serving())
 
 
 def _serving() -> tuple[str, ...]:
-    return _ffi.serving(_targets.LAYER_FORWARD)
+    return _ffi.serving(_targets.LAYERS_FORWARD)
 
 
 def _takes(x: jax.Array | jax.ShapeDtypeStruct, group: int, hidden: int = 16) -> bool:
-    """Whether the one call computes a layer of a map like x, of so many channels in the MLP."""
+    """Whether the one call computes layers of a map like x, of so many channels in the MLP."""
     if x.dtype.itemsize != 2 or not are_known((*x.shape, hidden)):
         return False
     _, height, width, channels = x.shape
@@ -131,9 +138,10 @@ def _takes(x: jax.Array | jax.ShapeDtypeStruct, group: int, hidden: int = 16) ->
 
 
 @dataclass(frozen=True)
-class Layer:
-    """`layer` as `xla_ops.custom_call` takes it."""
+class Layers:
+    """`layers` as `xla_ops.custom_call` takes it."""
 
+    count: int
     group: int
     offset_scale: float
     post_norm: bool
@@ -150,15 +158,22 @@ class Layer:
             ("early", bool(EARLY)),
             *ATTRIBUTES,
         )
+        axes = (3, *_AXES * self.count)
         return Target(
-            *(_targets.LAYER_FORWARD, _AXES, (3, 3), _map_and_scratch, attributes),
-            shared=tuple(range(1, len(_AXES))),
+            *(_targets.LAYERS_FORWARD, axes, (3, 3), _map_and_scratch, attributes),
+            shared=tuple(range(1, len(axes))),
             unread=1,
         )
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, *parameters = operands
-        p = LayerParameters(*parameters)
+        each = len(_AXES)
+        for first in range(0, len(parameters), each):
+            x = self._one(x, LayerParameters(*parameters[first : first + each]))
+        return x
+
+    @functools.partial(jax.jit, static_argnums=0)  # traced once for all
+    def _one(self, x: jax.Array, p: LayerParameters) -> jax.Array:
         normalise = functools.partial(
             layer_norm, epsilon=self.epsilon, implementation=self.implementation
         )
@@ -207,18 +222,18 @@ def _shapes(channels: int, group: int, size: int, hidden: int) -> dict[str, tupl
     return {name: others.get(name, (channels,)) for name in LayerParameters._fields}
 
 
-# Axes of x and of the parameters.
-_AXES = (3, *(len(shape) for shape in _shapes(1, 1, 1, 1).values()))
+# Axes of the parameters.
+_AXES = tuple(len(shape) for shape in _shapes(1, 1, 1, 1).values())
 
 
 def _map_and_scratch(x: jax.Array, *parameters: jax.Array) -> Shapes:
-    """The result's, and that of what lies between the kernels."""
-    p = LayerParameters(*parameters)
-    width = 6 * x.shape[-1] + p.record_bias.shape[-1] + p.fc1_bias.shape[-1]
+    """The result's, and that of what lies between the kernels and between the layers."""
+    p = LayerParameters(*parameters[: len(_AXES)])
+    width = 8 * x.shape[-1] + p.record_bias.shape[-1] + p.fc1_bias.shape[-1]
     return [(x.shape, x.dtype), ((*x.shape[:-1], width), x.dtype)]
 
 
-def _check(x: jax.Array, parameters: LayerParameters, group: int, epsilon: float) -> None:
+def _check(x: jax.Array, parameters: Sequence[LayerParameters], group: int, epsilon: float) -> None:
     """Raises a `ValueError` about the operand or setting that does not fit."""
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected shape (N, H, W, C), a map not empty, got {x.shape}")
@@ -228,17 +243,20 @@ def _check(x: jax.Array, parameters: LayerParameters, group: int, epsilon: float
     channels = x.shape[-1]
     if not isinstance(group, int) or group < 1 or channels % group:
         raise ValueError(f"group: expected an integer that divides {channels}, got {group!r}")
-    depthwise, real = parameters.depthwise_kernel, at_least_float32(x.dtype)
+    if len(parameters) == 0:
+        raise ValueError("parameters: expected those of one layer at least, got none")
+    depthwise = parameters[0].depthwise_kernel
     size = next(iter(depthwise.shape), 0)
     if depthwise.shape != (size, size, channels) or size % 2 == 0:
         raise ValueError(
             f"depthwise_kernel: expected shape (K, K, {channels}) with K odd, got {depthwise.shape}"
         )
-    hidden = next(iter(parameters.fc1_bias.shape), 0)
-    for name, wanted in _shapes(channels, group, size, hidden).items():
-        value, dtypes = getattr(parameters, name), dict.fromkeys((x.dtype, real))
-        if name.startswith("depthwise") and depthwise.dtype in dtypes:
-            dtypes = {depthwise.dtype: None}  # one of all four
+    hidden = next(iter(parameters[0].fc1_bias.shape), 0)
+    shapes = _shapes(channels, group, size, hidden)
+    for layer, (name, wanted) in itertools.product(parameters, shapes.items()):
+        value, dtypes = getattr(layer, name), dict.fromkeys((x.dtype, at_least_float32(x.dtype)))
+        if name.startswith("depthwise") and layer.depthwise_kernel.dtype in dtypes:
+            dtypes = {layer.depthwise_kernel.dtype: None}  # one of all four
         elif name.endswith("kernel"):
             dtypes = {x.dtype: None}
         if value.shape != wanted or value.dtype not in dtypes:

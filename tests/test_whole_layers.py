@@ -1,4 +1,4 @@
-"""A whole layer as one operator: what it is made of, where it is one call, and its errors.
+"""Whole layers as one operator: what it is made of, where it is one call, and its errors.
 
 tests/test_layers_gpu.py has the values of the call.
 """
@@ -25,12 +25,12 @@ from internimage_jax.config import InternImageConfig
 from internimage_jax.layers import InternImageLayer
 from internimage_jax.model import InternImage
 from tests.layers import assert_close, for_cuda, mesh
-from xla_ops import LayerParameters, _ffi, layer
-from xla_ops.layer import _shapes
+from xla_ops import LayerParameters, _ffi, layers
+from xla_ops.layers import _shapes
 
-module = importlib.import_module("xla_ops.layer")  # as a name of the package it is the operator
+module = importlib.import_module("xla_ops.layers")  # as a name of the package it is the operator
 
-CALL = "@internimage_layer_forward"
+CALL = "@internimage_layers_forward"
 CONFIG = InternImageConfig(channels=16, depths=(2, 1, 2, 1), groups=(1, 2, 2, 4), num_classes=8)
 AFTER = dataclasses.replace(CONFIG, post_norm=True, layer_scale=0.5)
 
@@ -41,19 +41,23 @@ def operands(
     hidden: int = 32,
     dtype: str = "float32",
     vectors: str | None = None,
-) -> tuple[jax.Array, LayerParameters]:
-    """x, and parameters of which each counts."""
+    count: int = 2,
+) -> tuple[jax.Array, list[LayerParameters]]:
+    """x, and parameters of so many layers, of which each counts."""
     normal = np.random.RandomState(0).standard_normal
-    parameters = {}
-    for name, own in _shapes(shape[-1], group, 3, hidden).items():
-        value = normal(own) / 2
-        if "scale" in name:
-            value = 1 + value / 4
-        product = name.endswith("kernel") and len(own) == 2
-        if product:
-            value *= 2 / np.sqrt(own[0])
-        parameters[name] = jnp.asarray(value, dtype if product else vectors or dtype)
-    return jnp.asarray(normal(shape), dtype), LayerParameters(**parameters)
+    parameters = []
+    for _ in range(count):
+        own = {}
+        for name, size in _shapes(shape[-1], group, 3, hidden).items():
+            value = normal(size) / 2
+            if "scale" in name:
+                value = 1 + value / 4
+            product = name.endswith("kernel") and len(size) == 2
+            if product:
+                value *= 2 / np.sqrt(size[0])
+            own[name] = jnp.asarray(value, dtype if product else vectors or dtype)
+        parameters.append(LayerParameters(**own))
+    return jnp.asarray(normal(shape), dtype), parameters
 
 
 def with_values(config: InternImageConfig) -> InternImageLayer:
@@ -67,18 +71,21 @@ def with_values(config: InternImageConfig) -> InternImageLayer:
 
 
 @pytest.mark.parametrize("config", [CONFIG, AFTER], ids=["before", "after"])
-def test_is_the_layer_of_a_model(config: InternImageConfig) -> None:
+def test_are_the_layers_of_a_model(config: InternImageConfig) -> None:
     own = with_values(config)
     x, _ = operands()
-    wanted, _ = own(x)
-    assert_close(own._as_one_call(x), wanted, 1e-6)
+    wanted = x
+    for _ in range(2):
+        wanted, _ = own(wanted)
+    parameters = [own._parameters(x)] * 2
+    assert_close(layers(x, parameters, group=2, post_norm=config.post_norm), wanted, 1e-6)
 
 
 def test_differentiates_by_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
     monkeypatch.setattr(module, "MOST_NUMBERS", 1 << 19)
     x, parameters = operands(dtype="bfloat16")
-    run = functools.partial(layer, group=2)
+    run = functools.partial(layers, group=2)
 
     def gradients(implementation: str | None, *arrays: Any) -> Any:
         loss = lambda *a: run(*a, implementation=implementation).astype("float32").sum()  # noqa: E731
@@ -99,7 +106,7 @@ def test_a_program_for_cuda_has_it_where_it_serves_and_pays(
 
     def has_it(*sizes: Any, implementation: str | None = None, **settings: Any) -> bool:
         x, parameters = jax.eval_shape(lambda: operands(*sizes, **settings))
-        run = functools.partial(layer, group=sizes[1], implementation=implementation)
+        run = functools.partial(layers, group=sizes[1], implementation=implementation)
         return CALL in for_cuda(run, x, parameters)
 
     half: dict[str, Any] = {"dtype": "bfloat16"}
@@ -153,12 +160,12 @@ def test_a_batch_that_is_sharded_stays_where_it_is(monkeypatch: pytest.MonkeyPat
     x, parameters = operands(dtype="bfloat16")
     x = jax.device_put(x, NamedSharding(mesh(), P("data")))
     parameters = jax.device_put(parameters, NamedSharding(mesh(), P()))
-    text = for_cuda(functools.partial(layer, group=2, implementation="kernel"), x, parameters)
+    text = for_cuda(functools.partial(layers, group=2, implementation="kernel"), x, parameters)
     (rule,) = re.findall(r"op_sharding_rule<\((.*?)\) \{", text)
     operand, *others = re.findall(r"\[([^\]]*)\]", rule)
     *shared, y, scratch = others
     batch = operand.split(", ")[0]
-    assert len(shared) == len(parameters)
+    assert len(shared) == 2 * len(LayerParameters._fields)
     assert y.split(", ")[0] == scratch.split(", ")[0] == batch
     assert all(batch not in axes.split(", ") for axes in shared)
 
@@ -187,6 +194,7 @@ def test_a_batch_that_is_sharded_stays_where_it_is(monkeypatch: pytest.MonkeyPat
         ("record_kernel", jnp.zeros((16, 54)), r"record_kernel: expected shape \(16, 56\)"),
         ("fc1_kernel", jnp.zeros((32, 16)), r"fc1_kernel: expected shape \(16, 32\)"),
         ("fc2_kernel", jnp.zeros((32, 16), "bfloat16"), "fc2_kernel: .* dtype float32, got"),
+        ("parameters", [], "parameters: expected those of one layer at least, got none"),
         ("implementation", "gather", "expected 'kernel', 'jnp' or None, got 'gather'"),
     ],
 )
@@ -194,17 +202,19 @@ def test_what_does_not_fit_is_named(name: str, value: Any, message: str) -> None
     x, parameters = operands()
     arguments: dict[str, Any] = {"x": x, "parameters": parameters, "group": 2}
     if name in LayerParameters._fields:
-        arguments["parameters"] = parameters._replace(**{name: value})
+        changed = [layer._replace(**{name: value}) for layer in parameters]
+        # Of all layers, or of one that is not like the first.
+        arguments["parameters"] = changed if "K odd" in message else [parameters[0], changed[1]]
     else:
         arguments[name] = value
     with pytest.raises(ValueError, match=message):
-        layer(**arguments)
+        layers(**arguments)
 
 
 def test_a_kernel_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ffi, "serving", lambda target: ())
     with pytest.raises(ValueError, match="no 'kernel' to serve here"):
-        layer(*operands(), group=2, implementation="kernel")
+        layers(*operands(), group=2, implementation="kernel")
     monkeypatch.setattr(_ffi, "serving", lambda target: ("cuda",))
     with pytest.raises(ValueError, match=r"no 'kernel' to serve here \(on CUDA, from compute cap"):
-        layer(*operands(), group=2, implementation="kernel")
+        layers(*operands(), group=2, implementation="kernel")

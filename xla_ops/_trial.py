@@ -229,6 +229,6 @@ def _layers() -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
     nothing = list(parameters)
     nothing[10], nothing[16], nothing[17] = 0 * unit, 0 * parameters[16], one  # the last products
     whole = 3 * signs + (signs @ fc1 + bias)[..., ::32] + 1
-    scratch = np.zeros((*pixels, 8 * channels + record.width + hidden))
+    scratch = np.zeros((*pixels, 6 * channels + record.width + hidden))
     operands = tuple(a.astype(jnp.bfloat16) for a in (signs, *parameters, *nothing))
     return operands, whole.astype(jnp.bfloat16), scratch.astype(jnp.bfloat16)

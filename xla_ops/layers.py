@@ -227,9 +227,9 @@ _AXES = tuple(len(shape) for shape in _shapes(1, 1, 1, 1).values())
 
 
 def _map_and_scratch(x: jax.Array, *parameters: jax.Array) -> Shapes:
-    """The result's, and that of what lies between the kernels and between the layers."""
+    """The result's, and that of what lies between the kernels."""
     p = LayerParameters(*parameters[: len(_AXES)])
-    width = 8 * x.shape[-1] + p.record_bias.shape[-1] + p.fc1_bias.shape[-1]
+    width = 6 * x.shape[-1] + p.record_bias.shape[-1] + p.fc1_bias.shape[-1]
     return [(x.shape, x.dtype), ((*x.shape[:-1], width), x.dtype)]
 
 

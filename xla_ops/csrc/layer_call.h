@@ -59,8 +59,8 @@ struct Call {
   std::vector<Parameters> layers;
 
   int64_t pixels() const { return batch * height * width; }
-  // Of each pixel: what lies between the kernels, and between layers.
-  int64_t scratch_width() const { return 8 * channels + record + hidden; }
+  // Of each pixel: what lies between the kernels.
+  int64_t scratch_width() const { return 6 * channels + record + hidden; }
 };
 
 }  // namespace layer

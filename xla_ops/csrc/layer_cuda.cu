@@ -17,11 +17,11 @@ namespace {
 constexpr int64_t kMostPixels = INT32_MAX / (4 * kMostInputs);
 
 // The calls that a layer consists of, from x to y. What one writes the next ones read, in parts of the
-// scratch memory that nothing else in the layer uses, after two maps that layers hand on.
+// scratch memory that nothing else in the layer uses. y is written last, so x may be there.
 struct Chain {
-  Chain(const Call& call, const Parameters& parameters, const void* x, void* y, bool first)
-      : call(call), parameters(parameters), x(x), y(y), first(first) {
-    char* next = static_cast<char*>(map_between(call, 2));
+  Chain(const Call& call, const Parameters& parameters, const void* x, bool first)
+      : call(call), parameters(parameters), x(x), first(first) {
+    char* next = static_cast<char*>(call.scratch);
     const auto take = [&](int64_t width) {
       void* const own = next;
       next += call.pixels() * width * 2;
@@ -30,9 +30,6 @@ struct Chain {
     const int64_t c = call.channels;
     normalised = take(c), value = take(c), features = take(c), sampled = take(c), branch = take(c);
     between = take(c), record = take(call.record), hidden = take(call.hidden);
-  }
-  static void* map_between(const Call& call, int i) {
-    return static_cast<char*>(call.scratch) + i * call.pixels() * call.channels * 2;
   }
 
   Product product(const void* from, int64_t inputs, Parameter kernel, Parameter bias, int64_t outputs,
@@ -98,7 +95,7 @@ struct Chain {
     return p;
   }
   Product to_end() const {
-    Product p = product(hidden, call.hidden, kFc2Kernel, kFc2Bias, call.channels, y);
+    Product p = product(hidden, call.hidden, kFc2Kernel, kFc2Bias, call.channels, call.y);
     if (call.post_norm) {
       p.y = branch;
     } else {
@@ -111,7 +108,7 @@ struct Chain {
     n.rows = n.shared = call.pixels(), n.channels = call.channels, n.epsilon = call.epsilon,
     n.type = call.type;
     n.parameters_type = parameters[kNorm2Scale].type;
-    n.x = branch, n.residual = between, n.y = y;
+    n.x = branch, n.residual = between, n.y = call.y;
     n.scale = parameters[kNorm2Scale].data, n.bias = parameters[kNorm2Bias].data;
     return n;
   }
@@ -119,7 +116,6 @@ struct Chain {
   const Call& call;
   const Parameters& parameters;
   const void* const x;
-  void* const y;
   const bool first;
   void *normalised, *value, *features, *sampled, *branch, *between, *record, *hidden;
 };
@@ -142,12 +138,9 @@ template <class T>
 cudaError_t run_all(cudaStream_t stream, const Call& call) {
   Device device;
   if (cudaError_t error = find_device(&device)) return error;
-  const void* x = call.x;
   for (size_t i = 0; i < call.layers.size(); ++i) {
-    void* const y = i + 1 < call.layers.size() ? Chain::map_between(call, i % 2) : call.y;
-    const Chain chain(call, call.layers[i], x, y, i == 0);
+    const Chain chain(call, call.layers[i], i == 0 ? call.x : call.y, i == 0);
     if (cudaError_t error = run<T>(stream, device, chain)) return error;
-    x = y;
   }
   return cudaSuccess;
 }
@@ -174,7 +167,9 @@ const char* refusal(const Call& call) {
   }
   if (!aligned(call.x) || !aligned(call.y) || !aligned(call.scratch))
     return "maps that do not begin at 16 bytes";
-  const Chain chain(call, call.layers[0], call.x, call.y, true);
+  Call one = call;  // large batches go in parts
+  one.batch = 1;
+  const Chain chain(one, one.layers[0], one.x, true);
   if (const char* why = dwconv::cuda::refusal(chain.to_features())) return why;
   if (const char* why = dcnv3::cuda::refusal(chain.to_sampled())) return why;
   return call.post_norm ? layer_norm::cuda::refusal(chain.to_sum()) : nullptr;

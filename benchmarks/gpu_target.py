@@ -51,7 +51,8 @@ def sharding(name: str) -> SingleDeviceSharding:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=name, topology="1x1x1", target_config=_description(name)
     )
-    of_its_own = {_targets.LINEAR_FORWARD, _targets.MLP_FORWARD}  # of compute capability 9.0
+    # Of compute capability 9.0.
+    of_its_own = {_targets.LINEAR_FORWARD, _targets.MLP_FORWARD, _targets.LAYERS_FORWARD}
     without = of_its_own if GPUS[name].capability != (9, 0) else set()
     _ffi.serve_untried("cuda", frozenset(without))
     return SingleDeviceSharding(topology.devices[0])

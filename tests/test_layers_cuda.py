@@ -157,9 +157,8 @@ def test_operators_take_half_precision_parameters_as_they_are(
 def test_extension_has_every_target() -> None:
     extension = pytest.importorskip("xla_ops._cuda", reason="xla_ops._cuda is not built")
     cpu = pytest.importorskip("xla_ops._cpu", reason="xla_ops._cpu is not built")
-    targets = {*cpu.targets(), _targets.LINEAR_GELU_FORWARD}
-    targets -= {_targets.CONVOLUTION_FORWARD}
-    assert set(extension.targets()) == targets
+    of_cuda = {_targets.LINEAR_GELU_FORWARD, _targets.LAYERS_FORWARD}
+    assert set(extension.targets()) == {*cpu.targets(), *of_cuda} - {_targets.CONVOLUTION_FORWARD}
 
 
 def test_a_kernel_can_serve_untried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_a_program_for_cuda_has_it_where_it_serves_and_pays(
     assert has_it((1, 8, 8, 64), 4, 256, vectors="float32", **half)
     assert not has_it((1, 13, 5, 64), 4, 256, **half)  # a pixel too many
     assert not has_it((1, 8, 8, 64), 4, 256)  # float32
-    assert not has_it((1, 8, 8, 72), 9, 256, **half)  # not in sixteens
+    assert not has_it((1, 7, 8, 72), 9, 256, **half)  # not in sixteens
     assert not has_it((1, 8, 8, 64), 16, 256, **half)  # four channels a group
     assert not has_it((1, 8, 8, 64), 4, 1032 + 1024, **half)
     monkeypatch.setattr(_ffi, "serving", lambda target: ())
@@ -132,8 +132,15 @@ def test_a_fused_model_of_half_precision_has_it(
     monkeypatch.setattr(xla_ops, "reads_panels", lambda platform: False)
     monkeypatch.setattr(module, "MOST_NUMBERS", 1 << 19)
 
-    def program(dtype: str, *, fused: bool = True, train: bool = False, **settings: Any) -> str:
-        kind = {"dtype": dtype, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
+    def program(
+        dtype: str,
+        *,
+        parameters: str | None = None,
+        fused: bool = True,
+        train: bool = False,
+        **settings: Any,
+    ) -> str:
+        kind = {"dtype": dtype, "param_dtype": parameters or dtype, "rngs": nnx.Rngs(0)}
         model = InternImage(dataclasses.replace(config, **settings), **kind)
         model = model.fused() if fused else model
         images = jnp.zeros((1, 32, 32, 3), dtype)
@@ -146,7 +153,9 @@ def test_a_fused_model_of_half_precision_has_it(
         return
     for other in (
         program("float32"),
+        program("bfloat16", parameters="float32"),
         program("bfloat16", fused=False),
+        program("bfloat16", layer_scale=0.5),
         program("bfloat16", train=True),
         program("bfloat16", center_feature_scale=True),
         program("bfloat16", act_layer="SiLU"),

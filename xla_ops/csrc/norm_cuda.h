@@ -7,7 +7,7 @@
 
 namespace layer_norm::cuda {
 
-// Computes the results. Nothing is allocated and nothing waits.
+// Computes the results; `early` as in cuda_device.h's Manner. Nothing is allocated and nothing waits.
 cudaError_t forward(cudaStream_t stream, const Call& call, bool early = false);
 
 // What a call has that the kernels do not take, or null.

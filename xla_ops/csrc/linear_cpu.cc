@@ -94,17 +94,34 @@ struct Tile {
 
 }  // namespace
 
-Tiles tiles_of(const Call& call, int64_t wanted, [[maybe_unused]] int64_t threads) {
-  const int64_t units = quotient_up(call.outputs, kUnit);
+Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads) {
+  if (call.rows == 0) return {};
 #if CPU_AMX
   if (amx::takes_float32(call)) return amx::tiles_of_float32(call, wanted, threads);
 #endif
-  Tiles tiles = {quotient_up(call.rows, most_rows(call)), quotient_up(units, kMostUnits)};
-  if (tiles.down * tiles.across >= wanted || tiles.down == 0) return tiles;
-  tiles.across = std::min(quotient_up(wanted, tiles.down), units);
-  if (tiles.down * tiles.across >= wanted) return tiles;
-  tiles.down = std::min(quotient_up(wanted, tiles.across), quotient_up(call.rows, 28));
-  return tiles;
+  const int64_t units = quotient_up(call.outputs, kUnit);
+  const Tiles least = {quotient_up(call.rows, most_rows(call)), quotient_up(units, kMostUnits)};
+  // What the busiest thread has to do, and how often numbers are read.
+  const auto share = [&](const Tiles& t) {
+    return quotient_up(t.down * t.across, threads) * quotient_up(call.rows, t.down) *
+           quotient_up(units, t.across);
+  };
+  const auto tiles_wanted = [&](const Tiles& t) { return std::min(t.down * t.across, wanted); };
+  const auto split = [&](const Tiles& t) { return 3 * t.across * call.rows + t.down * call.outputs; };
+  const auto better = [&](const Tiles& a, const Tiles& b) {
+    if (share(a) != share(b)) return share(a) < share(b);
+    if (tiles_wanted(a) != tiles_wanted(b)) return tiles_wanted(a) > tiles_wanted(b);
+    return split(a) < split(b);
+  };
+  Tiles best = least;
+  for (int64_t across = least.across; across <= std::min(std::max(wanted, least.across), units); ++across) {
+    const int64_t most = std::min(quotient_up(wanted, across), quotient_up(call.rows, 28));
+    for (int64_t down = least.down; down <= std::max(most, least.down); ++down) {
+      const Tiles tiles = {down, across};
+      if (better(tiles, best)) best = tiles;
+    }
+  }
+  return best;
 }
 
 void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {

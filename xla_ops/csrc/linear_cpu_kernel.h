@@ -28,8 +28,9 @@ struct Strip {
   const float* bias;    // or null
   float* to;            // of the first row, `to_stride` apart
   int64_t to_stride;
-  const char* ahead;  // the next panel's rows, `ahead_stride` bytes apart, or null
+  const char* ahead;  // rows of the next panel, `ahead_stride` bytes apart
   int64_t ahead_stride;
+  int64_t ahead_rows;  // of them for each 16 numbers of depth
 };
 
 // Sums of x[r * stride + k] * panel[k][] over k for a strip's rows and the panel's first vectors, of which
@@ -46,10 +47,10 @@ CPU_TARGET void strip_of(std::integer_sequence<int, I...>, const Strip& s) {
   const char* ahead = s.ahead;
   const int64_t stride = s.stride;
   for (int64_t left = s.depth; left > 0; left -= 16) {
-    if (ahead) {  // bit by bit: there are few that a processor can wait for at once
+    // Bit by bit: there are few that a processor can wait for at once.
+    for (int64_t n = s.ahead_rows; n > 0; --n, ahead += s.ahead_stride) {
       __builtin_prefetch(ahead);
       __builtin_prefetch(ahead + 64);
-      ahead += s.ahead_stride;
     }
     for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, ++x, panel += kPanel) {
       ((sum[I] += x[row[I] * stride] * load_raw<V>(panel + column[I])), ...);
@@ -229,14 +230,17 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
         if (direct) strip.bias = bias + p * kPanel;
       }
       const auto write = s.gelu ? finish<true, T, P> : finish<false, T, P>;
-      // Each strip fetches as many rows of the next panel as it has sixteens of depth.
-      const int64_t fetched = quotient_up(depth, 16);
-      int64_t unfetched = p + 1 < panels ? depth : 0;
-      strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
-      if (unfetched > 0) {
-        strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(at, column + kPanel));
-      }
       const int64_t strips = quotient_up(tile.rows, strip_rows(vectors));
+      // The strips fetch the rows of the next panel: of this depth, of the next one, or of the next tile.
+      int64_t next_at = at, next_column = column + kPanel;
+      if (p + 1 == panels && !last) next_at = at + depth, next_column = tile.column;
+      if (p + 1 == panels && last) next_at = 0;
+      int64_t unfetched = next_column < s.outputs ? std::min<int64_t>(s.inputs - next_at, kDepth) : 0;
+      const int64_t steps = quotient_up(depth, 16);
+      strip.ahead_rows = quotient_up(unfetched, strips * steps);
+      strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
+      if (unfetched > 0)
+        strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(next_at, next_column));
       const int64_t count = tile.rows / strips, longer = tile.rows % strips;
       for (int64_t i = 0, row = 0, end; i < strips; ++i, row = end) {
         end = row + count + (i < longer);
@@ -248,8 +252,9 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
           if (direct) strip.to = result + row * s.outputs, strip.to_stride = s.outputs;
         }
         strip_for(end - row, vectors)(strip);
-        unfetched -= fetched;
-        strip.ahead = unfetched < fetched ? nullptr : strip.ahead + fetched * strip.ahead_stride;
+        const int64_t fetched = strip.ahead_rows * steps;
+        strip.ahead += fetched * strip.ahead_stride, unfetched -= fetched;
+        if (unfetched < fetched) strip.ahead_rows = 0;
         if (!last || direct) continue;
         write(sums, end - row, std::min<int64_t>(columns, kPanel), bias + p * kPanel,
               result + row * s.outputs, s.outputs);

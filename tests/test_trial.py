@@ -117,7 +117,7 @@ def test_kernels_of_a_newer_jaxlib_say_so(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("platform", "name", "expected"),
     [
-        ("cpu", "INTERNIMAGE_CPU_ISA", "amx, avx512, avx2, baseline or nothing"),
+        ("cpu", "INTERNIMAGE_CPU_ISA", "amx, avx512bf16, avx512, avx2, baseline or nothing"),
         ("cuda", "INTERNIMAGE_CUDA_FORM", "global or nothing"),
     ],
 )

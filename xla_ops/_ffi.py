@@ -29,7 +29,7 @@ PLATFORMS = ("cpu", "cuda")
 _XLA_NAMES = {"cpu": "cpu", "cuda": "CUDA"}
 # What the environment may ask of each: see cpu_types.h and dcnv3_cuda_device.h.
 _SETTINGS = {
-    "cpu": ("INTERNIMAGE_CPU_ISA", ("amx", "avx512", "avx2", "baseline")),
+    "cpu": ("INTERNIMAGE_CPU_ISA", ("amx", "avx512bf16", "avx512", "avx2", "baseline")),
     "cuda": ("INTERNIMAGE_CUDA_FORM", ("global",)),
 }
 

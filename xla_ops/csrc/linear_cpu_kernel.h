@@ -10,7 +10,7 @@
 constexpr int kLanes = kBytes / 4;
 constexpr int kPanel = kPanelColumns;
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kDepth = 256;
+constexpr int kDepth = 256;  // words
 // Vectors of sums in registers, and with so many in a row the rows of a strip.
 constexpr int kSums = kBytes == 64 ? 28 : 12;
 constexpr int kMostRows = kBytes == 64 ? 14 : 12;
@@ -18,9 +18,9 @@ constexpr int strip_rows(int vectors) {
   return std::clamp(kSums / vectors, 1, kMostRows);
 }
 
-// What a strip is computed from, and where it goes.
+// What a strip is computed from, in words, and where it goes.
 struct Strip {
-  const float* x;  // of the first row, `stride` numbers apart
+  const float* x;  // of the first row, `stride` words apart
   int64_t stride;
   const float* panel;
   int64_t depth;
@@ -30,12 +30,25 @@ struct Strip {
   int64_t to_stride;
   const char* ahead;  // rows of the next panel, `ahead_stride` bytes apart
   int64_t ahead_stride;
-  int64_t ahead_rows;  // of them for each 16 numbers of depth
+  int64_t ahead_rows;  // of them for each 16 words of depth
 };
+
+// Adds the products of a word of x and those of a panel.
+template <bool pairs>
+CPU_FN void add_products(Vec<float, kLanes>& sum, const float* x, Vec<float, kLanes> panel) {
+  if constexpr (pairs) {
+#if CPU_AMX && CPU_BYTES == 64  // the instruction is not one of this target's
+    const Vec<uint32_t, kLanes> word = Vec<uint32_t, kLanes>{} + load_raw<uint32_t>(x);
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(word), "v"(panel));
+#endif
+  } else {
+    sum += *x * panel;
+  }
+}
 
 // Sums of x[r * stride + k] * panel[k][] over k for a strip's rows and the panel's first vectors, of which
 // I = 0, 1, ... counts all.
-template <int rows, int vectors, int... I>
+template <bool pairs, int rows, int vectors, int... I>
 CPU_TARGET void strip_of(std::integer_sequence<int, I...>, const Strip& s) {
   using V = Vec<float, kLanes>;
   // The fewer of a panel's vectors and a column's numbers stay in registers.
@@ -53,7 +66,7 @@ CPU_TARGET void strip_of(std::integer_sequence<int, I...>, const Strip& s) {
       __builtin_prefetch(ahead + 64);
     }
     for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, ++x, panel += kPanel) {
-      ((sum[I] += x[row[I] * stride] * load_raw<V>(panel + column[I])), ...);
+      (add_products<pairs>(sum[I], x + row[I] * stride, load_raw<V>(panel + column[I])), ...);
     }
   }
   if (const float* const before = s.before) {
@@ -67,24 +80,24 @@ CPU_TARGET void strip_of(std::integer_sequence<int, I...>, const Strip& s) {
 
 using StripOf = void (*)(const Strip&);
 
-template <int rows, int vectors>
+template <bool pairs, int rows, int vectors>
 CPU_TARGET void strip_of(const Strip& s) {
-  strip_of<rows, vectors>(std::make_integer_sequence<int, rows * vectors>{}, s);
+  strip_of<pairs, rows, vectors>(std::make_integer_sequence<int, rows * vectors>{}, s);
 }
 
-template <int vectors, int... N>
+template <bool pairs, int vectors, int... N>
 CPU_FN StripOf strip_of_rows(std::integer_sequence<int, N...>, int64_t rows) {
-  static constexpr StripOf kAll[] = {strip_of<N + 1, vectors>...};
+  static constexpr StripOf kAll[] = {strip_of<pairs, N + 1, vectors>...};
   return kAll[rows - 1];
 }
 
-// strip_of<rows, vectors>
-template <int vectors = kVectors>
+// strip_of<pairs, rows, vectors>
+template <bool pairs, int vectors = kVectors>
 CPU_FN StripOf strip_for(int64_t rows, int64_t vectors_wanted) {
   if constexpr (vectors > 1) {
-    if (vectors_wanted < vectors) return strip_for<vectors - 1>(rows, vectors_wanted);
+    if (vectors_wanted < vectors) return strip_for<pairs, vectors - 1>(rows, vectors_wanted);
   }
-  return strip_of_rows<vectors>(std::make_integer_sequence<int, strip_rows(vectors)>{}, rows);
+  return strip_of_rows<pairs, vectors>(std::make_integer_sequence<int, strip_rows(vectors)>{}, rows);
 }
 
 // Copies n numbers of T as floats, or as they are.
@@ -144,16 +157,34 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
   }
 }
 
-// Copies a panel; the columns that the kernel lacks are zero.
-template <class T>
-CPU_TARGET void pack(const T* kernel, int64_t stride, int64_t depth, int64_t columns, float* panel) {
+// Copies a panel's rows of the kernel, each to words of its own or with the next one to pairs; what the
+// kernel lacks is zero.
+template <bool pairs, class T>
+CPU_TARGET void pack(const T* kernel, int64_t stride, int64_t rows, int64_t columns, float* panel) {
   using M = Memory<T, float, kLanes>;
-  for (int64_t k = 0; k < depth; ++k, kernel += stride, panel += kPanel) {
-    if (columns >= kPanel) {
-      for (int c = 0; c < kPanel; c += kLanes) store_raw(panel + c, M::load(kernel + c));
+  for (int64_t k = 0; k < rows; k += pairs ? 2 : 1, panel += kPanel) {
+    const T *first = kernel + k * stride, *second = k + 1 < rows ? first + stride : nullptr;
+    if (columns < kPanel || (pairs && !second)) {
+      for (int c = 0; c < kPanel; ++c) {
+        if constexpr (pairs) {
+          const auto number = [&](const T* row) { return row && c < columns ? row[c].bits : 0u; };
+          store_raw(panel + c, number(second) << 16 | number(first));
+        } else {
+          panel[c] = c < columns ? Memory<T, float, 1>::load(first + c) : 0.f;
+        }
+      }
       continue;
     }
-    for (int c = 0; c < kPanel; ++c) panel[c] = c < columns ? Memory<T, float, 1>::load(kernel + c) : 0.f;
+    for (int c = 0; c < kPanel; c += kLanes) {
+      if constexpr (pairs) {
+        const auto numbers = [c](const T* row) CPU_TARGET {
+          return __builtin_convertvector(load_raw<Vec<uint16_t, kLanes>>(row + c), Vec<uint32_t, kLanes>);
+        };
+        store_raw(panel + c, numbers(second) << 16 | numbers(first));
+      } else {
+        store_raw(panel + c, M::load(first + c));
+      }
+    }
   }
 }
 
@@ -180,48 +211,59 @@ CPU_TARGET void finish(const float* sums, int64_t rows, int64_t columns, const P
   }
 }
 
-template <class T, class P>
+// With `pairs` T is BFloat16.
+template <class T, class P, bool pairs = false>
 CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
-  const T* x = static_cast<const T*>(s.x);
+  const T* x = static_cast<const T*>(s.x) + (s.map.channels ? 0 : tile.row * s.inputs);
   const T* kernel = static_cast<const T*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   T* y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
   if (tile.rows < 1) return;
-  // Strips read x as it is, unless it is in half precision, or the many rows of a whole panel's strips begin
+  using Number = std::conditional_t<pairs, BFloat16, float>;
+  constexpr int kNumbers = pairs ? 2 : 1;  // of a word
+  const int64_t words = quotient_up(s.inputs, kNumbers);
+  // Strips read x as it is, unless it is no whole words, or the many rows of a whole panel's strips begin
   // 4096 bytes apart, all of them in the same few places of the first cache.
-  constexpr bool kWiden = !std::is_same_v<T, float>;
-  const bool copied = kWiden || s.map.channels || (strip_rows(kVectors) > 4 && s.inputs % 1024 == 0);
-  const bool in_place = !kWiden && s.panels;
-  const int64_t panels = quotient_up(tile.columns, kPanel), depths = quotient_up(s.inputs, kDepth);
+  constexpr bool kWiden = !std::is_same_v<T, Number>;
+  const bool copied = kWiden || s.map.channels || words * kNumbers > s.inputs ||
+                      (strip_rows(kVectors) > 4 && words % 1024 == 0);
+  const bool in_place = std::is_same_v<T, float> && s.panels;
+  const int64_t panels = quotient_up(tile.columns, kPanel), depths = quotient_up(words, kDepth);
   constexpr int64_t kCopyStride = kDepth + 16;
+  const int64_t stride = copied ? kCopyStride : words;
   const int64_t sums_size = kPanel * (depths > 1 ? tile.rows * panels : kMostRows);
   const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
   float* const panel_copy = scratch.data;
   float* const all_sums = panel_copy + kDepth * kPanel;
   float* const copied_rows = all_sums + sums_size;
-  for (int64_t at = 0; at < s.inputs; at += kDepth) {
-    const int64_t depth = std::min<int64_t>(s.inputs - at, kDepth);
-    const bool last = at + depth == s.inputs;
-    if (copied) {
-      if (s.map.channels) {
-        copy_pixels(x, s.map, tile.row, tile.rows, at, depth, copied_rows, kCopyStride);
-      } else {
-        copy_rows(x + tile.row * s.inputs, s.inputs, tile.rows, at, depth, copied_rows, kCopyStride);
-      }
-    }
+  for (int64_t at = 0; at < words; at += kDepth) {
+    const int64_t depth = std::min<int64_t>(words - at, kDepth);
+    const bool last = at + depth == words;
+    const int64_t number = at * kNumbers, numbers = std::min(s.inputs - number, depth * kNumbers);
     const float* rows = copied_rows;
-    if constexpr (!kWiden) rows = copied ? copied_rows : x + tile.row * s.inputs + at;
-    const int64_t stride = copied ? kCopyStride : s.inputs;
+    if (copied) {
+      Number* const to = reinterpret_cast<Number*>(copied_rows);
+      constexpr int64_t kStride = kCopyStride * kNumbers;
+      if (s.map.channels) {
+        copy_pixels(x, s.map, tile.row, tile.rows, number, numbers, to, kStride);
+      } else {
+        copy_rows(x, s.inputs, tile.rows, number, numbers, to, kStride);
+      }
+      if (numbers < depth * kNumbers) {
+        for (int64_t r = 0; r < tile.rows; ++r) to[r * kStride + numbers] = Number{};
+      }
+    } else {
+      rows = reinterpret_cast<const float*>(x + number);
+    }
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t columns = tile.columns - p * kPanel;
       const int64_t column = tile.column + p * kPanel;
-      const T* const from = kernel + s.kernel_at(at, column);
-      const float* panel = panel_copy;
-      if constexpr (!kWiden) panel = in_place ? from : panel_copy;
-      if (!in_place) pack(from, s.kernel_stride(), depth, columns, panel_copy);
+      const T* const from = kernel + s.kernel_at(number, column);
       T* const result = y + p * kPanel;
       Strip strip = {};
-      strip.stride = stride, strip.panel = panel, strip.depth = depth;
+      strip.stride = stride, strip.depth = depth;
+      strip.panel = in_place ? reinterpret_cast<const float*>(from) : panel_copy;
+      if (!in_place) pack<pairs>(from, s.kernel_stride(), numbers, columns, panel_copy);
       // What is neither rounded nor goes into GELU goes to its place at once.
       bool direct = false;
       const int64_t vectors = std::min<int64_t>(quotient_up(columns, kLanes), kVectors);
@@ -231,16 +273,18 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
       }
       const auto write = s.gelu ? finish<true, T, P> : finish<false, T, P>;
       const int64_t strips = quotient_up(tile.rows, strip_rows(vectors));
-      // The strips fetch the rows of the next panel: of this depth, of the next one, or of the next tile.
-      int64_t next_at = at, next_column = column + kPanel;
-      if (p + 1 == panels && !last) next_at = at + depth, next_column = tile.column;
-      if (p + 1 == panels && last) next_at = 0;
-      int64_t unfetched = next_column < s.outputs ? std::min<int64_t>(s.inputs - next_at, kDepth) : 0;
+      // The strips fetch the rows of the next panel, of this depth, of the next one, or of the next tile.
+      int64_t next = number, next_column = column + kPanel;
+      if (p + 1 == panels && !last) next = number + numbers, next_column = tile.column;
+      if (p + 1 == panels && last) next = 0;
+      const bool ends = next_column >= s.outputs;
+      // Rows of 64 bytes that lie together count as one.
+      const int64_t together = s.panels && sizeof(T) == 2 ? 2 : 1;
+      int64_t unfetched = ends ? 0 : std::min<int64_t>(s.inputs - next, kDepth * kNumbers) / together;
       const int64_t steps = quotient_up(depth, 16);
       strip.ahead_rows = quotient_up(unfetched, strips * steps);
-      strip.ahead_stride = s.kernel_stride() * int64_t(sizeof(T));
-      if (unfetched > 0)
-        strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(next_at, next_column));
+      strip.ahead_stride = s.kernel_stride() * together * int64_t(sizeof(T));
+      if (!ends) strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(next, next_column));
       const int64_t count = tile.rows / strips, longer = tile.rows % strips;
       for (int64_t i = 0, row = 0, end; i < strips; ++i, row = end) {
         end = row + count + (i < longer);
@@ -251,7 +295,7 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
         if constexpr (std::is_same_v<T, float>) {
           if (direct) strip.to = result + row * s.outputs, strip.to_stride = s.outputs;
         }
-        strip_for(end - row, vectors)(strip);
+        strip_for<pairs>(end - row, vectors)(strip);
         const int64_t fetched = strip.ahead_rows * steps;
         strip.ahead += fetched * strip.ahead_stride, unfetched -= fetched;
         if (unfetched < fetched) strip.ahead_rows = 0;
@@ -269,6 +313,10 @@ CPU_TARGET void forward(const Call& call, const Tile& tile) {
     case Type::kFloat32:
       return forward_of<float, float>(call, tile);
     case Type::kBFloat16:
+      if constexpr (kBytes == 64) {
+        if (has_bfloat16_pairs() && same) return forward_of<BFloat16, BFloat16, true>(call, tile);
+        if (has_bfloat16_pairs()) return forward_of<BFloat16, float, true>(call, tile);
+      }
       if (same) return forward_of<BFloat16, BFloat16>(call, tile);
       return forward_of<BFloat16, float>(call, tile);
     case Type::kFloat16:

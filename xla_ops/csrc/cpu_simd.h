@@ -75,6 +75,9 @@ struct Memory<BFloat16, float, W> {
     }
   }
   CPU_FN void store(BFloat16* p, Vec<float, W> v) {
+#if CPU_BFLOAT16
+    if constexpr (W == 16) return store_raw(p, _mm512_cvtneps_pbh(bits<__m512>(v)));
+#endif
     U u = bits<U>(v);
     const U even = u + 0x7fffu + ((u >> 16) & 1u);                               // to nearest, ties to even
     const U rounded = (u & 0x7fffffffu) > 0x7f800000u ? (u | 0x400000u) : even;  // NaN stays NaN

@@ -63,77 +63,64 @@ using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class R>
 using Index = std::conditional_t<sizeof(R) == 8, int64_t, int32_t>;
 
-enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+// Each has what those before it have.
+enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAvx512BFloat16, kAmx };
+constexpr const char* kInstructionSets[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
-// The best instruction set that may be used: that of the environment variable INTERNIMAGE_CPU_ISA, if it
-// names one. _ffi.py refuses other names than there are.
-enum class Wanted { kBaseline, kAvx2, kAvx512, kAvx512BFloat16, kAmx };
-inline Wanted wanted() {
-  const char* const name = std::getenv("INTERNIMAGE_CPU_ISA");
-  if (!name) return Wanted::kAmx;
-  if (!std::strcmp(name, "baseline")) return Wanted::kBaseline;
-  if (!std::strcmp(name, "avx2")) return Wanted::kAvx2;
-  if (!std::strcmp(name, "avx512")) return Wanted::kAvx512;
-  if (!std::strcmp(name, "avx512bf16")) return Wanted::kAvx512BFloat16;
-  return Wanted::kAmx;
+// Those for bfloat16 want newer compilers than the rest.
+#if CPU_X86 && !defined(CPU_NO_AVX512) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+#define CPU_AMX 1
+#endif
+
+// The best that this processor has, and Linux lets this process use.
+inline InstructionSet best_instruction_set() {
+#if CPU_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    return InstructionSet::kBaseline;
+  }
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) {
+    return InstructionSet::kAvx2;
+  }
+#if CPU_AMX
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return InstructionSet::kAvx512;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) {
+    return InstructionSet::kAvx512BFloat16;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted ? InstructionSet::kAmx : InstructionSet::kAvx512BFloat16;
+#endif
+  return InstructionSet::kAvx512;
+#endif
+  return InstructionSet::kBaseline;
 }
 
-// The best of this processor, or the lesser one that is wanted.
+// That one, or the lesser one that the environment variable INTERNIMAGE_CPU_ISA names. _ffi.py refuses other
+// names than there are.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
-#if CPU_X86
-    __builtin_cpu_init();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && wanted() >= Wanted::kAvx512) return InstructionSet::kAvx512;
-    if (avx2 && wanted() >= Wanted::kAvx2) return InstructionSet::kAvx2;
-#endif
-    return InstructionSet::kBaseline;
+    int set = int(best_instruction_set());
+    const char* const wanted = std::getenv("INTERNIMAGE_CPU_ISA");
+    for (int i = 0; wanted && i < set; ++i) {
+      if (!std::strcmp(wanted, kInstructionSets[i])) set = i;
+    }
+    return InstructionSet(set);
   }();
   return chosen;
 }
 
-#if CPU_X86 && !defined(CPU_NO_AVX512) && defined(__linux__) && \
-    (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
-#define CPU_AMX 1
-// Whether there are products of pairs of bfloat16 beside AVX-512.
-inline bool has_bfloat16_pairs() {
-  static const bool found = [] {
-    if (instruction_set() != InstructionSet::kAvx512 || wanted() < Wanted::kAvx512BFloat16) return false;
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-  }();
-  return found;
-}
-// Whether there is AMX for bfloat16 beside AVX-512, and Linux lets this process use it.
 inline bool has_amx() {
-  static const bool found = [] {
-    if (instruction_set() != InstructionSet::kAvx512 || wanted() < Wanted::kAmx) return false;
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return found;
+  return instruction_set() == InstructionSet::kAmx;
 }
-#else
-inline bool has_bfloat16_pairs() {
-  return false;
-}
-inline bool has_amx() {
-  return false;
-}
-#endif
 
 inline const char* instruction_set_name() {
   const InstructionSet set = instruction_set();
-  if (has_amx()) return "avx512 and amx";
-  if (has_bfloat16_pairs()) return "avx512 and avx512bf16";
-  return set == InstructionSet::kAvx512 ? "avx512"
-         : set == InstructionSet::kAvx2 ? "avx2"
-                                        : "baseline, without products";
+  if (set == InstructionSet::kBaseline) return "baseline, without products";
+  return has_amx() ? "avx512 and amx" : kInstructionSets[int(set)];
 }
 
 }  // namespace cpu

@@ -8,7 +8,7 @@
 namespace amx {
 
 #define AMX_TARGET \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq,amx-tile,amx-bf16")))
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 
 constexpr int kPanel = 32, kStrip = 32, kStep = 32;  // columns, rows, and numbers of a row at once
 
@@ -50,13 +50,13 @@ AMX_TARGET inline __m512 load_first(const T* from, __mmask16 mask) {
   }
 }
 template <class T>
-AMX_TARGET inline void store_first(avx512::Vec<float, 16> v, __mmask16 mask, T* to) {
+AMX_TARGET inline void store_first(avx512bf16::Vec<float, 16> v, __mmask16 mask, T* to) {
   if constexpr (std::is_same_v<T, float>) {
-    _mm512_mask_storeu_ps(to, mask, avx512::bits<__m512>(v));
+    _mm512_mask_storeu_ps(to, mask, avx512bf16::bits<__m512>(v));
   } else {
     T rounded[16];
-    avx512::Memory<T, float, 16>::store(rounded, v);
-    _mm256_mask_storeu_epi16(to, mask, avx512::load_raw<__m256i>(rounded));
+    avx512bf16::Memory<T, float, 16>::store(rounded, v);
+    _mm256_mask_storeu_epi16(to, mask, avx512bf16::load_raw<__m256i>(rounded));
   }
 }
 
@@ -93,8 +93,9 @@ struct Results {
     const __mmask16 mask = masks[column / 16];
     const __m512 sum = _mm512_load_ps(sums + row * kPanel + column);
     if constexpr (std::is_same_v<T, float>) finite &= !not_finite(sum);
-    const auto z = avx512::bits<avx512::Vec<float, 16>>(_mm512_add_ps(sum, load_first(bias + column, mask)));
-    store_first(with_gelu ? avx512::gelu_for<T, 16>(z) : z, mask, y + row * stride + column);
+    const auto z =
+        avx512bf16::bits<avx512bf16::Vec<float, 16>>(_mm512_add_ps(sum, load_first(bias + column, mask)));
+    store_first(with_gelu ? avx512bf16::gelu_for<T, 16>(z) : z, mask, y + row * stride + column);
   }
   template <bool with_gelu>
   AMX_TARGET void all() {
@@ -215,9 +216,9 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
       std::fill(copy + r * padded + s.inputs, copy + (r + 1) * padded, BFloat16{0});
     }
     if (s.map.channels) {
-      avx512::copy_pixels(x, s.map, tile.row, tile.rows, 0, s.inputs, copy, padded);
+      avx512bf16::copy_pixels(x, s.map, tile.row, tile.rows, 0, s.inputs, copy, padded);
     } else {
-      avx512::copy_rows(rows, s.inputs, tile.rows, 0, s.inputs, copy, padded);
+      avx512bf16::copy_rows(rows, s.inputs, tile.rows, 0, s.inputs, copy, padded);
     }
     rows = copy;
   }
@@ -257,7 +258,7 @@ AMX_TARGET void forward_of(const Call& s, const Tile& tile) {
                          result,
                          s.outputs};
       } else {  // little to do: done at once it takes less than cut into units
-        avx512::finish<false>(its_sums, count, columns_of(p), bias + p * kPanel, result, s.outputs);
+        avx512bf16::finish<false>(its_sums, count, columns_of(p), bias + p * kPanel, result, s.outputs);
       }
     }
     aside.panel.all();

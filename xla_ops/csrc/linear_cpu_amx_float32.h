@@ -63,7 +63,7 @@ struct Rows {
   }
   AMX_TARGET __attribute__((noinline)) void put_together() const {
     const float* map = static_cast<const float*>(convolution->x);
-    avx512::copy_pixels(map, convolution->map, first_row + row, 1, at, depth, pixels, 0);
+    avx512bf16::copy_pixels(map, convolution->map, first_row + row, 1, at, depth, pixels, 0);
   }
   AMX_TARGET void all() {
     while (unit < units) next();
@@ -222,7 +222,7 @@ AMX_TARGET void redo(const Call& s, Tile tile, const float* sums) {
     const int64_t begin = r;
     while (r + 1 < end && !finite(sums + (r + 1) * kPanel)) ++r;
     tile.row = row + begin, tile.rows = r + 1 - begin;
-    avx512::forward_of<float, float>(s, tile);
+    avx512bf16::forward_of<float, float>(s, tile);
   }
 }
 

@@ -26,10 +26,10 @@ struct Hidden {
   AMX_TARGET inline __attribute__((always_inline)) Pieces pieces_of(int64_t row, int half) const {
     const __m512 sum = _mm512_load_ps(sums + row * kPanel + half * 16);
     const __m512 z = _mm512_add_ps(sum, load_first(bias + half * 16, masks[half]));
-    const auto y = avx512::gelu_for<float, 16>(avx512::bits<avx512::Vec<float, 16>>(z));
+    const auto y = avx512bf16::gelu_for<float, 16>(avx512bf16::bits<avx512bf16::Vec<float, 16>>(z));
     // GELU would make zero of minus infinity, and that the sum may not be: some of its pieces were too large.
     const __m512 spoilt = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
-    return pieces(_mm512_mask_mov_ps(avx512::bits<__m512>(y), not_finite(sum), spoilt));
+    return pieces(_mm512_mask_mov_ps(avx512bf16::bits<__m512>(y), not_finite(sum), spoilt));
   }
   template <bool>
   AMX_TARGET void all() {
@@ -54,8 +54,8 @@ AMX_TARGET void redo(Call first, Call second, int64_t row, int64_t rows) {
   const Scratch<Use::kHidden> hidden(rows * first.outputs);
   first.x = static_cast<const float*>(first.x) + row * first.inputs, first.y = hidden.data;
   second.x = hidden.data, second.y = static_cast<float*>(second.y) + row * second.outputs;
-  avx512::forward_of<float, float>(first, {0, rows, 0, first.outputs});
-  avx512::forward_of<float, float>(second, {0, rows, 0, second.outputs});
+  avx512bf16::forward_of<float, float>(first, {0, rows, 0, first.outputs});
+  avx512bf16::forward_of<float, float>(second, {0, rows, 0, second.outputs});
 }
 
 // A tile's way through both products. What is between them is made and multiplied in parts, as many numbers

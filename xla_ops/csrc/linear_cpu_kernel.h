@@ -36,14 +36,14 @@ struct Strip {
 // Adds the products of a word of x and those of a panel.
 template <bool pairs>
 CPU_FN void add_products(Vec<float, kLanes>& sum, const float* x, Vec<float, kLanes> panel) {
+#if CPU_BFLOAT16
   if constexpr (pairs) {
-#if CPU_AMX && CPU_BYTES == 64  // the instruction is not one of this target's
-    const Vec<uint32_t, kLanes> word = Vec<uint32_t, kLanes>{} + load_raw<uint32_t>(x);
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(word), "v"(panel));
-#endif
-  } else {
-    sum += *x * panel;
+    const __m512i word = _mm512_set1_epi32(load_raw<int32_t>(x));
+    sum = _mm512_dpbf16_ps(sum, bits<__m512bh>(word), bits<__m512bh>(panel));
+    return;
   }
+#endif
+  sum += *x * panel;
 }
 
 // Sums of x[r * stride + k] * panel[k][] over k for a strip's rows and the panel's first vectors, of which
@@ -211,14 +211,14 @@ CPU_TARGET void finish(const float* sums, int64_t rows, int64_t columns, const P
   }
 }
 
-// With `pairs` T is BFloat16.
-template <class T, class P, bool pairs = false>
+template <class T, class P>
 CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   const T* x = static_cast<const T*>(s.x) + (s.map.channels ? 0 : tile.row * s.inputs);
   const T* kernel = static_cast<const T*>(s.kernel);
   const P* bias = static_cast<const P*>(s.bias) + tile.column;
   T* y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
   if (tile.rows < 1) return;
+  constexpr bool pairs = CPU_BFLOAT16 && std::is_same_v<T, BFloat16>;
   using Number = std::conditional_t<pairs, BFloat16, float>;
   constexpr int kNumbers = pairs ? 2 : 1;  // of a word
   const int64_t words = quotient_up(s.inputs, kNumbers);
@@ -313,10 +313,6 @@ CPU_TARGET void forward(const Call& call, const Tile& tile) {
     case Type::kFloat32:
       return forward_of<float, float>(call, tile);
     case Type::kBFloat16:
-      if constexpr (kBytes == 64) {
-        if (has_bfloat16_pairs() && same) return forward_of<BFloat16, BFloat16, true>(call, tile);
-        if (has_bfloat16_pairs()) return forward_of<BFloat16, float, true>(call, tile);
-      }
       if (same) return forward_of<BFloat16, BFloat16>(call, tile);
       return forward_of<BFloat16, float>(call, tile);
     case Type::kFloat16:

@@ -6,7 +6,8 @@
 #include "cpu_simd.h"
 #include "cpu_gelu.h"
 
-constexpr int kPixels = 4;  // convolved together: a weight is loaded once for so many
+// Taken together: a weight is loaded once for so many, and none waits for the sums of a norm alone.
+constexpr int kPixels = 4;
 
 // Memory for a call's pieces, aligned, zero at first.
 template <class Real>
@@ -112,11 +113,14 @@ CPU_FN void convolve(const Layer<Real>& a, const Ring<Real>& ring, int64_t i, in
   using V = typename Layer<Real>::V;
   constexpr int kLanes = Layer<Real>::kLanes;
   const int64_t size = K ? K : a.call.size, channels = a.channels;
+  const auto row_at = [&](int64_t y) CPU_TARGET { return ring.at(i + y - size / 2) + j * channels; };
+  const Real* rows[K ? K : 1];
+  for (int y = 0; y < K; ++y) rows[y] = row_at(y);
   for (int64_t c = 0; c < channels; c += kLanes) {
     V sum[kPixels];
     for (int p = 0; p < kPixels; ++p) sum[p] = flipped ? V{} : load_raw<V>(a.bias + c);
     for (int64_t y = 0; y < size; ++y) {
-      const Real* from = ring.at(i + y - size / 2) + j * channels + c;
+      const Real* from = (K ? rows[y] : row_at(y)) + c;
       const Real* weights = a.kernel + y * size * channels + c;
       if (flipped) weights = a.kernel + ((size - 1 - y) * size + size - 1) * channels + c;
       for (int64_t x = 0; x < size; ++x) {
@@ -130,28 +134,34 @@ CPU_FN void convolve(const Layer<Real>& a, const Ring<Real>& ring, int64_t i, in
 
 template <class Real, class V>
 CPU_FN Real sum_of_lanes(V v) {
-  Real lanes[sizeof(V) / sizeof(Real)];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (size_t half = sizeof(V) / sizeof(Real) / 2; half > 0; half /= 2) {
-    for (size_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
+  return sums<Real, int(sizeof(V) / sizeof(Real))>(v, V{}, V{}, V{})[0];
 }
 
-// Takes the mean over the channels off a pixel, and returns 1 / sqrt(variance + epsilon).
+// Takes the means over the channels off kPixels pixels, and returns 1 / sqrt(variance + epsilon) of each.
 template <class Real>
-CPU_FN Real center(const Layer<Real>& a, Real* v) {
+CPU_FN Vec<Real, kPixels> center(const Layer<Real>& a, Real* pixels) {
   using V = typename Layer<Real>::V;
   constexpr int kLanes = Layer<Real>::kLanes;
   const Real count = Real(a.call.channels);
-  V sum = {};
-  for (int64_t c = 0; c < a.channels; c += kLanes) sum += load_raw<V>(v + c);
-  const Real mean = sum_of_lanes<Real>(sum) / count;
-  for (int64_t c = 0; c < a.channels; c += kLanes) store_raw(v + c, load_raw<V>(v + c) - mean);
-  for (int64_t c = a.call.channels; c < a.channels; ++c) v[c] = 0;
-  V squares = {};
-  for (int64_t c = 0; c < a.channels; c += kLanes) squares += load_raw<V>(v + c) * load_raw<V>(v + c);
-  return 1 / std::sqrt(sum_of_lanes<Real>(squares) / count + Real(a.call.epsilon));
+  V sum[kPixels] = {}, squares[kPixels] = {};
+  for (int64_t c = 0; c < a.channels; c += kLanes) {
+    for (int p = 0; p < kPixels; ++p) sum[p] += load_raw<V>(pixels + p * a.channels + c);
+  }
+  const Vec<Real, kPixels> mean = sums<Real, kLanes>(sum[0], sum[1], sum[2], sum[3]) / count;
+  for (int p = 0; p < kPixels; ++p) {
+    Real* const v = pixels + p * a.channels;
+    for (int64_t c = 0; c < a.channels; c += kLanes) store_raw(v + c, load_raw<V>(v + c) - mean[p]);
+    for (int64_t c = a.call.channels; c < a.channels; ++c) v[c] = 0;
+  }
+  for (int64_t c = 0; c < a.channels; c += kLanes) {
+    for (int p = 0; p < kPixels; ++p) {
+      const V v = load_raw<V>(pixels + p * a.channels + c);
+      squares[p] += v * v;
+    }
+  }
+  Vec<Real, kPixels> factor = sums<Real, kLanes>(squares[0], squares[1], squares[2], squares[3]) / count;
+  for (int p = 0; p < kPixels; ++p) factor[p] = 1 / std::sqrt(factor[p] + Real(a.call.epsilon));
+  return factor;
 }
 
 template <class T, int K>
@@ -175,10 +185,11 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(call.y) + row * call.width * call.channels;
     for (int64_t j = 0; j < call.width; j += kPixels) {
       convolve<K, false>(a, ring, i, j, pixels.data);
+      const Vec<Real, kPixels> factors = center(a, pixels.data);
       for (int64_t p = 0; p < kPixels && j + p < call.width; ++p) {
         Real* v = pixels.data + p * a.channels;
         T* out = y + (j + p) * call.channels;
-        const Real factor = center(a, v);
+        const Real factor = factors[p];
         int64_t c = 0;
         for (; c + kLanes <= call.channels; c += kLanes) {
           const V z = load_raw<V>(v + c) * factor * load_raw<V>(a.scale + c) + load_raw<V>(a.offset + c);
@@ -208,10 +219,11 @@ struct Gradients {
 
 // From v and dy of a pixel to the gradient by v, in place of v; sums those of the norm's parameters.
 template <class T, class Real>
-CPU_FN void differentiate(const Layer<Real>& a, const T* dy, Real* v, Real* slope, Gradients<Real>* sums) {
+CPU_FN void differentiate(const Layer<Real>& a, const T* dy, Real factor, Real* v, Real* slope,
+                          Gradients<Real>* sums) {
   using V = typename Layer<Real>::V;
   constexpr int kLanes = Layer<Real>::kLanes;
-  const Real factor = center(a, v), count = Real(a.call.channels);
+  const Real count = Real(a.call.channels);
   V mean = {}, dot = {};
   widen(dy, a.call.channels, slope);
   for (int64_t c = a.call.channels; c < a.channels; ++c) slope[c] = 0;
@@ -297,9 +309,10 @@ CPU_TARGET void backward_of(const Call& call, int64_t piece) {
       Real* row = dv.at(i) + reach * a.channels;
       for (int64_t j = 0; j < call.width; j += kPixels) {
         convolve<K, false>(a, x, i, j, pixels.data);
+        const Vec<Real, kPixels> factors = center(a, pixels.data);
         for (int64_t p = 0; p < kPixels && j + p < call.width; ++p) {
           Real* v = pixels.data + p * a.channels;
-          differentiate(a, dy + (j + p) * call.channels, v, slope.data, own ? &sums : nullptr);
+          differentiate(a, dy + (j + p) * call.channels, factors[p], v, slope.data, own ? &sums : nullptr);
           std::memcpy(row + (j + p) * a.channels, v, a.channels * sizeof(Real));
         }
       }

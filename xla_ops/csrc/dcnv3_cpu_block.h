@@ -23,6 +23,7 @@ struct Block {
   const Problem& s;
   const int64_t points, columns;  // P, and the numbers of a pair
   int count;                      // pairs in the block; the lanes after them repeat the last
+  int64_t groups;                 // of a position, one after the other
   int64_t position[kBlock];       // of the pair, over the whole batch
   int64_t group[kBlock];
   int64_t plane[kBlock];  // where the map of the pair's image and group starts in x
@@ -61,6 +62,7 @@ template <class Real>
 CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, int64_t first, int64_t end) {
   const Problem& s = b.s;
   b.count = int(end - first < kBlock ? end - first : kBlock);
+  b.groups = groups;
   int64_t position = p0 + first / groups, g = first % groups;
   int64_t image = position / s.positions();
   int64_t i = position % s.positions() / s.out_width, j = position % s.out_width;
@@ -86,15 +88,18 @@ CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, in
   }
 }
 
-// Rows [0, n) of `rows` from n values a pair; the last four columns may be read twice.
+// Rows [0, n) of `rows` from n values a pair; the last four columns may be read twice. Asks for those of the
+// next block.
 template <class R, class Real>
 CPU_TARGET void load_columns(const Block<Real>& b, const Columns& from, int64_t n, Real* rows) {
   using M = Memory<R, Real, 4>;
   const R* data = static_cast<const R*>(from.data);
+  const int64_t next = kBlock * from.row / b.groups;
   for (int l = 0; l < kBlock; l += 4) {
     const R* pair[4];
     for (int k = 0; k < 4; ++k) {
       pair[k] = data + b.position[l + k] * from.row + b.group[l + k] * from.group;
+      for (int64_t c = 0; c < n; c += 64 / int64_t(sizeof(R))) __builtin_prefetch(pair[k] + next + c);
     }
     for (int64_t c = 0; c < n; c += 4) {
       if (n < 4) {

@@ -132,22 +132,25 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
   int64_t image = row / (map.rows() * map.columns());
   int64_t i = row / map.columns() % map.rows(), j = row % map.columns();
   for (int64_t r = 0; r < rows; ++r, to += stride) {
-    const int64_t left = 2 * j - 1;
+    const int64_t left = 2 * j - 1, top = 2 * i - 1;
+    const bool inside_map = left >= 0 && left + 3 <= map.width && top >= 0 && top + 3 <= map.height;
     const int64_t lowest = left < 0 ? c : 0, highest = std::min(across, (map.width - left) * c);
     for (int line = 0; line < 3; ++line) {
+      const T* const from = x + ((image * map.height + top + line) * map.width + left) * c;
+      if (inside_map && depth == 3 * across) {  // most pixels of few channels
+        copy(from, across, to + line * across);
+        continue;
+      }
       // Of the line's numbers those that are asked for, and of these the ones inside the map.
       const int64_t begin = std::max<int64_t>(at - line * across, 0);
       const int64_t end = std::min(at + depth - line * across, across);
       if (begin >= end) continue;
-      const int64_t y = 2 * i - 1 + line;
-      const bool inside = y >= 0 && y < map.height;
+      const bool inside = top + line >= 0 && top + line < map.height;
       const int64_t first = inside ? std::clamp(lowest, begin, end) : end;
       const int64_t last = inside ? std::clamp(highest, first, end) : end;
       To* const p = to + line * across - at;
       std::fill(p + begin, p + first, To{});
-      if (first < last) {
-        copy(x + ((image * map.height + y) * map.width + left) * c + first, last - first, p + first);
-      }
+      if (first < last) copy(from + first, last - first, p + first);
       std::fill(p + last, p + end, To{});
     }
     if (++j < map.columns()) continue;

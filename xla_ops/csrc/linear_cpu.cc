@@ -25,9 +25,12 @@ int64_t most_rows([[maybe_unused]] const Call& call) {
   return 16 * 14;
 }
 constexpr int64_t kMostUnits = 8;  // 256 columns
-// Of `mlp` a tile has up to so many rows, in strips that stay together: many, since each takes both kernels
-// whole, and few enough for what is between the products to stay in the caches.
-constexpr int64_t kMlpRows = 416, kMlpUnit = 32;
+// Of `mlp` a tile has up to so many rows: many, since each takes both kernels whole, and few enough for what
+// is between the products to stay in the caches.
+constexpr int64_t kMlpRows = 416;
+int64_t mlp_unit() {  // rows that stay together: a strip
+  return has_amx() ? 32 : 14;
+}
 // With AVX2, where kernels are read in place: rows of about so many numbers between the products, most of the
 // half megabyte that the second caches of its processors hold, but not so few that reading the kernels
 // counts.
@@ -148,13 +151,13 @@ int64_t mlp_tiles(const Call& first, const Call& second, int64_t threads) {
   if (amx::takes_mlp(first, second)) most = amx::most_mlp_rows(first, second.outputs);
 #endif
   const int64_t tiles = quotient_up(quotient_up(first.rows, most), threads) * threads;
-  return std::min(tiles, quotient_up(first.rows, kMlpUnit));
+  return std::min(tiles, quotient_up(first.rows, mlp_unit()));
 }
 
 void mlp(Call first, Call second, int64_t tiles, int64_t tile) {
-  const int64_t strips = quotient_up(first.rows, kMlpUnit);
-  const int64_t row = tile * strips / tiles * kMlpUnit;
-  const int64_t rows = std::min((tile + 1) * strips / tiles * kMlpUnit, first.rows) - row;
+  const int64_t unit = mlp_unit(), strips = quotient_up(first.rows, unit);
+  const int64_t row = tile * strips / tiles * unit;
+  const int64_t rows = std::min((tile + 1) * strips / tiles * unit, first.rows) - row;
 #if CPU_AMX
   if (amx::takes_mlp(first, second)) return amx::Mlp(first, second, row, rows).compute();
 #endif

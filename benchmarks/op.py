@@ -174,6 +174,7 @@ def main() -> None:
                 times = medians(runs, options.seconds)
                 row = {"stage": stage, "batch": batch, "dtype": options.dtype}
                 row["direction"] = direction
+                row["cpu_kernels"] = xla_ops.status()["cpu"].detail
                 row |= {f"{form}_ms": round(value, 4) for form, value in times.items()}
                 row |= {
                     f"{form}/kernel": round(times[form] / times["kernel"], 1)

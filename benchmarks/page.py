@@ -194,15 +194,21 @@ GPU_PEERS: Columns = {
 }
 
 
-def _with_avx2(row: Row) -> bool:
-    return row.get("cpu_kernels") == "avx2"
+def _by(cpu_kernels: str, key: str) -> Callable[[Row], bool]:
+    """Results that have that key, timed on a CPU by the kernels that `info` calls so.
+
+    Those that do not tell are of a Xeon with AMX.
+    """
+    return lambda row: key in row and row.get("cpu_kernels", "avx512 and amx") == cpu_kernels
 
 
 # Of each table: its columns, and which results are its rows.
 TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
-    "model": (MODEL, lambda row: "part_of_matmul_rate" in row and not _with_avx2(row)),
-    "model avx2": (MODEL, lambda row: "part_of_matmul_rate" in row and _with_avx2(row)),
-    "operator": (OPERATOR, lambda row: "direction" in row),
+    "model": (MODEL, _by("avx512 and amx", "part_of_matmul_rate")),
+    "model avx512bf16": (MODEL, _by("avx512bf16", "part_of_matmul_rate")),
+    "model avx2": (MODEL, _by("avx2", "part_of_matmul_rate")),
+    "operator": (OPERATOR, _by("avx512 and amx", "direction")),
+    "operator avx512bf16": (OPERATOR, _by("avx512bf16", "direction")),
     "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),
     "sizes": (SIZES, lambda row: row.get("series") == "model"),
     "programs": (PROGRAMS, lambda row: row.get("benchmark") == "programs"),

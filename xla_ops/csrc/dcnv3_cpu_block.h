@@ -60,7 +60,7 @@ CPU_FN void prefetch(const Block<Real>& b) {
 // Fills the lanes with pairs [first, end) of `groups` groups from g0 on, positions from p0 on.
 template <class Real>
 CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, int64_t first, int64_t end) {
-  const Problem& s = b.s;
+  const Problem s = b.s;  // a copy: what is written below could be a part of the other
   b.count = int(end - first < kBlock ? end - first : kBlock);
   b.groups = groups;
   int64_t position = p0 + first / groups, g = first % groups;
@@ -68,16 +68,23 @@ CPU_TARGET void place(Block<Real>& b, int64_t p0, int64_t g0, int64_t groups, in
   int64_t i = position % s.positions() / s.out_width, j = position % s.out_width;
   const int64_t pixels = s.height * s.width;
   const int64_t ahead = grid(0, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h) + reach(s) + 1;
-  for (int l = 0; l < kBlock; ++l) {
-    b.position[l] = position;
-    b.group[l] = g0 + g;
-    b.plane[l] = image * s.height * s.width * s.channels() + (g0 + g) * s.depth;
-    b.own[l] = i * s.width + j;
-    const int64_t soon = (i * s.stride_h + ahead) * s.width + j * s.stride_w;
-    b.soon[l] = soon < 0 ? 0 : soon < pixels ? soon : pixels - 1;
-    b.grid_h[l] = Real(grid(i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h));
-    b.grid_w[l] = Real(grid(j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w));
-    if (l + 1 >= b.count || ++g < groups) continue;
+  for (int l = 0; l < kBlock;) {
+    const int64_t plane = image * pixels * s.channels(), own = i * s.width + j;
+    const int64_t row_ahead = (i * s.stride_h + ahead) * s.width + j * s.stride_w;
+    const int64_t soon = row_ahead < 0 ? 0 : row_ahead < pixels ? row_ahead : pixels - 1;
+    const Real grid_h = Real(grid(i, s.stride_h, s.pad_h, s.kernel_h, s.dilation_h));
+    const Real grid_w = Real(grid(j, s.stride_w, s.pad_w, s.kernel_w, s.dilation_w));
+    // The groups of this position; in lanes after the last pair that one again.
+    for (bool same = true; same && l < kBlock; ++l) {
+      b.position[l] = position;
+      b.group[l] = g0 + g;
+      b.plane[l] = plane + (g0 + g) * s.depth;
+      b.own[l] = own;
+      b.soon[l] = soon;
+      b.grid_h[l] = grid_h;
+      b.grid_w[l] = grid_w;
+      if (l + 1 < b.count) same = ++g < groups;
+    }
     g = 0;
     ++position;
     if (++j < s.out_width) continue;

@@ -73,7 +73,7 @@ constexpr const char* kInstructionSets[] = {"baseline", "avx2", "avx512", "avx51
 #define CPU_AMX 1
 #endif
 
-// The best that this processor has, and Linux lets this process use.
+// The best that this processor has.
 inline InstructionSet best_instruction_set() {
 #if CPU_X86
   __builtin_cpu_init();
@@ -87,16 +87,22 @@ inline InstructionSet best_instruction_set() {
 #if CPU_AMX
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return InstructionSet::kAvx512;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) {
-    return InstructionSet::kAvx512BFloat16;
-  }
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-  const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return permitted ? InstructionSet::kAmx : InstructionSet::kAvx512BFloat16;
+  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+  return amx ? InstructionSet::kAmx : InstructionSet::kAvx512BFloat16;
 #endif
   return InstructionSet::kAvx512;
 #endif
   return InstructionSet::kBaseline;
+}
+
+// Whether Linux lets this process use AMX, which it has to be asked for.
+inline bool amx_is_permitted() {
+#if CPU_AMX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 // That one, or the lesser one that the environment variable INTERNIMAGE_CPU_ISA names. _ffi.py refuses other
@@ -108,6 +114,7 @@ inline InstructionSet instruction_set() {
     for (int i = 0; wanted && i < set; ++i) {
       if (!std::strcmp(wanted, kInstructionSets[i])) set = i;
     }
+    if (set == int(InstructionSet::kAmx) && !amx_is_permitted()) return InstructionSet::kAvx512BFloat16;
     return InstructionSet(set);
   }();
   return chosen;

@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -28,7 +29,7 @@ constexpr int64_t kMostUnits = 8;  // 256 columns
 // Of `mlp` a tile has up to so many rows: many, since each takes both kernels whole, and few enough for what
 // is between the products to stay in the caches.
 constexpr int64_t kMlpRows = 416;
-int64_t mlp_unit() {  // rows that stay together: a strip
+int64_t mlp_unit() {  // rows that stay together: a strip, of AVX-512 or AMX
   return has_amx() ? 32 : 14;
 }
 // With AVX2, where kernels are read in place: rows of about so many numbers between the products, most of the
@@ -104,25 +105,31 @@ Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads) {
 #endif
   const int64_t units = quotient_up(call.outputs, kUnit);
   const Tiles least = {quotient_up(call.rows, most_rows(call)), quotient_up(units, kMostUnits)};
-  // What the busiest thread has to do, and how often numbers are read.
-  const auto share = [&](const Tiles& t) {
-    return quotient_up(t.down * t.across, threads) * quotient_up(call.rows, t.down) *
-           quotient_up(units, t.across);
-  };
-  const auto tiles_wanted = [&](const Tiles& t) { return std::min(t.down * t.across, wanted); };
-  const auto split = [&](const Tiles& t) { return 3 * t.across * call.rows + t.down * call.outputs; };
-  const auto better = [&](const Tiles& a, const Tiles& b) {
-    if (share(a) != share(b)) return share(a) < share(b);
-    if (tiles_wanted(a) != tiles_wanted(b)) return tiles_wanted(a) > tiles_wanted(b);
-    return split(a) < split(b);
+  // To read a row of x, or to copy it, takes as long as to multiply it by so many columns; a column of the
+  // kernel, as it is or copied, as long as so many rows.
+  const bool bfloat16 = call.type == Type::kBFloat16, by_amx = bfloat16 && has_amx();
+  const bool by_pairs = bfloat16 && instruction_set() >= InstructionSet::kAvx512BFloat16;
+  const bool as_it_is = call.type == Type::kFloat32 && call.panels;
+  const int64_t row = call.map.channels || (call.type != Type::kFloat32 && !by_pairs) ? 10 : 2;
+  const int64_t column = by_amx ? 30 : as_it_is ? 1 : 9;
+  const int64_t strip = by_amx ? 32 : 1;
+  // The time of the thread with most tiles, and a part of what it may have to wait for the last of another.
+  const auto time = [&](const Tiles& t) {
+    const int64_t rows = quotient_up(quotient_up(call.rows, t.down), strip) * strip;
+    const int64_t columns = quotient_up(units, t.across) * kUnit;
+    const int64_t tile = rows * columns + row * rows + column * columns;
+    return quotient_up(t.down * t.across, threads) * tile + tile / 8;
   };
   Tiles best = least;
+  const auto consider = [&](const Tiles& t) {
+    if (time(t) < time(best)) best = t;
+  };
+  const int64_t most_down = std::max(quotient_up(call.rows, 28), least.down);
   for (int64_t across = least.across; across <= std::min(std::max(wanted, least.across), units); ++across) {
-    const int64_t most = std::min(quotient_up(wanted, across), quotient_up(call.rows, 28));
-    for (int64_t down = least.down; down <= std::max(most, least.down); ++down) {
-      const Tiles tiles = {down, across};
-      if (better(tiles, best)) best = tiles;
-    }
+    const int64_t most = std::clamp(quotient_up(wanted, across), least.down, most_down);
+    for (int64_t down = least.down; down <= most; ++down) consider({down, across});
+    const int64_t even = threads / std::gcd(across, threads);  // as many tiles for each thread
+    consider({std::min(quotient_up(most, even) * even, most_down), across});
   }
   return best;
 }

@@ -13,8 +13,8 @@ struct Tiles {
   int64_t unit = 1;  // rows that stay together
 };
 
-// The fewest tiles that fit the caches, or about `wanted` of them, a third at least or one for each of
-// `threads`, if there are so many.
+// Tiles that fit the caches, about `wanted` of them or more: of such divisions the one that `threads` should be
+// done with first.
 Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads);
 
 // Computes a tile.

@@ -136,9 +136,9 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
     const bool inside_map = left >= 0 && left + 3 <= map.width && top >= 0 && top + 3 <= map.height;
     const int64_t lowest = left < 0 ? c : 0, highest = std::min(across, (map.width - left) * c);
     for (int line = 0; line < 3; ++line) {
-      const T* const from = x + ((image * map.height + top + line) * map.width + left) * c;
+      const int64_t from = ((image * map.height + top + line) * map.width + left) * c;
       if (inside_map && depth == 3 * across) {  // most pixels of few channels
-        copy(from, across, to + line * across);
+        copy(x + from, across, to + line * across);
         continue;
       }
       // Of the line's numbers those that are asked for, and of these the ones inside the map.
@@ -150,7 +150,7 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
       const int64_t last = inside ? std::clamp(highest, first, end) : end;
       To* const p = to + line * across - at;
       std::fill(p + begin, p + first, To{});
-      if (first < last) copy(from + first, last - first, p + first);
+      if (first < last) copy(x + from + first, last - first, p + first);
       std::fill(p + last, p + end, To{});
     }
     if (++j < map.columns()) continue;
@@ -301,7 +301,7 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
         strip_for<pairs>(end - row, vectors)(strip);
         const int64_t fetched = strip.ahead_rows * steps;
         strip.ahead += fetched * strip.ahead_stride, unfetched -= fetched;
-        if (unfetched < fetched) strip.ahead_rows = 0;
+        strip.ahead_rows = std::min(strip.ahead_rows, quotient_up(std::max<int64_t>(unfetched, 0), steps));
         if (!last || direct) continue;
         write(sums, end - row, std::min<int64_t>(columns, kPanel), bias + p * kPanel,
               result + row * s.outputs, s.outputs);

@@ -48,6 +48,7 @@ bool mlp_call(const linear::Call& first, const linear::Call& second) {
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
+  std::printf("by %s\n", cpu::instruction_set_name());
   return fuzz(count, seed, [] {
     return dwconv_case(false, dwconv_call) && gelu_case(gelu_call) && norm_case(norm_call) &&
            linear_case(false, linear_call) && mlp_case(false, mlp_call);

@@ -16,8 +16,10 @@ CSRC = TESTS.parent / "xla_ops" / "csrc"
 COMPILER = os.environ.get("CXX", "c++")
 # For kernels that run on the host: .cu files there are, as C++.
 OPTIONS = ["-std=c++17", "-w", "-fno-strict-aliasing", f"-I{CSRC}", f"-I{TESTS / 'cuda_on_host'}"]
-# Which of the CPU's instruction sets: those of no processor in particular, up to AVX2, or all.
+# Which of the CPU's instruction sets: those of no processor in particular, up to AVX2, or all, of
+# which AMX may be emulated.
 PORTABLE, AVX2, EVERY = "-DCPU_BASELINE", "-DCPU_NO_AVX512", "-DCPU_EVERY"
+EMULATED_AMX = f"-I{TESTS / 'amx_on_host'}"
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"
@@ -47,7 +49,7 @@ def program(
                 break
         assert done.returncode == 0, done.stderr
 
-    return once_a_run(f"{Path(name).stem}{form}", build)
+    return once_a_run(f"{Path(name).stem}{Path(form).name}", build)
 
 
 def cuda_program(name: str) -> Path:

@@ -128,6 +128,7 @@ Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads) {
   for (int64_t across = least.across; across <= std::min(std::max(wanted, least.across), units); ++across) {
     const int64_t most = std::clamp(quotient_up(wanted, across), least.down, most_down);
     for (int64_t down = least.down; down <= most; ++down) consider({down, across});
+    if (wanted < threads) continue;
     const int64_t even = threads / std::gcd(across, threads);  // as many tiles for each thread
     consider({std::min(quotient_up(most, even) * even, most_down), across});
   }

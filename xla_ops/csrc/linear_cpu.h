@@ -13,8 +13,8 @@ struct Tiles {
   int64_t unit = 1;  // rows that stay together
 };
 
-// Tiles that fit the caches, about `wanted` of them or more: of such divisions the one that `threads` should be
-// done with first.
+// Tiles that fit the caches, about `wanted` of them or more: of such divisions the one that `threads` should
+// be done with first.
 Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads);
 
 // Computes a tile.

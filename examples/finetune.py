@@ -231,5 +231,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the next run need not compile anew
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        with contextlib.suppress(OSError):  # that there is no home folder
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     main()

@@ -8,10 +8,19 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Returns INTERNIMAGE_CACHE, or else our folder in the user's cache folder."""
+    """Returns INTERNIMAGE_CACHE, or else our folder in the user's cache folder.
+
+    Raises OSError where that is not known: a container's user may have no home.
+    """
     if own := os.environ.get("INTERNIMAGE_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internimage_jax"
+    try:
+        users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise OSError(
+            "the user has no home folder; set INTERNIMAGE_CACHE to a folder for what is kept"
+        ) from None
+    return Path(users) / "internimage_jax"
 
 
 def keep_compiled_programs() -> None:
@@ -22,10 +31,10 @@ def keep_compiled_programs() -> None:
     """
     if "jax" in sys.modules:
         return
-    folder = cache_folder() / "compiled"
     try:
+        folder = cache_folder() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that is read only: JAX would warn of each program
+    except OSError:  # no home, or one that is read only: JAX would warn of each program
         return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")

@@ -255,7 +255,9 @@ def _connections(state: Any, index: int, count: int) -> dict[int, Connection]:
         return {0: _watched(stream)}
     token = secrets.token_bytes(_TOKEN_BYTES)
     connections = {}
-    with socket.create_server(("", 0), backlog=count) as server:
+    both = socket.has_dualstack_ipv6()  # the coordinator's address may be an IPv6 one
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, backlog=count, dualstack_ipv6=both) as server:
         server.settimeout(JOINING_SECONDS)
         state.client.key_value_set(key, f"{server.getsockname()[1]} {token.hex()}")
         while len(connections) < count - 1:

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from internimage_jax.__main__ import main
+from internimage_jax.cache import cache_folder
 from internimage_jax.commands import demo, models
 from internimage_jax.commands.predict import print_table
 from internimage_jax.config import InternImageConfig, list_models
@@ -365,6 +366,23 @@ def test_compiled_programs_are_kept_unless_told_otherwise(checkpoint: str, tmp_p
 
     assert not predict("--no-compilation-cache")
     assert predict()
+
+
+def test_without_a_home_folder_nothing_is_kept_and_commands_run(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "INTERNIMAGE_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)  # as of a user that a container makes up
+    monkeypatch.delitem(sys.modules, "jax")  # with JAX there, nothing is looked for
+    assert main(["list", "internimage_t*"]) == 0
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert "internimage_t_1k_224" in capsys.readouterr().out
+    with pytest.raises(OSError, match="no home folder; set INTERNIMAGE_CACHE"):
+        cache_folder()
 
 
 # demo

@@ -112,6 +112,31 @@ def test_strangers_and_greetings_in_pieces_do_not_keep_the_processes_apart(
         connections[1].close()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_the_coordinators_address_is_of_either_kind(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "JOINING_SECONDS", 10)
+    if host == "[::1]":
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError as error:
+            pytest.skip(f"no IPv6 here: {error}")
+    told = queue.Queue()
+    client = SimpleNamespace(
+        key_value_set=lambda key, value: told.put(value),
+        blocking_key_value_get=lambda key, milliseconds: told.get(timeout=30),
+    )
+    state = SimpleNamespace(coordinator_address=f"{host}:1", client=client)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda index: processes._connections(state, index, 2), range(2)))
+    both[1][0].send_bytes(b"here")
+    assert both[0][1].recv_bytes() == b"here"
+    for connections in both:
+        for connection in connections.values():
+            connection.close()
+
+
 def test_one_process_is_a_group_of_its_own() -> None:
     with join("localhost:1", 1, 0) as group:
         assert (group.index, group.count) == (0, 1)

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -19,8 +21,8 @@ import pytest
 from PIL import Image
 
 from internimage_jax.__main__ import main
-from internimage_jax.cache import cache_folder
-from internimage_jax.commands import demo, models
+from internimage_jax.cache import cache_folder, keep_compiled_programs
+from internimage_jax.commands import demo, info, models
 from internimage_jax.commands.predict import print_table
 from internimage_jax.config import InternImageConfig, list_models
 from internimage_jax.labels import imagenet1k_classes
@@ -228,6 +230,88 @@ def test_ctrl_c_exits_with_130_and_without_a_traceback(checkpoint: str, tmp_path
     assert err == ""
 
 
+def test_options_reach_the_model_and_the_predictor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Built(Exception):
+        pass
+
+    def load(name: str, **options: Any) -> Any:
+        return name, options
+
+    def build(model: Any, **options: Any) -> None:
+        raise Built(model, options)
+
+    monkeypatch.setattr("internimage_jax.pretrained.from_pretrained", load)
+    monkeypatch.setattr("internimage_jax.predict.Predictor", build)
+
+    def built(*options: str) -> tuple[Any, ...]:
+        with pytest.raises(Built) as caught:
+            main(["predict", str(tmp_path), *options])
+        return caught.value.args
+
+    write_images(tmp_path, 9)
+    wanted = {"dtype": "float32", "implementation": None, "image_size": None}
+    by_default = ("internimage_t_1k_224", wanted), {"batch_size": 8, "topk": None}
+    assert built() == by_default
+    options = [
+        "--model",
+        "mine",
+        "--dtype",
+        "float16",
+        "--implementation",
+        "gather",
+        "--image-size",
+        "96",
+    ]
+    wanted = {"dtype": "float16", "implementation": "gather", "image_size": 96}
+    given = ("mine", wanted), {"batch_size": 9, "topk": 2}  # no more than there are images
+    assert built(*options, "--batch-size", "50", "--topk", "2") == given
+
+
+def test_a_result_is_there_before_the_next_images_are(checkpoint: str, tmp_path: Path) -> None:
+    late = tmp_path / "late.png"
+    os.mkfifo(late)
+    options = ["--model", checkpoint, "--batch-size", "1", "--json"]
+    process = run_python("-m", "internimage_jax", "predict", CAT, str(late), CAT, *options)
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 60)[0]
+    assert json.loads(process.stdout.readline())["file"] == CAT
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    late.write_bytes((tmp_path / "image.png").read_bytes())
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(late), CAT]
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_what_a_terminal_shows_of_the_progress_is_not_in_the_results(
+    command: str, checkpoint: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / str(imagenet1k_classes()[0].wnid)
+    write_images(folder, 3)
+    ours, theirs = os.openpty()
+    arguments = [command, str(tmp_path), "--model", checkpoint, "--batch-size", "1", "--json"]
+    process = subprocess.run(
+        [sys.executable, "-m", "internimage_jax", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
+        timeout=60,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:
+        while part := terminal.read(4096):
+            shown += part
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(lines) == (3 if command == "predict" else 1)
+    assert b"Loading" in shown and b"Images" in shown
+    if command == "evaluate":
+        assert f"top-1 {lines[0]['top1']:.2f} %".encode() in shown and b"3/3" in shown
+
+
 # list
 
 
@@ -328,6 +412,32 @@ def test_info_tells_versions_devices_and_what_serves(capsys: Capture) -> None:
     assert found["kernels"][0]["implementation"] in out
 
 
+def test_the_table_of_info_has_a_row_for_all_that_was_found(capsys: Capture) -> None:
+    found = {
+        "versions": {"jax": "0.10.2", "flax": None},
+        "machine": "Linux x86_64",
+        "devices": [{"id": i, "platform": "gpu", "kind": "H100"} for i in range(2)],
+        "devices_error": None,
+        "kernels": [
+            {"platform": "cpu", "implementation": "kernel", "reason": ""},
+            {"platform": "cuda", "implementation": "gather", "reason": "not built"},
+        ],
+    }
+    info._print_table(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines if line.strip()] == [
+        "jax 0.10.2",
+        "flax not installed",
+        "machine Linux x86_64",
+        "device 0 gpu, H100",
+        "device 1 gpu, H100",
+        "operators on cpu kernel",
+        "operators on cuda gather (not built)",
+    ]
+    info._print_table({**found, "devices": [], "devices_error": "no such platform"})
+    assert re.search(r"devices +none: no such platform", capsys.readouterr().out)
+
+
 def test_info_says_why_there_is_no_device() -> None:
     environment = os.environ | {"JAX_PLATFORMS": "nothing"}
     process = run_python("-m", "internimage_jax", "info", "--json", env=environment)
@@ -366,6 +476,27 @@ def test_compiled_programs_are_kept_unless_told_otherwise(checkpoint: str, tmp_p
 
     assert not predict("--no-compilation-cache")
     assert predict()
+
+
+def test_where_programs_are_kept_is_for_the_user_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seconds = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
+    def kept(cache: Path, **settings: str) -> tuple[str | None, str | None]:
+        for name in (folder, seconds):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"INTERNIMAGE_CACHE": str(cache), **settings}.items():
+            monkeypatch.setenv(name, value)
+        keep_compiled_programs()
+        return os.environ.get(folder), os.environ.get(seconds)
+
+    assert kept(tmp_path) == (None, None)  # JAX is there, and has read its settings
+    monkeypatch.delitem(sys.modules, "jax")
+    assert kept(tmp_path) == (str(tmp_path / "compiled"), "0.05")
+    assert kept(tmp_path, **{folder: "mine", seconds: "3"}) == ("mine", "3")
+    (tmp_path / "file").touch()
+    assert kept(tmp_path / "file") == (None, None)  # where it cannot be: JAX would warn
 
 
 def test_without_a_home_folder_nothing_is_kept_and_commands_run(

@@ -359,6 +359,47 @@ def test_the_command_takes_folders_and_files(
     assert read_predictions(a) == [result(0, RIGHT)]
 
 
+def test_the_comparisons_table_has_each_figure_on_its_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of four images in both, A is right about three, B about one of these; A has two more, B one.
+    ours = [result(i, RIGHT if i < 3 else WRONG, first=0.625) for i in range(6)]
+    theirs = [result(i, RIGHT if i == 0 else WRONG, first=0.25) for i in (0, 1, 2, 3, 9)]
+    for name, results in (("a", ours), ("b", theirs)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "predictions.jsonl").write_bytes(to_lines(results))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def said(*options: str) -> str:
+        assert main(["compare", a, b, *options]) == 0
+        return re.sub(" +", " ", capsys.readouterr().out)
+
+    out = said()
+    for row in (
+        f"A {a}",
+        f"B {b}",
+        "images 4 in both; 2 more in A, 1 more in B",
+        "top-1 A 75.000 %, B 25.000 %",
+        "same class 2 (50.00 %)",
+        "both right 1",
+        "A alone right 2",
+        "B alone right 0",
+        "both wrong 1",
+        "McNemar's test p = 0.5 (exact, two-sided)",
+        "1.jpg class 0 class 0 62.5% class 1 25.0%",
+        f"{a}: the evaluation is not finished; --resume goes on with it",
+    ):
+        assert f" {row} " in f" {out} ".replace("\n", " "), row
+    assert "2.jpg" in out and "more; --show" not in out
+    out = said("--show", "1")
+    assert "1.jpg" in out and "2.jpg" not in out and "and 1 more; --show 2 lists them all" in out
+    assert ".jpg" not in said("--show", "0")
+    (tmp_path / "a" / "report.json").touch()
+    assert json.loads(said("--json"))["unfinished"] == [b]
+    assert main(["compare", a, b, "--show", "-1"]) == 1
+    assert capsys.readouterr().err == "error: --show: expected at least 0, got -1\n"
+
+
 # The table of the command `evaluate`
 
 

@@ -180,6 +180,37 @@ def test_weights_in_memory_are_told_apart_by_their_names_and_shapes() -> None:
 # The command; tests/test_processes.py has runs of it
 
 
+def test_options_of_the_command_reach_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(model: str, data: str, **options: Any) -> None:
+        del options["group"], options["progress"]
+        raise Begun({"model": model, "data": data, **options})
+
+    monkeypatch.setattr(evaluation, "evaluate", begin)
+
+    def begun(*options: str) -> dict[str, Any]:
+        with pytest.raises(Begun) as caught:
+            main(["evaluate", "val", *options])
+        return caught.value.args[0]
+
+    by_default = {
+        **{"model": "internimage_t_1k_224", "data": "val", "dtype": "float32", "batch_size": 32},
+        **dict.fromkeys(("implementation", "image_size", "workers", "num_images", "labels")),
+        **{"output": None, "resume": False, "parallel": "pmap", "on_error": "fail"},
+    }
+    assert begun() == by_default
+    given = {
+        **{"model": "mine", "dtype": "float16", "implementation": "gather", "image_size": 48},
+        **{"labels": "real.json", "batch_size": 3, "workers": 5, "num_images": 7},
+        **{"on_error": "skip", "output": "out", "parallel": "fsdp"},
+    }
+    words = (word for name, value in given.items() for word in (f"--{name}", str(value)))
+    options = [word.replace("_", "-") if word[:2] == "--" else word for word in words]
+    assert begun(*options, "--resume") == {"data": "val", "resume": True, **given}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,6 +222,7 @@ def test_weights_in_memory_are_told_apart_by_their_names_and_shapes() -> None:
         (["DATA", "--output", "FILE"], "FILE: is a file; the output is a folder"),
         (["DATA", "--output", "FILE/below"], "FILE: is a file; the output is a folder"),
         (["DATA", "--num-processes", "2"], "need --coordinator HOST:PORT"),
+        (["DATA", "--process-id", "1"], "need --coordinator HOST:PORT"),
         (["DATA", "--coordinator", "localhost:1"], "expected all three, or none"),
         (["DATA", "--coordinator", "a:1", "--distributed"], "exclude each other"),
     ],

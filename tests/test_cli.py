@@ -122,6 +122,20 @@ def test_a_bad_image_is_one_line_after_the_results_of_the_batches_before_it(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_of_an_image_that_is_too_large_pil_has_nothing_to_add(
+    command: str, checkpoint: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / str(imagenet1k_classes()[0].wnid)
+    folder.mkdir()
+    Image.new("1", (10_000, 10_000)).save(folder / "large.png")
+    options = (str(tmp_path), "--model", checkpoint, "--batch-size", "1", "--json")
+    process = run_python("-m", "internimage_jax", command, *options)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("error: ") and "100000000 pixels" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_bad_image_can_be_skipped_and_is_one_line(
     checkpoint: str, tmp_path: Path, capsys: Capture, options: list[str]
@@ -254,19 +268,11 @@ def test_options_reach_the_model_and_the_predictor(
     wanted = {"dtype": "float32", "implementation": None, "image_size": None}
     by_default = ("internimage_t_1k_224", wanted), {"batch_size": 8, "topk": None}
     assert built() == by_default
-    options = [
-        "--model",
-        "mine",
-        "--dtype",
-        "float16",
-        "--implementation",
-        "gather",
-        "--image-size",
-        "96",
-    ]
+    options = "--model mine --dtype float16 --implementation gather --image-size 96"
+    options += " --batch-size 50 --topk 2"
     wanted = {"dtype": "float16", "implementation": "gather", "image_size": 96}
     given = ("mine", wanted), {"batch_size": 9, "topk": 2}  # no more than there are images
-    assert built(*options, "--batch-size", "50", "--topk", "2") == given
+    assert built(*options.split()) == given
 
 
 def test_a_result_is_there_before_the_next_images_are(checkpoint: str, tmp_path: Path) -> None:
@@ -458,6 +464,21 @@ def test_without_a_device_a_command_says_so_in_a_line(platforms: str, checkpoint
     assert (process.returncode, out) == (1, "")
     assert err.startswith("error: no device: ") and err.count("\n") == 1
     assert f"JAX_PLATFORMS is {platforms}" in err
+
+
+def test_only_where_there_is_no_device_is_an_error_put_down_to_it(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(models, "run", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["list"])
+    monkeypatch.setattr("internimage_jax.__main__.no_devices", lambda: "none is free")
+    assert error_of(capsys, "list") == "error: no device: none is free\n"
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["list", "--traceback"])
 
 
 # what is kept between runs

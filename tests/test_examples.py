@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from PIL import Image
 
+import internimage_jax
 from examples import finetune
 from internimage_jax import create_model, from_pretrained, save_pretrained
 from internimage_jax.evaluate import evaluate
+from internimage_jax.preprocess import Preprocessing
 from tests.support import SMALLEST
 
 TINTS = {"fig": (90, 40, 120), "lemon": (220, 210, 40), "plum": (40, 40, 160)}
@@ -93,6 +99,89 @@ def test_order_and_crops_are_of_the_seed_and_the_epoch(train: Path) -> None:
         assert not np.array_equal(first[0][0], other[0][0])
 
 
+def test_options_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    def load(name: str, **options: Any) -> None:
+        raise Begun({"model": name, **options})
+
+    monkeypatch.setattr(internimage_jax, "from_pretrained", load)
+
+    def begun(*options: str) -> dict[str, Any]:
+        with pytest.raises(Begun) as caught:
+            finetune.main([str(data), str(tmp_path / "mine"), "--batch-size", "4", *options])
+        assert not (tmp_path / "mine").exists()
+        return caught.value.args[0]
+
+    data = photos(tmp_path / "data", 2, 0)
+    (data / ".git").mkdir()  # a hidden folder is no class
+    wanted = {"classes": list(TINTS), "param_dtype": "float32", "image_size": None}
+    by_default = {"model": "internimage_t_1k_224", "drop_path_rate": 0.1, "with_cp": False}
+    found = begun()
+    assert found.pop("dtype") == ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    assert found == wanted | by_default
+    given = {"model": "mine", "drop_path_rate": 0.3, "with_cp": True, "dtype": "bfloat16"}
+    options = "--model mine --drop-path-rate 0.3 --recompute --dtype bfloat16 --image-size 96"
+    assert begun(*options.split()) == wanted | given | {"image_size": 96}
+
+
+def test_each_step_has_a_key_and_each_epoch_an_order_of_its_own(
+    checkpoint: Path, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = 1.0
+
+    def make(*_: Any) -> Any:
+        def step(params: Any, statistics: Any, state: Any, pixels: Any, labels: Any, key: Any):
+            seen.append((labels.tolist(), jax.random.key_data(key).tolist()))
+            return params, statistics, state, np.float32(loss)
+
+        return step
+
+    monkeypatch.setattr(finetune, "make_step", make)
+    options = f"--model {checkpoint} --image-size 32 --batch-size 8 --epochs 2"
+
+    def steps(out: str, seed: str) -> list[tuple[list[int], list[int]]]:
+        seen.clear()
+        finetune.main([str(train), str(tmp_path / out), *options.split(), "--seed", seed])
+        return list(seen)
+
+    seen: list[tuple[list[int], list[int]]] = []
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        first, again, other = steps("a", "0"), steps("b", "0"), steps("c", "1")
+        assert len(first) == 6 and first == again
+        assert len({tuple(key) for _, key in [*first, *other]}) == 12
+        assert [labels for labels, _ in first[:3]] != [labels for labels, _ in first[3:]]
+        loss = float("nan")
+        with pytest.raises(SystemExit, match="error: the loss is nan; try a smaller"):
+            steps("d", "0")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_step_trains_smooths_labels_and_returns_new_statistics() -> None:
+    class Biases(nnx.Module):
+        def __init__(self) -> None:
+            self.bias = nnx.Param(jnp.zeros(3))
+            self.steps = nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, images: jax.Array, *, train: bool, key: jax.Array) -> jax.Array:
+            assert train and images.dtype == jnp.float32
+            self.steps[...] += 1
+            return jnp.tile(self.bias[...][None] + jax.random.uniform(key), (len(images), 1))
+
+    graph, params, statistics = nnx.split(Biases(), nnx.Param, ...)
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        optimizer = optax.sgd(0.3)
+        step = finetune.make_step(graph, optimizer, Preprocessing(4), 0.1)
+        pixels, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([1, 1], np.int32)
+        state, key = optimizer.init(params), jax.random.key(0)
+        params, statistics, state, loss = step(params, statistics, state, pixels, labels, key)
+        assert float(loss) == pytest.approx(np.log(3), rel=1e-5)
+        wanted = np.array([0, 1, 0]) * 0.9 + 0.1 / 3
+        np.testing.assert_allclose(params["bias"][...], 0.3 * (wanted - 1 / 3), rtol=1e-5)
+        assert float(statistics["steps"][...]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -130,6 +219,16 @@ def test_folders_that_are_not_what_they_should_be(train: Path, tmp_path: Path) -
     refused(loose, r"outside the class folders there is image 0\.png")
     (loose / "0.png").unlink()
     refused(loose, "fig: no images of this class")
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    params = {"kernel": jax.numpy.ones((2, 2)), "bias": jax.numpy.ones(2)}
+    optimizer = finetune.adamw(0.5, 0.1, 1)
+    nothing = jax.tree.map(jax.numpy.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-5)
+    np.testing.assert_array_equal(updates["bias"], 0)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

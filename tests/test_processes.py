@@ -71,6 +71,64 @@ def test_an_ended_connection_is_a_death() -> None:
         group.leave("process 1 has died")
 
 
+def test_the_others_wait_for_the_first_which_writes_the_report() -> None:
+    first, second = connected(2)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(second.leave, None)
+        time.sleep(0.1)
+        assert not leaving.done()
+        first.leave(None)
+        leaving.result(timeout=30)
+    for group in (first, second):
+        for connection in group._connections.values():
+            connection.close()  # as at a process's end, which is no death now
+    time.sleep(0.1)
+    for group in (first, second):
+        group.check()
+
+    first, second = connected(2)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(second.leave, None)
+        first.leave("report.json: cannot be written")
+        with pytest.raises(OSError, match=r"^process 0: report\.json: cannot be written$"):
+            leaving.result(timeout=30)
+
+
+def test_who_has_left_after_a_death_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(ConnectedGroup, "_end", lambda _: ended.append(True))
+    for leaves in (True, False):
+        ours, theirs = Pipe()
+        group = ConnectedGroup(0, 2, {1: ours})
+        theirs.close()
+        with pytest.raises(OSError, match="process 1 has died"):
+            group.exchange(b"")
+        if leaves:
+            with pytest.raises(OSError, match="process 1 has died"):
+                group.leave("process 1 has died")
+        time.sleep(0.5)
+        assert bool(ended) != leaves
+
+
+BUSY = """
+import time
+from multiprocessing.connection import Pipe
+from internimage_jax import processes
+processes.GRACE_SECONDS = 0.2
+ours, theirs = Pipe()
+group = processes.ConnectedGroup(0, 2, {1: ours})
+theirs.close()
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_busy_ends_with_the_others() -> None:
+    process = start("-c", BUSY)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (1, "", "error: process 1 has died\n")
+
+
 def test_other_settings_in_one_process_are_named() -> None:
     groups = connected(2)
     settings = [{"dtype": "float32", "data": {"images": 7}}, {"dtype": "float32", "data": {}}]
@@ -101,15 +159,34 @@ def test_strangers_and_greetings_in_pieces_do_not_keep_the_processes_apart(
         waiting = pool.submit(processes._connections, state, 0, 2)
         port, token = told.get(timeout=30)
         streams = [
-            stack.enter_context(socket.create_connection(("localhost", int(port)))) for _ in "123"
+            stack.enter_context(socket.create_connection(("localhost", int(port)))) for _ in "12345"
         ]  # the first says nothing at all
+        ours, theirs = bytes.fromhex(token), bytes(len(token) // 2)
         streams[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
-        for part in (bytes.fromhex(token), (1).to_bytes(4, "big")):
-            streams[2].sendall(part)
+        streams[2].sendall(theirs + (1).to_bytes(4, "big"))
+        streams[3].sendall(ours + (2).to_bytes(4, "big"))  # there are 0 and 1
+        for part in (ours, (1).to_bytes(4, "big")):
+            streams[4].sendall(part)
             time.sleep(0.1)
         connections = waiting.result(timeout=30)
         assert list(connections) == [1]
+        streams[4].sendall(b"\0\0\0\5hello")  # as a connection frames it
+        assert connections[1].recv_bytes() == b"hello"
         connections[1].close()
+
+
+def test_a_host_that_vanishes_is_missed_within_half_a_minute() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        connection = processes._watched(ours)
+        with socket.socket(fileno=os.dup(connection.fileno())) as stream:
+            assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, count, unanswered = (
+                stream.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
+                for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")
+            )
+        assert idle + interval * count <= 30 and 0 < unanswered <= 30_000
+        connection.close()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
@@ -150,6 +227,7 @@ def test_one_process_is_a_group_of_its_own() -> None:
         (("localhost:1", 2, None), "expected all three, or none"),
         (("localhost", 2, 0), "coordinator: expected HOST:PORT, got 'localhost'"),
         (("localhost:1", 2, 2), "process_id: expected 0 to 1"),
+        (("localhost:1", 2, -1), "process_id: expected 0 to 1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[str, int, int | None], message: str) -> None:

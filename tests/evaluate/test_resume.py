@@ -15,8 +15,10 @@ from flax import nnx
 
 from internimage_jax.data import Dataset
 from internimage_jax.evaluate import evaluate
+from internimage_jax.evaluation_folder import EvaluationFolder
 from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
+from internimage_jax.predictions import ImageResult
 from tests.evaluate.runs import COUNT, EACH, Finished, without_times
 
 
@@ -108,6 +110,46 @@ def test_damaged_predictions_are_an_error_that_names_the_line(
     path.write_bytes(json.dumps(beyond).encode() + b"\n" + b"".join(lines[1:]))
     with pytest.raises(ValueError, match="not of these images, in this order"):
         run(output=tmp_path, num_images=9, resume=True)
+
+
+def test_only_whole_batches_are_kept_unless_all_is_done(tmp_path: Path) -> None:
+    with EvaluationFolder(tmp_path, resume=False) as folder:
+        folder.open({}, [])
+        folder.write([ImageResult(i, f"{i}.jpg", (0,), (0,), (1.0,)) for i in range(11)])
+    resumed = EvaluationFolder(tmp_path, resume=True)
+    for batch, images, kept in ((8, 23, 8), (4, 23, 8), (16, 23, 0), (1, 23, 11), (8, 11, 11)):
+        assert len(resumed.done({}, batch, images)) == kept
+
+
+def test_an_evaluation_is_told_by_its_settings_and_finished_by_its_report(tmp_path: Path) -> None:
+    with EvaluationFolder(tmp_path, resume=False) as folder:
+        folder.open({"batch_size": 2}, [])
+    for text in ("[]", "{", "null"):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=r"settings\.json: is damaged; choose another folder"):
+            EvaluationFolder(tmp_path, resume=True).done({}, 8, 23)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"has predictions and no settings\.json"):
+        EvaluationFolder(tmp_path, resume=True).done({}, 8, 23)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        for name, report, page in (("html", "", "x" * 4000), ("json", "x" * 4000, "")):
+            with pytest.raises(OSError, match=rf"report\.{name}: cannot be written"):
+                folder.finish({"report": report}, page, [])
+            # The page comes first: where there is a report, the evaluation is finished.
+            there = {"predictions.jsonl", *["report.html"][: int(name == "json")]}
+            assert {path.name for path in tmp_path.iterdir()} == there
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_that_may_not_be_written_is_an_error_before_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OSError, match=rf"^{tmp_path}: cannot be written \(Permission denied\)$"):
+        evaluate("not looked at", "nor this", output=tmp_path / "a" / "b")
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_what_there_is(

@@ -68,6 +68,11 @@ def run_python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def buffered() -> dict[str, str]:
+    """The environment, with output buffered as it is unless somebody asks for other things."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 # predict
 
 
@@ -279,7 +284,8 @@ def test_a_result_is_there_before_the_next_images_are(checkpoint: str, tmp_path:
     late = tmp_path / "late.png"
     os.mkfifo(late)
     options = ["--model", checkpoint, "--batch-size", "1", "--json"]
-    process = run_python("-m", "internimage_jax", "predict", CAT, str(late), CAT, *options)
+    command = ("-m", "internimage_jax", "predict", CAT, str(late), CAT, *options)
+    process = run_python(*command, env=buffered())
     assert process.stdout is not None
     assert select.select([process.stdout], [], [], 60)[0]
     assert json.loads(process.stdout.readline())["file"] == CAT
@@ -380,6 +386,7 @@ def test_a_reader_that_closes_the_pipe_gets_no_traceback(option: list[str]) -> N
     os.close(reading)
     process = subprocess.run(
         [sys.executable, "-m", "internimage_jax", "list", *option],
+        env=buffered(),
         stdout=writing,
         stderr=subprocess.PIPE,
         timeout=60,

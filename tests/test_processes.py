@@ -158,19 +158,23 @@ def test_strangers_and_greetings_in_pieces_do_not_keep_the_processes_apart(
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
         waiting = pool.submit(processes._connections, state, 0, 2)
         port, token = told.get(timeout=30)
-        streams = [
-            stack.enter_context(socket.create_connection(("localhost", int(port)))) for _ in "12345"
-        ]  # the first says nothing at all
         ours, theirs = bytes.fromhex(token), bytes(len(token) // 2)
-        streams[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
-        streams[2].sendall(theirs + (1).to_bytes(4, "big"))
-        streams[3].sendall(ours + (2).to_bytes(4, "big"))  # there are 0 and 1
-        for part in (ours, (1).to_bytes(4, "big")):
-            streams[4].sendall(part)
-            time.sleep(0.1)
+        one, two = (number.to_bytes(4, "big") for number in (1, 2))
+        for parts in (
+            [theirs + one],
+            [ours + two],  # of two there are 0 and 1
+            [],
+            [b"GET / HTTP/1.1\r\n\r\n"],
+            [ours, one],
+        ):
+            stream = socket.create_connection(("localhost", int(port)))
+            stack.enter_context(stream)
+            for part in parts:
+                stream.sendall(part)
+                time.sleep(0.1)
         connections = waiting.result(timeout=30)
         assert list(connections) == [1]
-        streams[4].sendall(b"\0\0\0\5hello")  # as a connection frames it
+        stream.sendall(b"\0\0\0\5hello")  # as a connection frames it
         assert connections[1].recv_bytes() == b"hello"
         connections[1].close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -189,6 +190,17 @@ def test_the_command_has_every_option_of_the_function(tmp_path, capsys: Capture)
             main([str(source), *([str(tmp_path / "d")] if wrong else []), *wrong])
         assert caught.value.code == 2
     assert not (tmp_path / "d").exists()
+
+
+def test_without_options_the_command_is_the_function_without_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    monkeypatch.setattr("convert.__main__.convert", lambda **options: given.append(options))
+    assert main(["a.pth", "out"]) == 0
+    wanted = inspect.signature(convert).bind("a.pth", "out")
+    wanted.apply_defaults()
+    assert given == [wanted.arguments]
 
 
 def test_an_error_is_one_line_even_if_a_name_has_two(tmp_path, capsys: Capture) -> None:

@@ -71,6 +71,18 @@ def test_an_ended_connection_is_a_death() -> None:
         group.leave("process 1 has died")
 
 
+def test_of_a_death_the_others_are_told_by_the_first() -> None:
+    pairs = [Pipe(), Pipe()]
+    first = ConnectedGroup(0, 3, {1: pairs[0][0], 2: pairs[1][0]})
+    third = ConnectedGroup(2, 3, {0: pairs[1][1]})
+    pairs[0][1].close()
+    for group in (third, first):
+        with pytest.raises(OSError, match=r"^process 1 has died$"):
+            group.exchange(b"")
+        with pytest.raises(OSError, match=r"^process 1 has died$"):
+            group.leave("process 1 has died")
+
+
 def test_the_others_wait_for_the_first_which_writes_the_report() -> None:
     first, second = connected(2)
     with ThreadPoolExecutor(1) as pool:

@@ -419,3 +419,7 @@ def test_the_table_names_figures_notes_and_the_report(capsys: pytest.CaptureFixt
         "out/report.html",
     ):
         assert text in out
+
+    print_table({**report, "num_skipped": 0, "images_per_second": None}, None)
+    out = capsys.readouterr().out
+    assert "skipped" not in out and "speed" not in out and "report.html" not in out

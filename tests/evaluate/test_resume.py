@@ -18,7 +18,7 @@ from internimage_jax.evaluate import evaluate
 from internimage_jax.evaluation_folder import EvaluationFolder
 from internimage_jax.initial import fill
 from internimage_jax.model import InternImage
-from internimage_jax.predictions import ImageResult
+from internimage_jax.predictions import ImageResult, PredictionsWriter, to_lines
 from tests.evaluate.runs import COUNT, EACH, Finished, without_times
 
 
@@ -119,6 +119,16 @@ def test_only_whole_batches_are_kept_unless_all_is_done(tmp_path: Path) -> None:
     resumed = EvaluationFolder(tmp_path, resume=True)
     for batch, images, kept in ((8, 23, 8), (4, 23, 8), (16, 23, 0), (1, 23, 11), (8, 11, 11)):
         assert len(resumed.done({}, batch, images)) == kept
+
+
+def test_what_is_kept_is_what_the_file_begins_with(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    kept = [ImageResult(i, f"{i}.jpg", (0,), (0,), (1.0,)) for i in range(2)]
+    for before in (b"", b"edited", to_lines(kept).replace(b"1.0", b"1.00", 1)):
+        path.write_bytes(before)
+        with pytest.raises(ValueError, match=r"predictions\.jsonl: was not written by this"):
+            PredictionsWriter(path, kept)
+        assert path.read_bytes() == before
 
 
 def test_an_evaluation_is_told_by_its_settings_and_finished_by_its_report(tmp_path: Path) -> None:

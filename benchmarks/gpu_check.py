@@ -274,7 +274,7 @@ def test(check: Check) -> bool:
     cpu = check.options.platform == "cpu"
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     command += ["-p", "no:benchmark"]  # it warns beside xdist, and warnings are errors here
-    command += ["tests/test_dcnv3_gpu.py", "tests/test_layers_gpu.py"]
+    command += sorted(str(path) for path in ROOT.glob("tests/test_*_gpu.py"))
     if importlib.util.find_spec("xdist"):  # compiling is most of the time
         command += ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
     environment = {"INTERNIMAGE_GPU_TESTS_ON": "host" if cpu else "cuda"}

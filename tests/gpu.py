@@ -7,10 +7,13 @@ On a GPU a kernel that does not serve is an error and no skip. INTERNIMAGE_GPU_T
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import xla_ops
@@ -58,3 +61,11 @@ def kernels() -> contextlib.AbstractContextManager[None]:
     status = xla_ops.status()["cuda"]
     assert status.implementation == "kernel", status.detail
     return contextlib.nullcontext()
+
+
+def by_kernel(function: Callable, *arrays: Any, times: int = 1) -> list[Any]:
+    """What `function`, whose kernel may be one of the forward alone, returns there, each time."""
+    local = jax.device_put(arrays, device())
+    with kernels():
+        run = jax.jit(functools.partial(function, implementation="kernel"))
+        return [jax.tree.map(np.asarray, run(*local)) for _ in range(times)]

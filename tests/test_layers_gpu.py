@@ -8,9 +8,7 @@ Without a GPU a CPU runs the same code (gpu.py); test_layers_cuda.py does under 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,9 @@ import numpy as np
 import pytest
 
 import xla_ops
-from tests import gpu, kernels_on_host
+from tests import gpu
 from tests import test_layer_norm as layer_norm
 from tests import test_mlp as mlp
-from tests import test_whole_layers as whole
 from tests.layers import TOLERANCE, assert_close, on_device, operands
 from xla_ops import _targets
 from xla_ops.mlp import CHANNELS_ON_CUDA
@@ -136,20 +133,12 @@ def test_linear_with_gelu(shape: tuple[int, ...], outputs: int, dtype: str) -> N
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             wanted = jax.jit(functools.partial(LINEAR, implementation="jnp"))(*exact)
-        first, second = by_kernel(LINEAR, x, kernel, bias, times=2)
+        first, second = gpu.by_kernel(LINEAR, x, kernel, bias, times=2)
         assert_close(first, wanted, TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
 
 
 LINEAR = functools.partial(xla_ops.linear, gelu=True)
-
-
-def by_kernel(function: Callable, *arrays: Any, times: int = 1) -> list[Any]:
-    """The value of `function`, or its values, which has a kernel for the forward alone."""
-    local = jax.device_put(arrays, gpu.device())
-    with gpu.kernels():
-        run = jax.jit(functools.partial(function, implementation="kernel"))
-        return [jax.tree.map(np.asarray, run(*local)) for _ in range(times)]
 
 
 @gpu.needs_instructions_of(_targets.LINEAR_FORWARD)
@@ -179,7 +168,7 @@ def test_linear(shape: tuple[int, ...], outputs: int, dtype: str) -> None:
     for bias in (vector, vector.astype("float32")):
         exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
         wanted = exact[0] @ exact[1] + exact[2]
-        first, second = by_kernel(xla_ops.linear, x, kernel, bias, times=2)
+        first, second = gpu.by_kernel(xla_ops.linear, x, kernel, bias, times=2)
         assert_close(first, wanted, TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
 
@@ -193,13 +182,13 @@ def test_products_with_parameters_of_each_example(name: str) -> None:
     if name == "linear":
         sets = [arrays[:3] for arrays in sets]
     stacked = [jnp.stack(arrays) for arrays in zip(*sets, strict=True)]
-    (got,) = by_kernel(
+    (got,) = gpu.by_kernel(
         lambda *a, implementation: jax.vmap(
             functools.partial(function, implementation=implementation)
         )(*a),
         *stacked,
     )
-    wanted = [by_kernel(function, *arrays)[0] for arrays in sets]
+    wanted = [gpu.by_kernel(function, *arrays)[0] for arrays in sets]
     assert got.tobytes() == np.stack(wanted).tobytes()
 
 
@@ -208,7 +197,7 @@ def test_linear_with_gelu_of_what_is_not_finite() -> None:
     x, kernel, bias = np.ones((1, 9, 9, 40)), np.ones((40, 72)), np.zeros(72)
     x[0, 0, 3, 7], x[0, 5, 5, 39], x[0, 8, 8, 0] = np.nan, np.inf, -np.inf
     bias[5], bias[11] = np.nan, -np.inf
-    (got,) = by_kernel(LINEAR, *(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
+    (got,) = gpu.by_kernel(LINEAR, *(jnp.asarray(a, "bfloat16") for a in (x, kernel, bias)))
     with np.errstate(invalid="ignore"):
         z = x @ kernel + bias
     wanted = np.where(z == -np.inf, 0, z)
@@ -239,7 +228,7 @@ def test_mlp(shape: tuple[int, ...], hidden: int, dtype: str) -> None:
         exact = [np.asarray(a, np.float64) for a in arrays]
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             wanted = jax.jit(functools.partial(xla_ops.mlp, implementation="jnp"))(*exact)
-        first, second = by_kernel(xla_ops.mlp, *arrays, times=2)
+        first, second = gpu.by_kernel(xla_ops.mlp, *arrays, times=2)
         assert_close(first, wanted, 8 * TOLERANCE[dtype])  # as of the CPU's
         assert first.tobytes() == second.tobytes()
 
@@ -248,7 +237,7 @@ def test_mlp(shape: tuple[int, ...], hidden: int, dtype: str) -> None:
 def test_mlp_of_what_is_not_finite() -> None:
     x, kernel1, bias1, kernel2, bias2 = mlp.operands((1, 9, 9, 64), 128, 64, "bfloat16")
     arrays = [x.at[0, 0, 3, 7].set(np.nan).at[0, 8, 8, 0].set(np.inf), kernel1, bias1, kernel2]
-    (got,) = by_kernel(xla_ops.mlp, *arrays, bias2)
+    (got,) = gpu.by_kernel(xla_ops.mlp, *arrays, bias2)
     finite = np.isfinite(got.astype(np.float64)).all(-1)[0]
     assert {tuple(map(int, at)) for at in np.argwhere(~finite)} == {(0, 3), (8, 8)}
     assert np.isnan(got[0, 0, 3].astype(np.float64)).all()
@@ -281,7 +270,7 @@ NORMS = [
 def test_layer_norm(shape: tuple[int, ...], dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, scale, bias = layer_norm.operands(shape, dtype)
-        first, second = by_kernel(xla_ops.layer_norm, x, scale, bias, times=2)
+        first, second = gpu.by_kernel(xla_ops.layer_norm, x, scale, bias, times=2)
         assert_close(first, layer_norm.in_float64(x, scale, bias, 1e-6), 2 * TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
 
@@ -291,7 +280,7 @@ def test_layer_norm(shape: tuple[int, ...], dtype: str) -> None:
 def test_add_norm(shape: tuple[int, ...], dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, residual, scale, bias = layer_norm.operands_of_add(shape, dtype)
-        first, second = by_kernel(xla_ops.add_norm, x, residual, scale, bias, times=2)
+        first, second = gpu.by_kernel(xla_ops.add_norm, x, residual, scale, bias, times=2)
         np.testing.assert_array_equal(first[0], np.asarray(x) + np.asarray(residual))
         exact = layer_norm.in_float64(first[0], scale, bias, 1e-6)
         assert_close(first[1], exact, 2 * TOLERANCE[dtype])
@@ -303,7 +292,7 @@ def test_add_norm(shape: tuple[int, ...], dtype: str) -> None:
 def test_norm_add(shape: tuple[int, ...], dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         x, residual, scale, bias = layer_norm.operands_of_add(shape, dtype)
-        first, second = by_kernel(xla_ops.norm_add, x, residual, scale, bias, times=2)
+        first, second = gpu.by_kernel(xla_ops.norm_add, x, residual, scale, bias, times=2)
         exact = layer_norm.in_float64(x, scale, bias, 1e-6) + np.asarray(residual, np.float64)
         assert_close(first, exact, 2 * TOLERANCE[dtype])
         assert first.tobytes() == second.tobytes()
@@ -318,11 +307,11 @@ def test_layer_norm_with_parameters_of_each_batch(channels: int) -> None:
     mapped = lambda *a, implementation: jax.vmap(  # noqa: E731
         functools.partial(xla_ops.layer_norm, implementation=implementation)
     )(*a)
-    (got,) = by_kernel(mapped, x, scale, bias)
+    (got,) = gpu.by_kernel(mapped, x, scale, bias)
     added = lambda *a, implementation: jax.vmap(  # noqa: E731
         functools.partial(xla_ops.add_norm, implementation=implementation)
     )(*a)
-    ((_, of_sum),) = by_kernel(added, x / 2, x - x / 2, scale, bias)
+    ((_, of_sum),) = gpu.by_kernel(added, x / 2, x - x / 2, scale, bias)
     for i in range(3):
         wanted = layer_norm.in_float64(x[i], scale[i], bias[i], 1e-6)
         assert_close(got[i], wanted, 2 * TOLERANCE["bfloat16"])
@@ -333,7 +322,7 @@ def test_layer_norm_with_parameters_of_each_batch(channels: int) -> None:
 def test_layer_norm_of_what_is_not_finite(shape: tuple[int, ...]) -> None:
     x, scale, bias = layer_norm.operands(shape)
     spoilt = x.at[0, 0, 2, 3].set(jnp.nan).at[0, 1, 1, 19].set(jnp.inf)
-    got, wanted = (by_kernel(xla_ops.layer_norm, a, scale, bias)[0] for a in (spoilt, x))
+    got, wanted = (gpu.by_kernel(xla_ops.layer_norm, a, scale, bias)[0] for a in (spoilt, x))
     rows = np.zeros(shape[:3], bool)
     rows[0, 0, 2] = rows[0, 1, 1] = True
     assert np.isnan(got[rows]).all()
@@ -351,123 +340,3 @@ def test_the_same_bits_each_time() -> None:
     first, *others = by_cuda(xla_ops.dwconv_norm_gelu, *arrays, times=3)
     for other in others:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(first, other, strict=True))
-
-
-WHOLE = [
-    ((1, 9, 5, 112), 7, 448),
-    ((2, 5, 6, 128), 8, 512),
-    ((1, 3, 3, 64), 4, 1024),  # a cluster of blocks makes the last product
-    ((1, 2, 3, 80), 5, 320),
-    ((1, 20, 20, 64), 4, 256),
-    ((1, 1, 1, 16), 1, 16),
-    ((3, 1, 7, 32), 4, 48),
-    ((0, 2, 2, 16), 2, 32),
-    gpu.large((1, 56, 56, 64), 4, 256),
-    gpu.large((1, 14, 14, 256), 16, 1024),
-    gpu.large((1, 7, 7, 512), 32, 2048),
-    gpu.large((1, 7, 7, 896), 56, 3584),
-    gpu.large((8, 14, 14, 320), 20, 1280),
-    gpu.large((1, 7, 9, 1024), 16, 4096),
-    gpu.large((170, 56, 56, 16), 2, 32),  # more images than go through the kernels at once
-]
-
-
-@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
-@pytest.mark.parametrize(
-    ("dtype", "vectors", "post_norm"),
-    [
-        ("bfloat16", "bfloat16", False),
-        ("float16", "float32", True),  # as norms are that factors were multiplied into
-    ],
-)
-@pytest.mark.parametrize(("shape", "group", "hidden"), WHOLE, ids=str)
-def test_whole_layers(
-    shape: tuple[int, ...], group: int, hidden: int, dtype: str, vectors: str, post_norm: bool
-) -> None:
-    function = functools.partial(xla_ops.layers, group=group, offset_scale=0.7, post_norm=post_norm)
-    x, parameters = whole.operands(shape, group, hidden, dtype, vectors)
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (x, parameters))
-        wanted = jax.jit(functools.partial(function, implementation="jnp"))(*exact)
-    first, second = by_kernel(function, x, parameters, times=2)
-    assert_close(first, wanted, 4 * TOLERANCE[dtype])  # as the operators one after the other
-    assert first.tobytes() == second.tobytes()
-
-
-@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
-def test_whole_layers_with_parameters_of_each_example() -> None:
-    sets = [whole.operands((2, 3, 5, 32), 2, 64, "bfloat16", "float32") for _ in range(2)]
-    sets[1] = jax.tree.map(lambda a: a * 1.5, sets[1])
-    function = functools.partial(xla_ops.layers, group=2)
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *sets)
-    mapped = lambda *a, implementation: jax.vmap(  # noqa: E731
-        functools.partial(function, implementation=implementation)
-    )(*a)
-    (got,) = by_kernel(mapped, *stacked)
-    wanted = [by_kernel(function, *arrays)[0] for arrays in sets]
-    assert got.tobytes() == np.stack(wanted).tobytes()
-
-
-@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
-@pytest.mark.parametrize("post_norm", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "group", "hidden", "times"),
-    [
-        ((1, 4, 4, 32), 2, 64, 2),
-        gpu.large((1, 56, 56, 64), 4, 256, 300),
-        gpu.large((1, 14, 14, 256), 16, 1024, 300),
-        gpu.large((1, 7, 7, 512), 32, 2048, 300),
-    ],
-    ids=str,
-)
-def test_whole_layers_have_the_same_bits_early_and_in_order(
-    shape: tuple[int, ...],
-    group: int,
-    hidden: int,
-    times: int,
-    post_norm: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of several maps in turn: what is read too early is another map's."""
-    x, parameters = whole.operands(shape, group, hidden, "bfloat16")
-    maps = jax.device_put([x, -x, x[:, ::-1]], gpu.device())
-    parameters = jax.device_put(parameters, gpu.device())
-
-    def run(x: jax.Array, parameters: list[xla_ops.LayerParameters]) -> jax.Array:
-        for _ in range(3):
-            settings = {"group": group, "post_norm": post_norm, "implementation": "kernel"}
-            x = xla_ops.layers(x / 2, parameters, **settings)
-        return x
-
-    wanted = []
-    for early in (False, True):
-        monkeypatch.setattr(importlib.import_module("xla_ops.layers"), "EARLY", early)
-        with gpu.kernels():
-            jax.clear_caches()
-            compiled = jax.jit(run).lower(maps[0], parameters).compile()
-            wanted = wanted or [np.asarray(compiled(a, parameters)) for a in maps]
-            got = [compiled(maps[i % 3], parameters) for i in range(times)]
-        for i, y in enumerate(got):
-            assert np.asarray(y).tobytes() == wanted[i % 3].tobytes()
-
-
-@pytest.mark.skipif(gpu.ON != "host", reason="of the host's launches")
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_kernels_of_layers_begin_early_but_for_the_first(post_norm: bool) -> None:
-    """That one may not fetch its weights: what came before may not have written them yet."""
-    x, parameters = whole.operands((1, 4, 4, 32), 2, 64, "bfloat16")
-    kernels_on_host.extension()
-    kernels_on_host.take_launches()
-    by_kernel(functools.partial(xla_ops.layers, group=2, post_norm=post_norm), x, parameters)
-    assert kernels_on_host.take_launches() == [False] + [True] * (15 if post_norm else 13)
-
-
-@gpu.needs_instructions_of(_targets.LAYERS_FORWARD)
-def test_whole_layers_of_what_is_not_finite() -> None:
-    """It spreads as far as a depthwise kernel and points reach, and not into another image."""
-    x, parameters = whole.operands((2, 6, 6, 32), 2, 64, "bfloat16")
-    function = functools.partial(xla_ops.layers, group=2)
-    (finite,) = by_kernel(function, x, parameters)
-    (got,) = by_kernel(function, x.at[0, 3, 3, 5].set(jnp.nan), parameters)
-    assert np.isnan(got[0, 3, 3].astype(np.float64)).all()
-    np.testing.assert_array_equal(got[1], finite[1])

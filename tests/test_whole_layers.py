@@ -1,6 +1,6 @@
 """Whole layers as one operator: what it is made of, where it is one call, and its errors.
 
-tests/test_layers_gpu.py has the values of the call.
+tests/test_whole_layers_gpu.py has the values of the call.
 """
 
 from __future__ import annotations

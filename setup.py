@@ -55,7 +55,7 @@ def cpu_extension() -> Extension:
 def cuda_extension() -> Extension:
     return Extension(
         "xla_ops._cuda",
-        sources=[str(path) for path in (*sorted(CSRC.glob("*.cu")), CSRC / "cuda_module.cc")],
+        sources=[str(path) for path in sorted(CSRC.glob("*cuda*.c[cu]"))],
         depends=[str(path) for path in CSRC.glob("*.h")],
         include_dirs=[str(CSRC)],
         extra_compile_args=["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0"],

@@ -28,6 +28,12 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 #include "linear_cuda.cu"
 #include "mlp_cuda.cu"
 #include "norm_cuda.cu"
+#include "dcnv3_cuda_handlers.cc"
+#include "dwconv_cuda_handlers.cc"
+#include "gelu_cuda_handlers.cc"
+#include "layer_cuda_handlers.cc"
+#include "linear_cuda_handlers.cc"
+#include "norm_cuda_handlers.cc"
 #include "cuda_module.cc"
 // clang-format on
 

@@ -26,9 +26,9 @@ inline ffi::Error invalid(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_dcnv3: " + message);
 }
 
-// Fills the call's problem from the attributes and the shapes of x and of a tensor (N, Ho, Wo, ...).
 constexpr int64_t kLargestSide = 1 << 24;  // whose pixels float32 tells apart
 
+// Fills the call's problem from the attributes and the shapes of x and of a tensor (N, Ho, Wo, ...).
 // `geometry`: kernel, stride, pad, dilation, each (h, w), then group, remove_center, version.
 inline ffi::Error describe(Geometry geometry, double offset_scale, Buffer x, Buffer points, Call* call) {
   if (geometry.size() != 11 || geometry[10] != kVersion) {

@@ -7,12 +7,14 @@ Nothing is run and no parameter is made, so the largest model takes no more memo
 With `--gpu` the programs are for a GPU, which need not be here (`benchmarks.gpu_target` says what
 has to be installed). A program that is one command buffer, and nothing outside it, is launched as
 one CUDA graph. Training is a step of T (loss, gradients of all parameters) at 32 images, with and
-without recomputation of each layer (`with_cp`).
+without recomputation of each layer (`with_cp`). With `--layers` a level is a call of
+`xla_ops.layers` where it serves, which models do not take of themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import time
@@ -89,13 +91,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--training", action="store_true", help="T at 32 images too")
     parser.add_argument("--gpu", choices=gpu_target.GPUS, help="compile for one that is not here")
+    parser.add_argument("--layers", action="store_true", help="a level's layers as one call")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
+    if options.layers:  # the module, whose name in the package is the operator's
+        importlib.import_module("xla_ops.layers").MOST_NUMBERS = 1 << 19  # all of T's and B's maps
     sharding = gpu_target.sharding(options.gpu) if options.gpu else None
     platform = options.gpu or jax.default_backend()
     for name in options.models:
         for batch_size in options.batch_size:
             row = forward(name, batch_size, options.dtype, sharding)
+            row["program"] += ", whole levels" if options.layers else ""
             show({"platform": platform, **row}, options.json)
     for with_cp in (False, True) if options.training else ():
         config = RELEASED[T].config.replace(with_cp=with_cp)

@@ -144,6 +144,16 @@ def test_logits_of_any_size_give_a_softmax() -> None:
         assert float(jnp.abs(y[:, 1:-1, 1:-1] - 1).max()) < 1e-6
 
 
+def test_logits_whose_exponentials_are_next_to_nothing_give_a_softmax() -> None:
+    record = xla_ops.Record(1, 9)
+    rows = np.zeros((1, 6, 6, record.width), np.float32)
+    rows[..., record.mask] = np.random.RandomState(4).uniform(-110, -80, (1, 6, 6, 9))
+    rows[..., record.mask[4]] = 0  # the middle one, at the pixel itself
+    x = jnp.asarray(np.random.RandomState(5).standard_normal((1, 6, 6, 16)), "float32")
+    y = xla_ops.dcnv3_fused(x, jnp.asarray(rows), group=1, implementation="kernel")
+    assert difference(y, x) < 1e-6
+
+
 @pytest.mark.parametrize("extreme", [np.nan, np.inf, -np.inf, 1e30, -1e30, 3e9, -(2.0**31)])
 def test_extreme_offsets_count_as_outside(extreme: float) -> None:
     geometry = settings_of(CASES["plain"])
@@ -173,6 +183,44 @@ def test_what_is_not_finite_reaches_no_further_than_in_the_gather_form(
         assert not (~np.isfinite(a) & ~spoilt).any(), name
         np.testing.assert_allclose(np.where(spoilt, 0, a), np.where(spoilt, 0, b), atol=1e-4)
     assert not np.isfinite(got[0] if operand != 3 else got[1]).all()
+
+
+@pytest.mark.parametrize("operand", [0, 3], ids=["x", "dy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nor_where_points_are_at_pixels_and_just_outside(value: float, operand: int) -> None:
+    geometry = settings_of(CASES["plain"])
+    arrays = problem(7, "float32", geometry, (1, 6, 7), 5)
+    arrays[1] = jnp.zeros_like(arrays[1])  # the outermost points are at -1 and at the map's sides
+    arrays[operand] = arrays[operand].at[0, ::5, ::6, 0].set(value)  # the corners
+    got = value_and_gradients("kernel", *arrays, **geometry)
+    expected = value_and_gradients("gather", *arrays, **geometry)
+    for name, a, b in zip(("y", *GRADIENTS), got, expected, strict=True):
+        spoilt = ~np.isfinite(b)
+        assert not (~np.isfinite(a) & ~spoilt).any(), name
+        np.testing.assert_allclose(np.where(spoilt, 0, a), np.where(spoilt, 0, b), atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("operand", [0, 1, 2], ids=["x", "record", "dy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nor_in_the_fused_form_with_a_share_of_the_centre(
+    value: float, operand: int, depth: int
+) -> None:
+    record, random = xla_ops.Record(2, 9), np.random.RandomState(10)
+    sizes = 2 * depth, record.width, 2 * depth
+    arrays = on_device([random.standard_normal((1, 6, 7, n)) for n in sizes], "float32")
+    places = [(0, 0, 0, 0)]  # a corner, some of whose points are outside
+    if operand == 1:
+        places = [(0, 0, 0, record.center[0]), (0, 5, 6, record.mask[-1])]
+    for place in places:
+        arrays[operand] = arrays[operand].at[place].set(value)
+    options = {"group": 2, "center_feature_scale": True}
+    got = value_and_gradients("kernel", *arrays, **options)
+    expected = value_and_gradients("gather", *arrays, **options)
+    for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
+        spoilt = ~np.isfinite(b)
+        np.testing.assert_array_equal(~np.isfinite(a), spoilt, name)
+        np.testing.assert_allclose(np.where(spoilt, 0, a), np.where(spoilt, 0, b), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

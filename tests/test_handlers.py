@@ -1,0 +1,90 @@
+"""What the kernels' handlers refuse: calls that no operator here makes, but another program may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers import kernel_serves, needs_kernel
+from xla_ops import _targets
+from xla_ops.bias_gelu import BiasGelu
+from xla_ops.convolution import Convolution
+from xla_ops.custom_call import Target
+from xla_ops.dcnv3_kernel import DCNv3
+from xla_ops.dwconv import DwconvNormGelu
+from xla_ops.geometry import Geometry
+from xla_ops.layer_norm import AddNorm, LayerNorm, NormAdd
+from xla_ops.linear import Linear
+from xla_ops.mlp import MLP
+
+GEOMETRY = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2, 1.0, False, True)
+X, POINTS, RECORD = (2, 4, 5, 8), (2, 4, 5, 36), (2, 4, 5, GEOMETRY.record.width)
+VECTOR, DWCONV = (8,), (X, (3, 3, 8), (8,), (8,), (8,))
+CALLS: dict[str, tuple[Target, tuple[tuple[int, ...], ...]]] = {
+    "dcnv3": (DCNv3(GEOMETRY, False).forward, (X, POINTS, (2, 4, 5, 18))),
+    "dcnv3 back": (DCNv3(GEOMETRY, False).backward("cpu"), (X, POINTS, (2, 4, 5, 18), X)),
+    "fused": (DCNv3(GEOMETRY, True).forward, (X, RECORD)),
+    "fused back": (DCNv3(GEOMETRY, True).backward("cpu"), (X, RECORD, X)),
+    "dwconv": (DwconvNormGelu(1e-6).forward, DWCONV),
+    "dwconv back": (DwconvNormGelu(1e-6).backward("cpu"), (*DWCONV, X)),
+    "gelu": (BiasGelu().forward, (X, VECTOR)),
+    "gelu back": (BiasGelu().backward("cpu"), (X, VECTOR, X)),
+    "norm": (LayerNorm(1e-6).forward, (X, VECTOR, VECTOR)),
+    "add_norm": (AddNorm(1e-6).forward, (X, X, VECTOR, VECTOR)),
+    "norm_add": (NormAdd(1e-6).forward, (X, X, VECTOR, VECTOR)),
+    "linear": (Linear(False).forward, (X, (8, 24), (24,))),
+    "linear gelu": (Linear(True).forward, (X, (8, 24), (24,))),
+    "linear panels": (Linear(False, True).forward, (X, (2, 8, 32), (40,))),
+    "convolution": (Convolution(0).forward, (X, (3, 3, 8, 24), (24,))),
+    "convolution panels": (Convolution(0, True).forward, (X, (1, 72, 32), (24,))),
+    "mlp": (MLP().forward, (X, (8, 24), (24,), (24, 8), (8,))),
+}
+NAMES = [
+    pytest.param(name, marks=kernel_serves if name[:3] in ("lin", "con", "mlp") else needs_kernel)
+    for name in CALLS
+]
+Result = jax.ShapeDtypeStruct
+Buffers = Sequence[np.ndarray]
+
+
+def call(target: Target, operands: Buffers, results: Sequence[Result], version: int) -> None:
+    attributes = dict(target.attributes)
+    if "geometry" in attributes:
+        attributes["geometry"] = np.array((*attributes["geometry"][:-1], version), np.int64)
+    else:
+        attributes["version"] = np.int64(version)
+    jax.block_until_ready(jax.ffi.ffi_call(target.name, results)(*operands, **attributes))
+
+
+def changed(values: Sequence, i: int, value: object) -> list:
+    return [*values[:i], value, *values[i + 1 :]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    target, shapes = CALLS[name]
+    operands = [np.ones(shape, jnp.bfloat16) for shape in shapes]
+    results = [Result(*a) for a in target.shapes(*operands)]
+    call(target, operands, results, _targets.VERSION)
+
+    def refused(operands: Buffers, results: Sequence[Result], version=_targets.VERSION) -> None:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: internimage"):
+            call(target, operands, results, version)
+
+    refused(operands, results, _targets.VERSION + 1)
+    for i, a in enumerate(operands):
+        of_any_type = name.startswith("fused") and i == 1  # a record: of any but integers
+        other = a.astype("int16" if of_any_type else "float16")
+        refused(changed(operands, i, other), results)
+        for axis in range(a.ndim):
+            if name == "dcnv3" and i == 0 and axis in (1, 2):
+                continue  # a map of any size has a result of any other
+            refused(changed(operands, i, np.concatenate([a, a], axis)), results)
+    for i, a in enumerate(results):
+        refused(operands, changed(results, i, Result(a.shape, "float16")))
+        more = (*a.shape[:-1], a.shape[-1] + 1)
+        refused(operands, changed(results, i, Result(more, a.dtype)))

@@ -11,6 +11,7 @@ constexpr int kLanes = kBytes / 4;
 constexpr int kPanel = kPanelColumns;
 constexpr int kVectors = kPanel / kLanes;
 constexpr int kDepth = 256;  // words
+constexpr int kStep = 16;    // words
 // Vectors of sums in registers, and with so many in a row the rows of a strip.
 constexpr int kSums = kBytes == 64 ? 28 : 12;
 constexpr int kMostRows = kBytes == 64 ? 14 : 12;
@@ -28,9 +29,9 @@ struct Strip {
   const float* bias;    // or null
   float* to;            // of the first row, `to_stride` apart
   int64_t to_stride;
-  const char* ahead;  // rows of the next panel, `ahead_stride` bytes apart
+  const char* ahead;  // rows of the next panel to fetch, `ahead_stride` bytes apart
   int64_t ahead_stride;
-  int64_t ahead_rows;  // of them for each 16 words of depth
+  int64_t ahead_rows;  // of them for each step of kStep words of depth
 };
 
 // Adds the products of a word of x and those of a panel.
@@ -59,13 +60,13 @@ CPU_TARGET void strip_of(std::integer_sequence<int, I...>, const Strip& s) {
   const float *x = s.x, *panel = s.panel;
   const char* ahead = s.ahead;
   const int64_t stride = s.stride;
-  for (int64_t left = s.depth; left > 0; left -= 16) {
+  for (int64_t left = s.depth; left > 0; left -= kStep) {
     // Bit by bit: there are few that a processor can wait for at once.
     for (int64_t n = s.ahead_rows; n > 0; --n, ahead += s.ahead_stride) {
       __builtin_prefetch(ahead);
       __builtin_prefetch(ahead + 64);
     }
-    for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, ++x, panel += kPanel) {
+    for (int64_t k = std::min<int64_t>(left, kStep); k > 0; --k, ++x, panel += kPanel) {
       (add_products<pairs>(sum[I], x + row[I] * stride, load_raw<V>(panel + column[I])), ...);
     }
   }
@@ -160,6 +161,20 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
   }
 }
 
+// Copies the numbers from `at` on of a tile's rows, and zero after them up to `whole` numbers.
+template <class T, class To>
+CPU_TARGET void copy_inputs(const Call& s, const Tile& tile, int64_t at, int64_t numbers, int64_t whole,
+                            To* to, int64_t stride) {
+  const T* const x = static_cast<const T*>(s.x);
+  if (s.map.channels) {
+    copy_pixels(x, s.map, tile.row, tile.rows, at, numbers, to, stride);
+  } else {
+    copy_rows(x + tile.row * s.inputs, s.inputs, tile.rows, at, numbers, to, stride);
+  }
+  if (numbers == whole) return;
+  for (int64_t r = 0; r < tile.rows; ++r) std::fill_n(to + r * stride + numbers, whole - numbers, To{});
+}
+
 // Copies a panel's rows of the kernel, each to words of its own or with the next one to pairs; what the
 // kernel lacks is zero.
 template <bool pairs, class T>
@@ -214,13 +229,43 @@ CPU_TARGET void finish(const float* sums, int64_t rows, int64_t columns, const P
   }
 }
 
+// The rows of a panel to come, which the strips that go by another one fetch.
+class Ahead {
+ public:
+  // Of the panel at `column` from input `number` on, as many as `most` inputs, in so many steps of strips;
+  // none where there is no such column.
+  template <class T>
+  CPU_ALWAYS Ahead(const Call& s, const T* kernel, int64_t number, int64_t column, int64_t most,
+                   int64_t steps) {
+    if (column >= s.outputs) return;
+    // Rows of 64 bytes that lie together count as one.
+    const int64_t together = s.panels && sizeof(T) == 2 ? 2 : 1;
+    next_ = reinterpret_cast<const char*>(kernel + s.kernel_at(number, column));
+    stride_ = s.kernel_stride() * together * int64_t(sizeof(T));
+    left_ = std::min(s.inputs - number, most) / together;
+    each_ = quotient_up(left_, steps);
+  }
+
+  // Hands a strip its part.
+  CPU_ALWAYS void give(Strip* strip) {
+    const int64_t steps = quotient_up(strip->depth, kStep);
+    each_ = std::min(each_, quotient_up(left_, steps));
+    strip->ahead = next_, strip->ahead_stride = stride_, strip->ahead_rows = each_;
+    next_ += each_ * steps * stride_;
+    left_ = std::max<int64_t>(left_ - each_ * steps, 0);
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t stride_ = 0, left_ = 0, each_ = 0;  // each_: in a step
+};
+
 template <class T, class P>
 CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
-  const T* x = static_cast<const T*>(s.x) + (s.map.channels ? 0 : tile.row * s.inputs);
-  const T* kernel = static_cast<const T*>(s.kernel);
-  const P* bias = static_cast<const P*>(s.bias) + tile.column;
-  T* y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
   if (tile.rows < 1) return;
+  const T* const kernel = static_cast<const T*>(s.kernel);
+  const P* const bias = static_cast<const P*>(s.bias) + tile.column;
+  T* const y = static_cast<T*>(s.y) + tile.row * s.outputs + tile.column;
   constexpr bool pairs = CPU_BFLOAT16 && std::is_same_v<T, BFloat16>;
   using Number = std::conditional_t<pairs, BFloat16, float>;
   constexpr int kNumbers = pairs ? 2 : 1;  // of a word
@@ -245,49 +290,33 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
     const int64_t number = at * kNumbers, numbers = std::min(s.inputs - number, depth * kNumbers);
     const float* rows = copied_rows;
     if (copied) {
-      Number* const to = reinterpret_cast<Number*>(copied_rows);
-      constexpr int64_t kStride = kCopyStride * kNumbers;
-      if (s.map.channels) {
-        copy_pixels(x, s.map, tile.row, tile.rows, number, numbers, to, kStride);
-      } else {
-        copy_rows(x, s.inputs, tile.rows, number, numbers, to, kStride);
-      }
-      if (numbers < depth * kNumbers) {
-        for (int64_t r = 0; r < tile.rows; ++r) to[r * kStride + numbers] = Number{};
-      }
+      copy_inputs<T>(s, tile, number, numbers, depth * kNumbers, reinterpret_cast<Number*>(copied_rows),
+                     kCopyStride * kNumbers);
     } else {
-      rows = reinterpret_cast<const float*>(x + number);
+      rows = reinterpret_cast<const float*>(static_cast<const T*>(s.x) + tile.row * s.inputs + number);
     }
     for (int64_t p = 0; p < panels; ++p) {
-      const int64_t columns = tile.columns - p * kPanel;
-      const int64_t column = tile.column + p * kPanel;
+      const int64_t column = tile.column + p * kPanel, columns = tile.columns - p * kPanel;
+      const int64_t vectors = std::min<int64_t>(quotient_up(columns, kLanes), kVectors);
+      const int64_t strips = quotient_up(tile.rows, strip_rows(vectors));
       const T* const from = kernel + s.kernel_at(number, column);
       T* const result = y + p * kPanel;
+      if (!in_place) pack<pairs>(from, s.kernel_stride(), numbers, columns, panel_copy);
       Strip strip = {};
       strip.stride = stride, strip.depth = depth;
       strip.panel = in_place ? reinterpret_cast<const float*>(from) : panel_copy;
-      if (!in_place) pack<pairs>(from, s.kernel_stride(), numbers, columns, panel_copy);
       // What is neither rounded nor goes into GELU goes to its place at once.
       bool direct = false;
-      const int64_t vectors = std::min<int64_t>(quotient_up(columns, kLanes), kVectors);
       if constexpr (std::is_same_v<T, float>) {
         direct = last && !s.gelu && columns >= vectors * kLanes;
         if (direct) strip.bias = bias + p * kPanel;
       }
-      const auto write = s.gelu ? finish<true, T, P> : finish<false, T, P>;
-      const int64_t strips = quotient_up(tile.rows, strip_rows(vectors));
-      // The strips fetch the rows of the next panel, of this depth, of the next one, or of the next tile.
+      // The next panel is of this depth, of the next one, or of the next tile.
       int64_t next = number, next_column = column + kPanel;
       if (p + 1 == panels && !last) next = number + numbers, next_column = tile.column;
       if (p + 1 == panels && last) next = 0;
-      const bool ends = next_column >= s.outputs;
-      // Rows of 64 bytes that lie together count as one.
-      const int64_t together = s.panels && sizeof(T) == 2 ? 2 : 1;
-      int64_t unfetched = ends ? 0 : std::min<int64_t>(s.inputs - next, kDepth * kNumbers) / together;
-      const int64_t steps = quotient_up(depth, 16);
-      strip.ahead_rows = quotient_up(unfetched, strips * steps);
-      strip.ahead_stride = s.kernel_stride() * together * int64_t(sizeof(T));
-      if (!ends) strip.ahead = reinterpret_cast<const char*>(kernel + s.kernel_at(next, next_column));
+      Ahead ahead(s, kernel, next, next_column, kDepth * kNumbers, strips * quotient_up(depth, kStep));
+      const auto write = s.gelu ? finish<true, T, P> : finish<false, T, P>;
       const int64_t count = tile.rows / strips, longer = tile.rows % strips;
       for (int64_t i = 0, row = 0, end; i < strips; ++i, row = end) {
         end = row + count + (i < longer);
@@ -298,10 +327,8 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
         if constexpr (std::is_same_v<T, float>) {
           if (direct) strip.to = result + row * s.outputs, strip.to_stride = s.outputs;
         }
+        ahead.give(&strip);
         strip_for<pairs>(end - row, vectors)(strip);
-        const int64_t fetched = strip.ahead_rows * steps;
-        strip.ahead += fetched * strip.ahead_stride, unfetched -= fetched;
-        strip.ahead_rows = std::min(strip.ahead_rows, quotient_up(std::max<int64_t>(unfetched, 0), steps));
         if (!last || direct) continue;
         write(sums, end - row, std::min<int64_t>(columns, kPanel), bias + p * kPanel,
               result + row * s.outputs, s.outputs);

@@ -92,5 +92,6 @@ def _hint(wanted: Mapping[str, Shape], tensors: Mapping[str, LazyTensor]) -> str
         return f" (the tensors fit {' or '.join(fits)})"
     head = tensors.get("head.bias")
     if head is not None and len(head.shape) == 1 and head.shape != wanted.get("head.bias"):
-        return f" (num_classes or --num-classes {head.shape[0]} keeps the file's head)"
+        count = head.shape[0]
+        return f" (its head is of {count} classes: num_classes={count}, or convert --num-classes)"
     return ""

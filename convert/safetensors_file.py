@@ -81,8 +81,10 @@ def _read_entry(
     except ValueError as error:
         raise file.error(f"{error} ({quote(name)})") from None
     nbytes = LazyTensor(name, shape, dtype, file, 0).nbytes
-    if not 0 <= begin <= end <= file.size or end - begin != nbytes:
+    if not 0 <= begin <= end or end - begin != nbytes:
         raise file.error(f"tensor {quote(name)} of {nbytes} bytes has data_offsets that do not fit")
+    if end > file.size:
+        raise file.error(f"ends at {file.size} bytes, within tensor {quote(name)}: truncated")
     return begin, end, shape, dtype
 
 

@@ -219,6 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     try:
+        if args.output.exists():
+            raise ValueError(f"{args.output}: is there already; choose another name")
         args.output.mkdir(parents=True)  # now, not after an epoch, it is an error if it cannot be
         try:
             finetune(args)

@@ -179,7 +179,10 @@ def normalize(
     A BatchNorm uses and updates the batch's statistics in training only.
     """
     if isinstance(norm, nnx.BatchNorm):
-        return norm(x, use_running_average=not train)
+        empty = x.shape[0] == 0  # which has no statistics
+        # Its own are float32 and those of a batch need not be.
+        with jax.numpy_dtype_promotion("standard"):
+            return norm(x, use_running_average=not train or empty)
     x = x.astype(norm.dtype)
     scale, bias = operand(x, norm.scale), operand(x, norm.bias)
     return xla_ops.layer_norm(x, scale, bias, epsilon=norm.epsilon, implementation=implementation)

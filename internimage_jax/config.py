@@ -75,6 +75,9 @@ class InternImageConfig:
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if getattr(value, "shape", None) == ():  # a number of NumPy's, as labels.max() + 1 is
+                object.__setattr__(self, field.name, value.item())
             _check_type(field.name, str(field.type), getattr(self, field.name))
         self._check_ranges()
         self._check_contradictions()
@@ -315,5 +318,6 @@ def released_model(name: str) -> ReleasedModel:
     bare = name.removeprefix("OpenGVLab/")
     if bare in RELEASED:
         return RELEASED[bare]
-    closest = difflib.get_close_matches(bare.lower(), RELEASED, n=3, cutoff=0.4) or list(RELEASED)
-    raise ValueError(f"unknown model {name!r}; closest: {', '.join(closest)}")
+    closest = difflib.get_close_matches(bare.lower(), RELEASED, n=3, cutoff=0.4)
+    names = f"closest: {', '.join(closest)}" if closest else f"there are {', '.join(RELEASED)}"
+    raise ValueError(f"unknown model {name!r}; {names}")

@@ -75,8 +75,8 @@ class EvaluationFolder:
             raise OSError(f"{there}: cannot be written (Permission denied)")
         if not resume and any(self.path.glob("predictions*.jsonl")):
             raise FileExistsError(
-                f"{self.path}: holds an evaluation; --resume goes on with it, or choose another "
-                "folder"
+                f"{self.path}: holds an evaluation; --resume (resume=True) goes on with it, or "
+                "choose another folder"
             )
 
     def done(self, settings: dict[str, Any], batch: int, images: int) -> list[ImageResult]:

@@ -73,8 +73,11 @@ def _draw(
     size = math.prod(shape)
     block = next((block for block in _BLOCKS if size <= 32 * block), _BLOCKS[-1])
     draw = _normal if normal else _uniform
-    blocks = [draw(*key, i, block, dtype) for i in range(-(-size // block))]
-    values = (np if not any(isinstance(one, Tracer) for one in blocks) else jnp).concatenate(blocks)
+    count = -(-size // block)
+    if any(isinstance(one, Tracer) for one in key):  # a program of its own, as small as may be
+        values = jax.vmap(lambda i: draw(*key, i, block, dtype))(jnp.arange(count)).reshape(-1)
+    else:
+        values = np.concatenate([draw(*key, i, block, dtype) for i in range(count)])
     return (values[:size].reshape(shape) * scale).astype(dtype)
 
 

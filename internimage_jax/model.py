@@ -198,9 +198,9 @@ class InternImage(nnx.Module):
                 f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
             )
         for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if jnp.dtype(value) not in DTYPES:
+            if not _is_known(value):
                 names = ", ".join(map(str, DTYPES))
-                raise ValueError(f"{argument}: got {jnp.dtype(value)}, expected one of {names}")
+                raise ValueError(f"{argument}: got {value}, expected one of {names}")
             if jnp.dtype(value) == np.float64 and not jax.config.read("jax_enable_x64"):
                 raise ValueError(
                     f"{argument}: float64 wants jax.config.update('jax_enable_x64', True) before"
@@ -221,6 +221,7 @@ class InternImage(nnx.Module):
                 self.conv_head = ConvHead(ctx)
                 pooled = self.conv_head.channels
             self.head = ctx.linear(pooled, config.num_classes)
+        self.is_fused = False
         fill(self, {} if rngs is None else initial_values(config, rngs.params(), param_dtype))
 
     def __call__(
@@ -294,6 +295,7 @@ class InternImage(nnx.Module):
         called where the parameters will be used. The two share all other parameters.
         """
         fused = nnx.merge(*nnx.split(self))
+        fused.is_fused = True
         fused.patch_embed.fuse()
         for level in fused.levels:
             for block in level.blocks:
@@ -319,7 +321,17 @@ class InternImage(nnx.Module):
             )
         if isinstance(self.patch_embed.conv1.kernel.get_value(), jax.ShapeDtypeStruct):
             raise ValueError("model: has no values; give it `rngs`, or use create_model")
+        if train and self.is_fused:
+            raise ValueError("model: is fused, which is not for training; train the one it is of")
         if train and key is None and (self.config.drop_rate or self.config.drop_path_rate):
             raise ValueError(
                 "key: training with drop_rate or drop_path_rate needs a PRNG key, got None"
             )
+
+
+def _is_known(dtype: DTypeLike | None) -> bool:
+    """Whether it is one that a model can have; None, to NumPy, is float64."""
+    try:
+        return dtype is not None and jnp.dtype(dtype) in DTYPES
+    except TypeError:
+        return False

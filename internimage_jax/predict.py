@@ -116,7 +116,10 @@ class Predictor:
         side = preprocessing.image_size
         self._shape = (batch_size, side, side, 3)
         pixels = jax.ShapeDtypeStruct(self._shape, np.uint8)
-        self._compiled = jax.jit(top_classes).lower(self._arguments, pixels).compile()
+        self._compiled = jitted = jax.jit(top_classes)
+        # Whoever debugs may have switched `jit` off.
+        if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            self._compiled = jitted.lower(self._arguments, pixels).compile()
 
     def __call__(
         self, sources: Iterable[ImageSource], *, on_error: Literal["fail", "skip"] = "fail"

@@ -263,7 +263,10 @@ def released_named(source: str | os.PathLike[str]) -> ReleasedModel | None:
     suffixes = (".pth", ".pt", ".bin", ".safetensors", ".json")
     if os.sep in name.removeprefix("OpenGVLab/") or name.endswith(suffixes):
         raise FileNotFoundError(f"{name}: no such file or folder")
-    return released_model(name)
+    try:
+        return released_model(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; nor is there such a file or folder") from None
 
 
 def _fetched(model: ReleasedModel) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -64,6 +65,8 @@ def test_names_are_found_with_their_owner_and_by_pattern():
 def test_a_wrong_name_lists_the_closest():
     with pytest.raises(ValueError, match=r"'internimage-t'; closest: internimage_t_1k_224"):
         released_model("internimage-t")
+    with pytest.raises(ValueError, match=r"unknown model 'xyz'; there are internimage_t_1k_224, "):
+        released_model("xyz")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,12 @@ def test_what_does_not_fit_is_named(changes, message):
         InternImageConfig.from_dict(InternImageConfig().to_dict() | changes, "file.json")
 
 
+def test_numbers_may_be_numpys():
+    given = InternImageConfig(num_classes=np.int64(3) + 1, drop_path_rate=np.float32(0.5))
+    assert given == InternImageConfig(num_classes=4, drop_path_rate=0.5)
+    json.dumps(given.to_dict())
+
+
 def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="missing keys 'depths', 'groups'"):
         InternImageConfig.from_dict({"channels": 64})
@@ -118,3 +127,11 @@ def test_building_shapes_draws_nothing_and_tracing_agrees():
     values = nnx.state(InternImage(config, rngs=nnx.Rngs(0)))
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (bare, traced, values)]
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_values_drawn_within_a_program_are_those_drawn_before_it():
+    config = InternImageConfig(channels=64, depths=(1, 1, 1, 1))  # with arrays of several blocks
+    plain = nnx.state(InternImage(config, rngs=nnx.Rngs(0)))
+    within = jax.jit(lambda: nnx.state(InternImage(config, rngs=nnx.Rngs(0))))()
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(within), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)

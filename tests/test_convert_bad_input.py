@@ -50,7 +50,8 @@ def test_all_that_is_missing_left_over_misshapen_or_no_float_is_listed_at_once(t
         },
     )
     assert error_of(source, model=CONFIG) == (
-        "does not fit the model (num_classes or --num-classes 11 keeps the file's head): "
+        "does not fit the model "
+        "(its head is of 11 classes: num_classes=11, or convert --num-classes): "
         "1 missing: levels.0.blocks.0.mlp.fc1.bias; "
         "2 left over: extra.weight, extra.num_batches_tracked; "
         "1 misshapen: head.bias [11], not [10]; "

@@ -300,6 +300,9 @@ def test_an_empty_batch_gives_an_empty_output():
         ({"kernel_size": 9, "pad": 0}, r"x: a map of 5x6 is too small for kernel_size \(9, 9\)"),
         ({"kernel_size": 2, "remove_center": True}, "remove_center: expected a square odd kernel"),
         ({"implementation": "cuda"}, "implementation: expected 'kernel', 'gather' or None"),
+        ({"mask": [1.0]}, "mask: expected an array, got list"),
+        ({"offset_scale": "1"}, "offset_scale: expected a finite number, got '1'"),
+        ({"offset_scale": math.nan}, "offset_scale: expected a finite number, got nan"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
@@ -307,6 +310,12 @@ def test_what_does_not_fit_is_named(change, message):
     call = {"x": x, "offset": offset, "mask": mask, "group": 2} | change
     with pytest.raises(ValueError, match=message):
         dcnv3(**call)
+
+
+def test_numbers_may_be_numpys():
+    plain, given = ({"group": n(2), "pad": (n(1), n(1))} for n in (int, np.int64))
+    y, wanted = (dcnv3(*small_inputs(), **settings) for settings in (given, plain))
+    np.testing.assert_array_equal(y, wanted)
 
 
 @pytest.mark.parametrize("implementation", ["gather", None])

@@ -206,7 +206,7 @@ def test_folders_that_are_not_what_they_should_be(train: Path, tmp_path: Path) -
             finetune.main([str(folder), str(tmp_path / out), "--model", "not looked at"])
         assert not (tmp_path / "mine").exists()
 
-    refused(train, "File exists", out="")
+    refused(train, "is there already; choose another name", out="")
     (tmp_path / "file").write_text("")
     refused(train, "Not a directory", out="file/mine")
     refused(tmp_path / "nothing", "No such file")

@@ -258,6 +258,9 @@ def test_a_model_with_numpy_parameters_can_be_fused():
 def test_a_dtype_that_a_model_cannot_have_is_named(argument):
     with pytest.raises(ValueError, match=rf"^{argument}: got int8, expected one of float32, "):
         InternImage(SMALLEST, **{argument: "int8"})
+    for wrong in ("fp16", None):
+        with pytest.raises(ValueError, match=rf"^{argument}: got {wrong}, expected one of float32"):
+            InternImage(SMALLEST, **{argument: wrong})
 
 
 def test_an_unknown_implementation_is_named():
@@ -294,6 +297,14 @@ def test_a_fused_model_shares_all_parameters_but_those_it_changes(panels, monkey
     for path in in_panels:
         wanted = xla_ops.in_panels(mine[path]) if panels else mine[path]
         np.testing.assert_array_equal(once[path], wanted)
+
+
+def test_a_fused_model_is_not_trained():
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    before = np.asarray(model.conv_head.norm.mean[...])
+    with pytest.raises(ValueError, match="model: is fused, which is not for training"):
+        model.fused()(jnp.ones((1, 32, 32, 3)), train=True)
+    np.testing.assert_array_equal(model.conv_head.norm.mean[...], before)
 
 
 def test_a_fused_model_has_gammas_in_its_norms():

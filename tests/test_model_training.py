@@ -155,6 +155,21 @@ def test_training_updates_batch_statistics_and_evaluation_does_not():
         assert all(changed(train=True))
 
 
+def test_an_empty_batch_leaves_batch_statistics_as_they_are():
+    model = InternImage(SMALLEST.replace(norm_layer="BN"), rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.state(model, nnx.BatchStat))
+    assert model(images()[:0], train=True).shape == (0, SMALLEST.num_classes)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model, nnx.BatchStat))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_where_types_are_not_to_be_promoted(dtype):
+    model = InternImage(SMALLEST, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    with jax.numpy_dtype_promotion("strict"):
+        logits = model(images().astype(dtype), train=True)
+    assert np.isfinite(logits).all()
+
+
 @pytest.mark.parametrize("devices", ["one device", "several devices"])
 def test_the_training_loop_of_the_readme_lowers_the_loss(devices):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)

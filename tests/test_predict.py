@@ -99,6 +99,15 @@ def test_nothing_is_compiled_after_the_first_compilation(model: InternImage) -> 
     assert len(compilations) == 1
 
 
+def test_without_jit_the_answers_are_the_same(model: InternImage, predictor: Predictor) -> None:
+    (wanted,) = predictor([noise(3)])
+    with jax.disable_jit():
+        (got,) = Predictor(model, batch_size=1, topk=12)([noise(3)])
+    assert [c.name for c in got.classes] == [c.name for c in wanted.classes]
+    for a, b in zip(got.classes, wanted.classes, strict=True):
+        assert a.probability == pytest.approx(b.probability, rel=1e-4)
+
+
 def test_a_predictor_keeps_the_parameters_that_it_began_with(model: InternImage) -> None:
     graph, state = nnx.split(model)
     changed = nnx.merge(graph, jax.tree.map(jnp.zeros_like, state))

@@ -242,7 +242,8 @@ def test_a_model_can_be_pickled() -> None:
 def test_a_wrong_name_lists_the_closest() -> None:
     for name in ("internimage_t_1k", "OpenGVLab/internimage_t_1k", "InternImage_T_1K_224"):
         for function in (from_pretrained, create_model):
-            with pytest.raises(ValueError, match=r"unknown model '.*'; closest: .*_t_1k_224"):
+            message = r"unknown model '.*'; closest: .*_t_1k_224"
+            with pytest.raises(ValueError, match=message):
                 function(name)
 
 

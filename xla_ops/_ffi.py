@@ -125,7 +125,8 @@ def _load_once(platform: str) -> _Loaded:
         extension = _extension(platform)
     except ImportError as error:
         reason = Path(__file__).with_name(f"{name}.reason")
-        return gather(reason.read_text().strip() if reason.exists() else f"not built: {error}")
+        where = f"not built: {error} in {reason.parent}"
+        return gather(reason.read_text().strip() if reason.exists() else where)
     if extension.version != VERSION:
         return gather(f"built as version {extension.version}, not {VERSION}: rebuild it")
     targets, form = frozenset(extension.targets()), extension.instruction_set()

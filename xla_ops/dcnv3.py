@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xla_ops.custom_call import call
 from xla_ops.dcnv3_kernel import DCNv3
@@ -126,6 +129,8 @@ def _geometry(
     remove_center: bool,
     center_feature_scale: bool = False,
 ) -> Geometry:
+    if not isinstance(offset_scale, numbers.Real) or not math.isfinite(offset_scale):
+        raise ValueError(f"offset_scale: expected a finite number, got {offset_scale!r}")
     return Geometry(
         kernel_size=_pair("kernel_size", kernel_size, at_least=1),
         stride=_pair("stride", stride, at_least=1),
@@ -139,9 +144,10 @@ def _geometry(
 
 
 def _integer(name: str, value: int, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < at_least:
         raise ValueError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
-    return value
+    return int(value)
 
 
 def _pair(name: str, value: int | tuple[int, int], *, at_least: int) -> tuple[int, int]:
@@ -154,6 +160,8 @@ def _pair(name: str, value: int | tuple[int, int], *, at_least: int) -> tuple[in
 def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
     """Raises unless x and its points, offset and mask or a record, fit together."""
     for name, array in {"x": x, **points}.items():
+        if not hasattr(array, "ndim"):
+            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
         if array.ndim != 4:
             raise ValueError(
                 f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,12 @@ def run(args: argparse.Namespace) -> None:
     if args.distributed and args.coordinator is not None:
         raise ValueError("--distributed and --coordinator exclude each other, got both")
     if alone:
-        report = _evaluate(args, Group())
+        try:
+            report = _evaluate(args, Group())
+        except KeyboardInterrupt:
+            if args.output is not None and os.path.isdir(args.output):
+                print(f"interrupted; --resume goes on with {args.output}", file=sys.stderr)
+            raise
     else:
         # Of what the runtime logs while the processes meet and part, nothing is an error of theirs.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

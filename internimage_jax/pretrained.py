@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import xla_ops
-from convert import convert, open_model, read_arrays
+
+try:
+    from convert import convert, open_model, read_arrays
+except ImportError as error:
+    other = getattr(sys.modules.get("convert"), "__file__", None)
+    if other is None or Path(other).parent.parent == Path(__file__).parent.parent:
+        raise
+    raise ImportError(
+        f"{other}: hides this package's converter, whose name is convert too"
+    ) from error
 from convert.export import moved_when_done, settings_of, write_settings, write_weights
 from convert.source import Weights
 from internimage_jax.cache import cache_folder

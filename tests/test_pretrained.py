@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -232,6 +235,23 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
     with pytest.raises(FileExistsError, match="file: is a file"):
         save_pretrained(model, tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_module_that_hides_the_converter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "convert.py").touch()
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    process = subprocess.run(
+        [sys.executable, "-c", "from internimage_jax import from_pretrained"],
+        env=os.environ | {"PYTHONPATH": search},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"ImportError: {tmp_path / 'convert.py'}: hides this package's converter"
+    )
 
 
 def test_a_model_can_be_pickled() -> None:

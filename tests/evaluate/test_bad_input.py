@@ -211,6 +211,20 @@ def test_options_of_the_command_reach_the_evaluation(monkeypatch: pytest.MonkeyP
     assert begun(*options, "--resume") == {"data": "val", "resume": True, **given}
 
 
+def test_an_evaluation_that_is_interrupted_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    assert main(["evaluate", "val"]) == 130
+    assert main(["evaluate", "val", "--output", str(tmp_path / "not begun")]) == 130
+    assert capsys.readouterr().err == ""
+    assert main(["evaluate", "val", "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"interrupted; --resume goes on with {tmp_path}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -88,6 +88,42 @@ def test_norm_add_agrees_with_float64(dtype: str, implementation) -> None:
                 assert_close(run(x, residual, *vectors), got, 2 * TOLERANCE[dtype])
 
 
+@needs_kernel
+def test_rows_that_threads_do_not_share_evenly() -> None:
+    arrays = operands((1, 41, 41, 64))
+    by_kernel, by_jnp = (layer_norm(*arrays, implementation=form) for form in ("kernel", "jnp"))
+    assert_close(by_kernel, by_jnp, 2e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sum_in_half_precision_is_the_nearest_number(dtype: str) -> None:
+    """Ties go to even, and that to infinity; in whole vectors and in the channels left over."""
+    info = jnp.finfo(dtype)
+    largest, eps = float(info.max), float(info.eps)
+    last = largest * eps / (2 - eps)  # step of the numbers before `largest`
+    # A CPU's threads have no subnormal numbers in float32, and so none in bfloat16.
+    small = float(info.smallest_subnormal if dtype == "float16" else info.tiny)
+    terms = [(largest, last / 2), (largest, last / 4), (largest, largest), (-largest, -last / 2)]
+    terms += [(1, eps / 2), (1 + eps, eps / 2), (1, eps * 0.75), (-1, -eps / 2), (-0.0, -0.0)]
+    terms += [(small, 0), (small, small), (-small, -2 * small), (np.inf, -1), (np.nan, 1)]
+    exact = np.resize(np.array(terms), (64 + len(terms), 2)).T[:, None, None, None]
+    x, residual = (jnp.asarray(a, dtype) for a in exact)
+    unit = jnp.ones(x.shape[-1], dtype)
+    total, _ = add_norm(x, residual, unit, unit, implementation="kernel")
+    with np.errstate(over="ignore"):
+        wanted = exact.sum(0).astype(total.dtype)
+    np.testing.assert_array_equal(np.asarray(total, "float64"), wanted.astype("float64"))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_nan_of_any_bits_stays_one_in_half_precision(dtype: str) -> None:
+    nan = np.resize(np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], "uint32"), 75).view("float32")
+    x = operands((1, 2, 3, 75), dtype)[0]
+    assert jnp.isnan(layer_norm(x, jnp.ones(75), jnp.asarray(nan), implementation="kernel")).all()
+
+
 def test_operators_alike_are_not_taken_for_each_other() -> None:
     """What was traced is found by operator and operands, and these have equal operands."""
     arrays = operands_of_add()

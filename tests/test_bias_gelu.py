@@ -63,6 +63,12 @@ def test_kernel_agrees_with_the_definition_in_float64(dtype: str) -> None:
 
 
 @needs_kernel
+def test_rows_that_threads_do_not_share_evenly() -> None:
+    arrays = operands((1, 41, 41, 64))
+    assert_close(program("kernel")(*arrays), program("jnp")(*arrays))
+
+
+@needs_kernel
 @pytest.mark.parametrize(("value", "of_dy"), [(1.5, (6e4, -6e4)), (-0.2, (1.2e-7, 1.2e-7))])
 def test_the_gradient_of_a_bias_fits_float16_where_those_of_x_do_not(
     value: float, of_dy: tuple[float, float]
@@ -76,9 +82,12 @@ def test_the_gradient_of_a_bias_fits_float16_where_those_of_x_do_not(
 
 
 @needs_kernel
-def test_what_is_not_finite() -> None:
-    x = jnp.asarray([np.nan, np.inf, -np.inf, 1e30, -1e30, 0], "float32").reshape(1, 1, 1, 6)
-    y, dx, _ = program("kernel")(x, jnp.zeros(6), jnp.ones_like(x))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_not_finite(dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        x = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 0]).astype(dtype).reshape(1, 1, 1, 6)
+    results = program("kernel")(x, jnp.zeros(6, dtype), jnp.ones(x.shape, dtype))
+    x, y, dx, _ = (np.asarray(a, "float64") for a in (x, *results))
     np.testing.assert_array_equal(np.ravel(y)[[0, 1, 3, 5]], np.ravel(x)[[0, 1, 3, 5]])
     np.testing.assert_allclose(np.ravel(y)[[2, 4]], 0, atol=3e-37)
     np.testing.assert_allclose(np.ravel(dx), [np.nan, 1, 0, 1, 0, 0.5], rtol=2e-7, atol=1e-35)

@@ -62,6 +62,13 @@ def test_kernel_agrees_with_the_definition_in_float64(shape: tuple[int, ...], si
 
 
 @needs_kernel
+def test_rows_that_threads_do_not_share_evenly() -> None:
+    for shape in ((1, 19, 41, 64), (3, 9, 11, 64)):  # of the forward, of the backward
+        arrays = operands(shape)
+        assert_close(program("kernel")(*arrays), program("jnp")(*arrays))
+
+
+@needs_kernel
 def test_half_precision_with_float32_parameters() -> None:
     x, *parameters, dy = operands((2, 4, 5, 24), dtype="float32")
     for dtype in ("bfloat16", "float16"):

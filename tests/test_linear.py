@@ -105,6 +105,29 @@ def test_a_bias_in_float32(dtype: str) -> None:
 
 
 @kernel_serves
+def test_sets_of_parameters_with_biases_in_float32() -> None:
+    sets = [operands((2, 3, 3, 40), 56) for _ in range(3)]
+    x, kernel, bias = (
+        jnp.stack([(i + 1) * a for i, a in enumerate(s)]) for s in zip(*sets, strict=True)
+    )
+    bias = bias.astype("float32")
+    run = functools.partial(linear, implementation="kernel")
+    each = [run(*arrays) for arrays in zip(x, kernel, bias, strict=True)]
+    np.testing.assert_array_equal(jax.vmap(run)(x, kernel, bias), jnp.stack(each))
+
+
+@kernel_serves
+def test_what_a_thread_has_from_the_call_before_is_not_read() -> None:
+    """Rows of an odd number of inputs are copied with one number more."""
+    arrays = operands((1, 5, 6, 301), 40)
+    wanted = linear(*arrays, implementation="jnp")
+    for _ in range(4):
+        linear(*(a * jnp.nan for a in operands((1, 5, 6, 303), 40)), implementation="kernel")
+        got = linear(*arrays, implementation="kernel")
+        assert_close(got, wanted, 4 * TOLERANCE["bfloat16"])
+
+
+@kernel_serves
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("inputs", [40, 160, 600])

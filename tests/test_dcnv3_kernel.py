@@ -246,6 +246,17 @@ def test_maps_of_extreme_shapes(size: tuple[int, int, int]) -> None:
         assert a.size == 0 or difference(a, b) < 1e-5
 
 
+def test_pairs_that_threads_do_not_share_evenly() -> None:
+    geometry = settings_of(CASES["plain"]) | {"group": 1}
+    arrays = problem(
+        9, "float32", geometry, (1, 5, 77), 16
+    )  # two pieces, of 12 blocks and one pair
+    got = value_and_gradients("kernel", *arrays, **geometry)
+    expected = value_and_gradients("gather", *arrays, **geometry)
+    for a, b in zip(got, expected, strict=True):
+        assert difference(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [(1, 28, 28), (3, 12, 61)])
 def test_groups_that_the_parts_of_a_backward_do_not_divide(
@@ -331,10 +342,11 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
             ("test_dcnv3_kernel.py", "kernel_gives_the_recorded_outputs_and_gradients"),
             ("test_dwconv.py", "gelu_is_exact_over_the_whole_line"),
             ("test_bias_gelu.py", "what_is_not_finite"),
+            ("test_layer_norm.py", "a_sum_in_half_precision_is_the_nearest_number"),
         )
     ]
     environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name}
-    chosen = "plain or odd or wide or gelu or finite"
+    chosen = "plain or odd or wide or gelu or finite or nearest"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

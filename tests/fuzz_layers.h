@@ -49,7 +49,8 @@ std::vector<char> stored(Type type, const Values& values) {
     std::memcpy(&word, &single, 4);
     // Exact: the digits that are cut off are zero. float16's exponent is smaller by 112.
     const uint16_t sign = uint16_t(word >> 16 & 0x8000u), upper = uint16_t(word >> 16);
-    const uint16_t half = single == 0 ? sign : uint16_t(sign | ((word & 0x7fffffffu) - (112u << 23)) >> 13);
+    uint16_t half = single == 0 ? sign : uint16_t(sign | ((word & 0x7fffffffu) - (112u << 23)) >> 13);
+    if (!std::isfinite(single)) half = uint16_t(sign | 0x7c00u | (std::isnan(single) ? 0x200u : 0u));
     if (type == Type::kFloat64) std::memcpy(&bytes[8 * i], &values[i], 8);
     if (type == Type::kFloat32) std::memcpy(&bytes[4 * i], &single, 4);
     if (type == Type::kBFloat16) std::memcpy(&bytes[2 * i], &upper, 2);
@@ -70,7 +71,8 @@ double value_of(Type type, const char* bytes) {
     return std::memcpy(&single, &word, 4), single;
   }
   const int exponent = half >> 10 & 31, fraction = half & 1023;
-  const double magnitude = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  double magnitude = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
   return half >> 15 ? -magnitude : magnitude;
 }
 
@@ -91,9 +93,12 @@ double tolerance(Type type) {
 
 bool close(const char* name, Type type, const std::vector<char>& got, const Values& wanted, double factor = 1,
            double scale = 1e-3) {
-  for (double w : wanted) scale = std::max(scale, std::fabs(w));
+  for (double w : wanted) {
+    if (std::isfinite(w)) scale = std::max(scale, std::fabs(w));
+  }
   for (size_t i = 0; i < wanted.size(); ++i) {
     const double value = value_of(type, &got[size_of(type) * i]);
+    if (std::isnan(wanted[i]) ? std::isnan(value) : value == wanted[i]) continue;
     if (std::fabs(value - wanted[i]) <= factor * tolerance(type) * scale) continue;
     return std::printf("%s[%zu] of dtype %d: got %g, expected %g\n", name, i, int(type), value, wanted[i]),
            false;
@@ -104,6 +109,9 @@ bool close(const char* name, Type type, const std::vector<char>& got, const Valu
 double phi(double z) {
   return 0.5 * std::erfc(-z / std::sqrt(2.0));
 }
+double gelu_of(double z) {
+  return z == -INFINITY ? 0 : z * phi(z);
+}
 double slope(double z) {
   return phi(z) + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
 }
@@ -111,6 +119,13 @@ double slope(double z) {
 Type any_type() {
   const Type types[] = {Type::kFloat32, Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16};
   return types[integer(0, 4)];
+}
+
+// Now and then a few numbers that are not finite.
+void spoil(Values* x) {
+  if (x->empty() || integer(0, 2)) return;
+  const double values[] = {NAN, INFINITY, -INFINITY};
+  for (int64_t n = integer(1, 3); n > 0; --n) (*x)[integer(0, x->size() - 1)] = values[integer(0, 2)];
 }
 
 // `compute` does a whole call: y, dx and partial. With `rows_are_chunks`, every row is a chunk.
@@ -287,9 +302,10 @@ bool linear_case(bool cuda, Compute compute) {
     }
   }
   s.bias_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
-  const Values x = normal(s.numbers()), bias = normal(s.outputs);
-  Values kernel = normal(s.inputs * s.outputs);
+  Values x = normal(s.numbers()), kernel = normal(s.inputs * s.outputs);
+  const Values bias = normal(s.outputs);
   for (double& v : kernel) v = std::round(v * 8) / 64;  // products and their sums are exact in float32
+  if (!cuda) spoil(&x), spoil(&kernel);
   s.panels = !cuda && integer(0, 1);
   const auto bk = stored(s.type, s.panels ? in_panels(kernel, s.inputs, s.outputs) : kernel);
   const auto bx = stored(s.type, x), bb = stored(s.bias_type, bias);
@@ -309,7 +325,7 @@ bool linear_case(bool cuda, Compute compute) {
     for (int64_t j = 0; j < s.outputs; ++j) {
       double z = bias[j];
       for (int64_t k = 0; k < s.inputs; ++k) z += at(i, k) * kernel[k * s.outputs + j];
-      wanted[i * s.outputs + j] = s.gelu ? z * phi(z) : z;
+      wanted[i * s.outputs + j] = s.gelu ? gelu_of(z) : z;
     }
   }
   return close("a product", s.type, y, wanted);
@@ -335,7 +351,9 @@ bool mlp_case(bool cuda, Compute compute) {
   second = first, second.gelu = false, second.inputs = first.outputs;
   second.outputs = cuda ? first.inputs : integer(1, 100);
   const int64_t rows = first.rows, n = first.inputs, between = first.outputs, m = second.outputs;
-  const Values x = normal(rows * n), bias1 = normal(between), bias2 = normal(m);
+  const Values bias1 = normal(between), bias2 = normal(m);
+  Values x = normal(rows * n);
+  if (!cuda) spoil(&x);
   Values kernel1 = normal(n * between), kernel2 = normal(between * m);
   for (double& v : kernel1) v = std::round(v * 2) / 16;
   for (double& v : kernel2) v = std::round(v * 2) / 16;
@@ -354,7 +372,7 @@ bool mlp_case(bool cuda, Compute compute) {
     for (int64_t j = 0; j < between; ++j) {
       double z = bias1[j];
       for (int64_t k = 0; k < n; ++k) z += x[i * n + k] * kernel1[k * between + j];
-      hidden[i * between + j] = z * phi(z);
+      hidden[i * between + j] = gelu_of(z);
     }
     for (int64_t j = 0; j < m; ++j) {
       double z = bias2[j], squares = z * z;
@@ -363,7 +381,7 @@ bool mlp_case(bool cuda, Compute compute) {
         z += term, squares += term * term;
       }
       wanted[i * m + j] = z;
-      scale = std::max(scale, std::sqrt(squares));
+      if (std::isfinite(squares)) scale = std::max(scale, std::sqrt(squares));
     }
   }
   return close("an MLP", first.type, y, wanted, 4, scale);  // what is between the products is rounded too

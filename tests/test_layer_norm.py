@@ -148,8 +148,9 @@ def test_agrees_with_flax() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["jnp", KERNEL])
-def test_what_is_not_finite_stays_in_its_row(implementation) -> None:
-    x, scale, bias = operands((1, 3, 7, 20))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_not_finite_stays_in_its_row(dtype: str, implementation) -> None:
+    x, scale, bias = operands((1, 3, 7, 20), dtype)
     spoilt = x.at[0, 0, 2, 3].set(jnp.nan).at[0, 1, 1, 19].set(jnp.inf)
     got, wanted = (layer_norm(a, scale, bias, implementation=implementation) for a in (spoilt, x))
     rows = np.zeros((1, 3, 7), bool)

@@ -73,11 +73,11 @@ def _draw(
     size = math.prod(shape)
     block = next((block for block in _BLOCKS if size <= 32 * block), _BLOCKS[-1])
     draw = _normal if normal else _uniform
-    count = -(-size // block)
-    if any(isinstance(one, Tracer) for one in key):  # a program of its own, as small as may be
-        values = jax.vmap(lambda i: draw(*key, i, block, dtype))(jnp.arange(count)).reshape(-1)
+    count, own = -(-size // block), jax.random.fold_in(*key)
+    if isinstance(own, Tracer):  # within a program, which is to be small
+        values = jax.vmap(lambda i: draw(own, i, block, dtype))(jnp.arange(count)).reshape(-1)
     else:
-        values = np.concatenate([draw(*key, i, block, dtype) for i in range(count)])
+        values = np.concatenate([draw(own, i, block, dtype) for i in range(count)])
     return (values[:size].reshape(shape) * scale).astype(dtype)
 
 
@@ -85,18 +85,14 @@ def _draw(
 _BLOCKS = (1 << 12, 1 << 17, 1 << 22)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _normal(key: jax.Array, index: int, block: int, size: int, dtype: np.dtype) -> jax.Array:
-    return jax.random.normal(_key_of(key, index, block), (size,), dtype)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _normal(key: jax.Array, block: int, size: int, dtype: np.dtype) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, block), (size,), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _uniform(key: jax.Array, index: int, block: int, size: int, dtype: np.dtype) -> jax.Array:
-    return jax.random.uniform(_key_of(key, index, block), (size,), dtype, -1, 1)
-
-
-def _key_of(key: jax.Array, index: int, block: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(key, index), block)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _uniform(key: jax.Array, block: int, size: int, dtype: np.dtype) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, block), (size,), dtype, -1, 1)
 
 
 def fill(model: nnx.Module, values: Mapping[str, jax.Array | np.ndarray]) -> None:

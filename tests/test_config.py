@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from internimage_jax.config import RELEASED, InternImageConfig, list_models, released_model
+from internimage_jax.initial import initial_values
 from internimage_jax.model import InternImage
 from internimage_jax.shapes import multiply_adds, num_parameters, parameter_shapes
 from tests.support import TINY, reference, reference_config
@@ -135,3 +137,5 @@ def test_values_drawn_within_a_program_are_those_drawn_before_it():
     within = jax.jit(lambda: nnx.state(InternImage(config, rngs=nnx.Rngs(0))))()
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(within), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    key = jax.random.key(0)  # from outside
+    jax.eval_shape(lambda: initial_values(config, key, jnp.float32))

@@ -266,6 +266,50 @@ bool norm_case(Compute compute) {
   return close("a norm", s.type, y, wanted);
 }
 
+// `compute` does the call.
+template <class Compute>
+bool norm_backward_case(Compute compute) {
+  layer_norm::BackwardCall s = {};
+  s.parts_of_image = integer(1, 3), s.image_rows = integer(0, 20), s.channels = integer(1, 80);
+  const int64_t images_of_set = integer(1, 2), sets = integer(1, 2), images = sets * images_of_set;
+  s.shared = images_of_set * s.parts_of_image, s.parts = images * s.parts_of_image, s.epsilon = 1e-3;
+  s.type = any_type();
+  s.parameters_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
+  const int64_t n = s.channels, rows = images * s.image_rows, count = rows * n;
+  const Values x = normal(count, 1), dy = normal(count), dtotal = normal(count), scale = normal(sets * n, 1);
+  const auto bx = stored(s.type, x), bdy = stored(s.type, dy), bdt = stored(s.type, dtotal);
+  const auto bs = stored(s.parameters_type, scale);
+  const Type real = s.type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32;
+  std::vector<char> dx(bx.size()), dparameters(s.parts * 2 * n * size_of(real), 1);
+  s.x = bx.data(), s.scale = bs.data(), s.dy = bdy.data(), s.dx = dx.data();
+  s.dparameters = dparameters.data();
+  if (integer(0, 1)) s.dtotal = bdt.data();
+  if (!compute(s)) return false;
+  Values wanted(count), sums(s.parts * 2 * n);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t image = row / s.image_rows, i = row % s.image_rows;
+    int64_t part = 0;  // whose row is i
+    while ((part + 1) * s.image_rows / s.parts_of_image <= i) ++part;
+    double* const to = &sums[(image * s.parts_of_image + part) * 2 * n];
+    double mean = 0, variance = 0, g_mean = 0, g_z = 0;
+    for (int64_t k = 0; k < n; ++k) mean += x[row * n + k] / n;
+    for (int64_t k = 0; k < n; ++k) variance += (x[row * n + k] - mean) * (x[row * n + k] - mean) / n;
+    const double factor = 1 / std::sqrt(variance + s.epsilon);
+    Values g(n), z(n);
+    for (int64_t k = 0; k < n; ++k) {
+      const double d = dy[row * n + k];
+      g[k] = d * scale[image / images_of_set * n + k], z[k] = (x[row * n + k] - mean) * factor;
+      g_mean += g[k] / n, g_z += g[k] * z[k] / n;
+      to[k] += d * z[k], to[n + k] += d;
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      wanted[row * n + k] = factor * (g[k] - g_mean - z[k] * g_z) + (s.dtotal ? dtotal[row * n + k] : 0);
+    }
+  }
+  return close("a norm's gradient", s.type, dx, wanted) &&
+         close("its parameters' gradients", real, dparameters, sums);
+}
+
 // A kernel (inputs, outputs) in panels, as a call has it. What is beyond the columns matters to nobody.
 inline Values in_panels(const Values& kernel, int64_t inputs, int64_t outputs) {
   constexpr int64_t n = linear::kPanelColumns;
@@ -299,6 +343,8 @@ bool linear_case(bool cuda, Compute compute) {
     if (integer(0, 1)) {
       s.map = {integer(1, 9), integer(1, 9), integer(1, 40)};
       s.rows = integer(1, 2) * s.map.rows() * s.map.columns(), s.inputs = 9 * s.map.channels;
+    } else {
+      s.transposed = integer(0, 1);
     }
   }
   s.bias_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
@@ -313,6 +359,7 @@ bool linear_case(bool cuda, Compute compute) {
   s.x = bx.data(), s.kernel = bk.data(), s.bias = bb.data(), s.y = y.data();
   if (!compute(s)) return false;
   const auto at = [&](int64_t row, int64_t k) {  // of x as a matrix
+    if (s.transposed) return x[k * s.rows + row];
     if (!s.map.channels) return x[row * s.inputs + k];
     const int64_t pixels = s.map.rows() * s.map.columns(), tap = k / s.map.channels;
     const int64_t i = 2 * (row % pixels / s.map.columns()) + tap / 3 - 1;

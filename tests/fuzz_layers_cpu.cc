@@ -30,6 +30,11 @@ bool norm_call(const layer_norm::Call& s) {
   return true;
 }
 
+bool norm_backward_call(const layer_norm::BackwardCall& s) {
+  for (int64_t i = s.parts; i-- > 0;) layer_norm::cpu::backward(s, i);
+  return true;
+}
+
 bool linear_call(const linear::Call& s) {
   const linear::cpu::Tiles tiles = linear::cpu::tiles_of(s, integer(0, 12), integer(1, 5));
   for (int64_t i = tiles.down * tiles.across; i-- > 0;) {
@@ -51,6 +56,7 @@ int main(int argc, char** argv) {
   std::printf("by %s\n", cpu::instruction_set_name());
   return fuzz(count, seed, [] {
     return dwconv_case(false, dwconv_call) && gelu_case(gelu_call) && norm_case(norm_call) &&
-           linear_case(false, linear_call) && mlp_case(false, mlp_call);
+           norm_backward_case(norm_backward_call) && linear_case(false, linear_call) &&
+           mlp_case(false, mlp_call);
   });
 }

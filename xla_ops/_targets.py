@@ -13,9 +13,12 @@ DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 GELU_FORWARD = "internimage_bias_gelu_forward"
 GELU_BACKWARD = "internimage_bias_gelu_backward"
 NORM_FORWARD = "internimage_layer_norm_forward"
+NORM_BACKWARD = "internimage_layer_norm_backward"
 ADD_NORM_FORWARD = "internimage_add_norm_forward"
+ADD_NORM_BACKWARD = "internimage_add_norm_backward"
 NORM_ADD_FORWARD = "internimage_norm_add_forward"
 LINEAR_FORWARD = "internimage_linear_forward"
+LINEAR_BACKWARD = "internimage_linear_backward"  # the gradient of the kernel
 LINEAR_GELU_FORWARD = "internimage_linear_gelu_forward"
 CONVOLUTION_FORWARD = "internimage_convolution_forward"
 MLP_FORWARD = "internimage_mlp_forward"
@@ -24,6 +27,7 @@ LAYERS_FORWARD = "internimage_layers_forward"
 ALL = (
     *(FORWARD, BACKWARD, FUSED_FORWARD, FUSED_BACKWARD),
     *(DWCONV_FORWARD, DWCONV_BACKWARD, GELU_FORWARD, GELU_BACKWARD),
-    *(NORM_FORWARD, ADD_NORM_FORWARD, NORM_ADD_FORWARD, LINEAR_FORWARD),
-    *(LINEAR_GELU_FORWARD, CONVOLUTION_FORWARD, MLP_FORWARD, LAYERS_FORWARD),
+    *(NORM_FORWARD, NORM_BACKWARD, ADD_NORM_FORWARD, ADD_NORM_BACKWARD, NORM_ADD_FORWARD),
+    *(LINEAR_FORWARD, LINEAR_BACKWARD, LINEAR_GELU_FORWARD, CONVOLUTION_FORWARD, MLP_FORWARD),
+    LAYERS_FORWARD,
 )

@@ -103,6 +103,12 @@ def _single_calls(cuda: bool) -> Iterator[_Call]:
     yield _Call(_targets.ADD_NORM_FORWARD, operands, norm, results, [[0.0, 6.0], [44.0, 56.0]])
     operands = (x, residual, scale, bias)
     yield _Call(_targets.NORM_ADD_FORWARD, operands, norm, (pair,), [[47.0, 61.0]])
+    dy, dtotal = (np.array([[[v]]], np.float32) for v in ([1, 3], [5, 1]))
+    results, sums = (pair, np.zeros((1, 1, 2, 2), np.float32)), [[-0.75, 2.25], [1.0, 3.0]]
+    operands, found = (x, scale, dy), [[-0.875, 0.875], sums]
+    yield _Call(_targets.NORM_BACKWARD, operands, norm, results, found)
+    operands, found = (x, scale, dtotal, dy), [[4.125, 1.875], sums]
+    yield _Call(_targets.ADD_NORM_BACKWARD, operands, norm, results, found)
 
     operands, product = _product()
     yield _Call(_targets.LINEAR_GELU_FORWARD, operands, version, (product,), [product])
@@ -110,6 +116,9 @@ def _single_calls(cuda: bool) -> Iterator[_Call]:
         operands = tuple(a.astype(np.float32) for a in operands)
         product = product.astype(np.float32)
     yield _Call(_targets.LINEAR_FORWARD, operands, version, (product,), [product])
+    x, dy = operands[0], product % 3
+    gradient = np.tensordot(x, dy, ((0, 1, 2), (0, 1, 2)))
+    yield _Call(_targets.LINEAR_BACKWARD, (x, dy), version, (gradient,), [gradient])
     operands = np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]
     results = (np.zeros((1, 2, 1, 1), np.float32),)
     yield _Call(_targets.CONVOLUTION_FORWARD, operands, version, results, [5.0, 5.0])

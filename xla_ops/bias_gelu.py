@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Target, call, forward
+from xla_ops.custom_call import Arrays, Operator, Run, Target, call, forward
 from xla_ops.gelu_jnp import gelu
 from xla_ops.operands import ATTRIBUTES, at_least_float32, check_dtype, like_first
 
@@ -59,7 +59,7 @@ def bias_gelu(
 
 
 @dataclass(frozen=True)
-class BiasGelu:
+class BiasGelu(Operator):
     """`bias_gelu` as `xla_ops.custom_call` takes it."""
 
     plain = "jnp"
@@ -68,9 +68,8 @@ class BiasGelu:
     def forward(self) -> Target:
         return Target(_targets.GELU_FORWARD, (3, 1), (3,), like_first, ATTRIBUTES, shared=(1,))
 
-    def backward(self, platform: str) -> Target:
-        del platform  # they all have the same
-        return Target(_targets.GELU_BACKWARD, (3, 1, 3), (3,), like_first, ATTRIBUTES, shared=(1,))
+    backward = _targets.GELU_BACKWARD
+    backward_target = Target(backward, (3, 1, 3), (3,), like_first, ATTRIBUTES, shared=(1,))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, bias = operands
@@ -78,6 +77,7 @@ class BiasGelu:
         z = x.astype(real) + bias.astype(real)[None, None, None]
         return gelu(z).astype(x.dtype)
 
-    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
-        (x, bias), (dx,) = operands, results
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        x, bias = kept
+        (dx,) = run(self.backward_target, *kept, *dys)
         return dx, dx.astype(at_least_float32(x.dtype)).sum((0, 1, 2)).astype(bias.dtype)

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ class Target(NamedTuple):
     """A custom call: its name, what it takes and gives, and its settings.
 
     The axes of operands and results begin with the batch: one axis, and one more for each `vmap`.
-    A shared operand has no batch axis of its own; `vmap` over it adds an axis to all operands.
+    A shared operand has no batch axis of its own; `vmap` over it adds an axis to all operands. Of
+    a summed target the results are sums over the batch, and have the axes of `vmap` alone.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Target(NamedTuple):
     attributes: tuple[tuple[str, Any], ...]  # hashable; integers in a tuple stand for an array
     shared: tuple[int, ...] = ()  # positions of the shared operands
     unread: int = 0  # so many of the results, the last, are memory to work in
+    summed: bool = False
 
 
 class Forward(Protocol):
@@ -66,34 +68,65 @@ class Forward(Protocol):
 
 
 class Operator(Forward, Protocol):
-    """An operator with kernels for its gradients too."""
+    """An operator with kernels for its gradients too.
+
+    A platform without the target that `backward` names differentiates the definition.
+    """
 
     @property
     def plain(self) -> str:
         """What `implementation` calls the definition."""
         ...
 
-    def backward(self, platform: str) -> Target:
-        """From the operands and the result's gradient to what `gradients` takes."""
+    @property
+    def backward(self) -> str:
+        """The name of the target that the gradients' kernels need."""
         ...
 
-    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
-        """The operands' gradients from the results of `backward`."""
+    def kept(self, operands: Arrays, results: Arrays) -> Arrays:
+        """What the results can be computed from, to be differentiated by."""
+        del results
+        return operands
+
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        """Those of what was kept from those of the results, by the kernels of a platform."""
         ...
 
+    def gradients_by_definition(self, kept: Arrays, dys: Arrays) -> Arrays:
+        """The same in jnp."""
+        _, pullback = jax.vjp(self.definition, *kept)
+        return pullback(dys if len(dys) > 1 else dys[0])
 
-def call(operator: Operator, implementation: str | None, *operands: jax.Array) -> jax.Array:
+    def of_operands(self, gradients: Arrays) -> Arrays:
+        """The operands' gradients from those of what was kept."""
+        return gradients
+
+
+Run = Callable[..., Arrays]  # of a target and its operands
+
+
+def call(
+    operator: Operator,
+    implementation: str | None,
+    *operands: jax.Array,
+    platforms: tuple[str, ...] | None = None,
+    refusal: str = "",
+) -> Any:
     """Computes `operator` of checked operands by the implementation that is asked for.
 
     That is "kernel", the definition's name, or None: the kernel of the platform that the program is
     compiled for where there is one, and the definition elsewhere.
 
+    `platforms` are those whose kernel serves and takes the operands, None all that serve; `refusal`
+    says why others do not, "" that there are none.
+
     Raises:
         ValueError: No such implementation, no kernel where one is asked for, or forward mode, which
             a kernel does not have.
     """
-    serving = _ffi.serving(operator.forward.name)
-    form = _chosen(operator, operator.plain, implementation, serving)
+    if platforms is None:
+        platforms = _ffi.serving(operator.forward.name)
+    form = _chosen(operator, operator.plain, implementation, platforms, refusal)
     if form is None:
         return _by_definition(operator, *operands)
     with forward_mode_named(operator.plain):
@@ -109,8 +142,7 @@ def forward(
 ) -> Any:
     """Computes `operator`, which has a kernel for the forward alone, as `call` does.
 
-    `platforms` are those whose kernel serves and takes the operands; `refusal` says why others do
-    not, "" that there are none. Under differentiation it is the definition everywhere.
+    Under differentiation it is the definition everywhere.
     """
     form = _chosen(operator, "jnp", implementation, platforms, refusal)
     if form is None:
@@ -170,35 +202,49 @@ class _Form(NamedTuple):
     platforms: tuple[str, ...]
     fallback: bool
 
+    def differentiated(self) -> _Form:
+        """With the platforms whose kernels have gradients too, and the definition elsewhere."""
+        with_gradients = _ffi.serving(self.operator.backward)
+        platforms = tuple(platform for platform in self.platforms if platform in with_gradients)
+        return self._replace(
+            platforms=platforms, fallback=self.fallback or platforms != self.platforms
+        )
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(form: _Form, *operands: jax.Array) -> jax.Array:
+def _differentiable(form: _Form, *operands: jax.Array) -> Any:
     return _forward(form, *operands)
 
 
-def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[jax.Array, Arrays]:
-    return _differentiable(form, *operands), operands  # for second derivatives' errors
+def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[Any, Arrays]:
+    form = form.differentiated()
+    results = _differentiable(form, *operands)  # for second derivatives' errors
+    return results, form.operator.kept(operands, _as_tuple(results))
 
 
-def _differentiable_backward(form: _Form, operands: Arrays, dy: jax.Array) -> Arrays:
-    return _differentiable_no_more(form, *varying_alike(*operands, dy))
+def _differentiable_backward(form: _Form, kept: Arrays, dy: Any) -> Arrays:
+    dys = _as_tuple(dy)
+    gradients = _gradients(form.differentiated(), len(dys), *varying_alike(*kept, *dys))
+    return form.operator.of_operands(gradients)
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable_no_more(form: _Form, *operands: jax.Array) -> Arrays:
-    return _backward(form, *operands)
+def _as_tuple(results: Any) -> Arrays:
+    return results if isinstance(results, tuple) else (results,)
 
 
-@_differentiable_no_more.defjvp
-def _(form: _Form, operands: Arrays, tangents: Arrays) -> NoReturn:
-    plain = form.operator.plain
-    of_models = "" if plain == "gather" else " (for a model: 'gather')"
-    raise NoForwardMode(
-        f"implementation: the kernel has no second derivatives; use {plain!r}{of_models}"
-    )
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _gradients(form: _Form, count: int, *operands: jax.Array) -> Arrays:
+    return _backward(form, count, *operands)
+
+
+@_gradients.defjvp
+def _(form: _Form, count: int, operands: Arrays, tangents: Arrays) -> tuple[Arrays, Arrays]:
+    # Second derivatives are those of the definition.
+    form = form._replace(platforms=(), fallback=True)
+    return jax.jvp(functools.partial(_backward, form, count), operands, tangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -223,19 +269,24 @@ def _forward(form: _Form, *operands: jax.Array) -> Any:
     return _dispatch(branches, default, operands, _result_shardings(form.operator, operands))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _backward(form: _Form, *operands: jax.Array) -> Arrays:
-    def by_kernel(platform: str) -> Function:
-        kernel = _custom_call(form.operator.backward(platform))
-        return lambda *operands: form.operator.gradients(operands[:-1], kernel(*operands))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(form: _Form, count: int, *operands: jax.Array) -> Arrays:
+    """The gradients of what was kept, which the first operands are; the `count` others are dys."""
+    operator = form.operator
 
-    def by_definition(*operands: jax.Array) -> Arrays:
-        *primals, dy = operands
-        return jax.vjp(form.operator.definition, *primals)[1](dy)
+    def by_kernel(platform: str) -> Function:
+        return lambda *a: operator.gradients(platform, _run, a[:-count], a[-count:])
+
+    def by_definition(*a: jax.Array) -> Arrays:
+        return operator.gradients_by_definition(a[:-count], a[-count:])
 
     branches = {platform: by_kernel(platform) for platform in form.platforms}
-    gradients = _like(operands[:-1], _explicit_mesh(operands))
+    gradients = _like(operands[:-count], _explicit_mesh(operands))
     return _dispatch(branches, by_definition if form.fallback else None, operands, gradients)
+
+
+def _run(target: Target, *operands: jax.Array) -> Arrays:
+    return _custom_call(target)(*operands)
 
 
 def _dispatch(
@@ -247,6 +298,8 @@ def _dispatch(
     """
 
     def run(*operands: jax.Array) -> Any:
+        if not branches:
+            return default(*operands)
         return lax.platform_dependent(*operands, **branches, default=default)
 
     return _automatic(run, operands, sharding)
@@ -298,13 +351,21 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
     data between devices where one of them is sharded.
     """
 
+    of_results = leading - target.summed  # axes of batch
+
     def call(*operands: jax.Array) -> Arrays:
         return with_results(target.shapes(*operands), *operands)
 
     def with_results(shapes: Shapes, *operands: jax.Array) -> Arrays:
         t = jax.typeof(operands[0])  # in a shard_map it has the mesh axes that results vary over
-        kind = {"sharding": t.sharding, "manual_axis_type": t.manual_axis_type}
-        results = [jax.ShapeDtypeStruct(*a, **kind) for a in shapes]
+        results = [
+            jax.ShapeDtypeStruct(
+                *(shape, dtype),
+                sharding=t.sharding.update(spec=PartitionSpec(*[None] * len(shape))),
+                manual_axis_type=t.manual_axis_type,
+            )
+            for shape, dtype in shapes
+        ]
         attributes = {
             name: np.array(value, np.int64) if isinstance(value, tuple) else value
             for name, value in target.attributes
@@ -322,16 +383,18 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
         def part(*operands: jax.Array) -> Arrays:
             # What a result has besides the batch may depend on the size of the whole batch.
             shapes = [
-                ((*shape[:leading], *result.shape[leading:]), dtype)
+                ((*shape[:of_results], *result.shape[of_results:]), dtype)
                 for (shape, dtype), result in zip(target.shapes(*operands), results, strict=True)
             ]
-            return with_results(shapes, *operands)
+            parts = with_results(shapes, *operands)
+            spread = spec[of_results:leading]  # over which axes of the mesh there are sums
+            return lax.psum(parts, spread[0]) if target.summed and spread[0] else parts
 
-        return mesh, part, (of(leading),) * len(results), operands
+        return mesh, part, (of(of_results),) * len(results), operands
 
     partitioned = custom_partitioning(call)
     counts = [batch_axes(i) for i in range(len(target.operands))]
-    counts += [leading] * len(target.results)
+    counts += [of_results] * len(target.results)
     own = target.operands + target.results
     others = [[f"a{i}_{j}" for j in range(count)] for i, count in enumerate(own)]  # each its own
     axes = [

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from xla_ops import _targets
-from xla_ops.custom_call import Arrays, Shapes, Target
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target
 from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
 from xla_ops.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class DCNv3:
+class DCNv3(Operator):
     """`xla_ops.dcnv3` as `xla_ops.custom_call` takes it: of x, offset and mask, or x and record."""
 
     geometry: Geometry
@@ -30,14 +30,17 @@ class DCNv3:
         operands = (3,) * (2 if self.fused else 3)
         return Target(name, operands, (3,), _like_output, self._attributes)
 
-    def backward(self, platform: str) -> Target:
-        name = _targets.FUSED_BACKWARD if self.fused else _targets.BACKWARD
+    @property
+    def backward(self) -> str:
+        return _targets.FUSED_BACKWARD if self.fused else _targets.BACKWARD
+
+    def backward_target(self, platform: str) -> Target:
         results = (3,) * (2 if self.fused else 3)
         operands, shapes = (*results, 3), _like_operands
         if platform == "cuda":
             points = len(self.geometry.points)
             results, shapes = (*results, 3), _with_scratch(points)
-        return Target(name, operands, results, shapes, self._attributes)
+        return Target(self.backward, operands, results, shapes, self._attributes)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         if self.fused:
@@ -46,8 +49,8 @@ class DCNv3:
         x, offset, mask = operands
         return dcnv3_gather(x, offset, mask, self.geometry)
 
-    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
-        return results[: len(operands)]
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        return run(self.backward_target(platform), *kept, *dys)[: len(kept)]
 
     @property
     def _attributes(self) -> tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +9,9 @@ import jax
 import numpy as np
 
 from xla_ops import _targets
-from xla_ops.custom_call import Arrays, Shapes, Target, call
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
 from xla_ops.dwconv_jnp import dwconv_norm_gelu_jnp
-from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype, like_first
+from xla_ops.operands import ATTRIBUTES, at_least_float32, check_dtype, chunks_of, like_first
 
 
 def dwconv_norm_gelu(
@@ -67,7 +66,7 @@ def dwconv_norm_gelu(
 
 
 @dataclass(frozen=True)
-class DwconvNormGelu:
+class DwconvNormGelu(Operator):
     """`dwconv_norm_gelu` as `xla_ops.custom_call` takes it."""
 
     epsilon: float
@@ -79,22 +78,24 @@ class DwconvNormGelu:
         name, attributes = _targets.DWCONV_FORWARD, self._attributes
         return Target(name, _OPERANDS, (3,), like_first, attributes, shared=_PARAMETERS)
 
-    def backward(self, platform: str) -> Target:
+    backward = _targets.DWCONV_BACKWARD
+
+    def backward_target(self, platform: str) -> Target:
         cuda = platform == "cuda"
         results, shapes = ((3, 3, 3), _rows_and_scratch) if cuda else ((3, 3), _parts)
-        name, operands, attributes = _targets.DWCONV_BACKWARD, (*_OPERANDS, 3), self._attributes
-        return Target(name, operands, results, shapes, attributes, shared=_PARAMETERS)
+        operands, attributes = (*_OPERANDS, 3), self._attributes
+        return Target(self.backward, operands, results, shapes, attributes, shared=_PARAMETERS)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias, scale, offset = operands
         return dwconv_norm_gelu_jnp(x, kernel, bias, scale, offset, self.epsilon)
 
-    def gradients(self, operands: Arrays, results: Arrays) -> Arrays:
-        dx, parts, *_ = results
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        dx, parts, *_ = run(self.backward_target(platform), *kept, *dys)
         total = parts.sum((0, 1))  # (3 + K * K, C)
         offset, scale, bias, kernel = total[0], total[1], total[2], total[3:]
-        ordered = (kernel.reshape(operands[1].shape), bias, scale, offset)
-        return dx, *(a.astype(p.dtype) for a, p in zip(ordered, operands[1:], strict=True))
+        ordered = (kernel.reshape(kept[1].shape), bias, scale, offset)
+        return dx, *(a.astype(p.dtype) for a, p in zip(ordered, kept[1:], strict=True))
 
     @property
     def _attributes(self) -> tuple:
@@ -108,13 +109,9 @@ _PARAMETERS = (1, 2, 3, 4)
 def _parts(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:
     """Shapes of dx and of each chunk's part of the parameters' gradients.
 
-    A chunk is some rows of an image: enough chunks for several threads, and rows enough that the
-    neighbours' rows, which each chunk differentiates once more for itself, do not weigh.
+    Each chunk differentiates the neighbours' rows once more for itself.
     """
-    *batch, height, _width, _channels = x.shape
-    images = math.prod(n for n in batch if are_known([n]))
-    rows = height if are_known([height]) else 1
-    return _in_chunks(x, kernel, max(1, min(8 // max(1, images), rows // 4)))
+    return _in_chunks(x, kernel, chunks_of(x))
 
 
 def _rows_and_scratch(x: jax.Array, kernel: jax.Array, *others: jax.Array) -> Shapes:

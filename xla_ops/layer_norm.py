@@ -11,8 +11,15 @@ import numpy as np
 from jax import lax
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Shapes, Target, forward
-from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype, like_first
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
+from xla_ops.operands import (
+    ATTRIBUTES,
+    are_known,
+    at_least_float32,
+    check_dtype,
+    chunks_of,
+    like_first,
+)
 
 # A map of fewer numbers takes a GPU no longer than a launch does, and XLA's pass takes along what
 # is around it, such as a bias or gamma, each else a launch of its own.
@@ -37,8 +44,9 @@ def layer_norm(
         scale: (C,), of x's dtype, or float32 where x is bfloat16 or float16.
         bias: (C,), likewise and of the dtype of `scale`.
         epsilon: Added to the variance.
-        implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None
-            takes it where it is known to serve, on CUDA for a million numbers or more.
+        implementation: "jnp" runs anywhere; "kernel" is the kernel, which has gradients on a CPU
+            and elsewhere the jnp form's; None takes it where it is known to serve, on CUDA for a
+            million numbers or more.
 
     Returns:
         (N, H, W, C) of x's dtype, computed in float32 for bfloat16 and float16.
@@ -50,7 +58,7 @@ def layer_norm(
     """
     _check(x, scale, bias, epsilon)
     serving = _serving(_targets.NORM_FORWARD, x, implementation)
-    return forward(LayerNorm(float(epsilon)), implementation, serving, "", x, scale, bias)
+    return call(LayerNorm(float(epsilon)), implementation, x, scale, bias, platforms=serving)
 
 
 def add_norm(
@@ -80,7 +88,8 @@ def add_norm(
     """
     _check(x, scale, bias, epsilon, residual)
     serving = _serving(_targets.ADD_NORM_FORWARD, x, implementation)
-    return forward(AddNorm(float(epsilon)), implementation, serving, "", x, residual, scale, bias)
+    operands = x, residual, scale, bias
+    return call(AddNorm(float(epsilon)), implementation, *operands, platforms=serving)
 
 
 def norm_add(
@@ -111,7 +120,8 @@ def norm_add(
     """
     _check(x, scale, bias, epsilon, residual)
     serving = _serving(_targets.NORM_ADD_FORWARD, x, implementation)
-    return forward(NormAdd(float(epsilon)), implementation, serving, "", x, residual, scale, bias)
+    operands = x, residual, scale, bias
+    return call(NormAdd(float(epsilon)), implementation, *operands, platforms=serving)
 
 
 def _serving(name: str, x: jax.Array, implementation: str | None) -> tuple[str, ...]:
@@ -151,7 +161,7 @@ def _check(
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNorm(Operator):
     """`layer_norm` as `xla_ops.custom_call` takes it."""
 
     epsilon: float
@@ -161,13 +171,25 @@ class LayerNorm:
         attributes = _attributes(self.epsilon)
         return Target(_targets.NORM_FORWARD, (3, 1, 1), (3,), like_first, attributes, shared=(1, 2))
 
+    plain = "jnp"
+    backward = _targets.NORM_BACKWARD
+
+    @property
+    def backward_target(self) -> Target:
+        return _backward(self.backward, self.epsilon, (3,))
+
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        x, scale, bias = kept
+        dx, parts = run(self.backward_target, x, scale, *dys)
+        return dx, *_of_parameters(parts, bias)
+
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, scale, bias = operands
         return _normalized(x, scale, bias, self.epsilon).astype(x.dtype)
 
 
 @dataclass(frozen=True)
-class AddNorm:
+class AddNorm(Operator):
     """`add_norm` as `xla_ops.custom_call` takes it."""
 
     epsilon: float
@@ -177,6 +199,30 @@ class AddNorm:
         name, attributes = _targets.ADD_NORM_FORWARD, _attributes(self.epsilon)
         return Target(name, (3, 3, 1, 1), (3, 3), _twice_like_x, attributes, shared=(2, 3))
 
+    plain = "jnp"
+    backward = _targets.ADD_NORM_BACKWARD
+
+    @property
+    def backward_target(self) -> Target:
+        return _backward(self.backward, self.epsilon, (3, 3))
+
+    def kept(self, operands: Arrays, results: Arrays) -> Arrays:
+        # The sum, which what follows keeps too, for the two.
+        return results[0], *operands[2:]
+
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        total, scale, bias = kept
+        dtotal, parts = run(self.backward_target, total, scale, *dys)
+        return dtotal, *_of_parameters(parts, bias)
+
+    def gradients_by_definition(self, kept: Arrays, dys: Arrays) -> Arrays:
+        dtotal, dy = dys
+        dx, *others = LayerNorm(self.epsilon).gradients_by_definition(kept, (dy,))
+        return dtotal + dx, *others
+
+    def of_operands(self, gradients: Arrays) -> Arrays:
+        return gradients[0], *gradients
+
     def definition(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, residual, *vectors = operands
         total = x + residual
@@ -184,7 +230,7 @@ class AddNorm:
 
 
 @dataclass(frozen=True)
-class NormAdd:
+class NormAdd(Operator):
     """`norm_add` as `xla_ops.custom_call` takes it."""
 
     epsilon: float
@@ -193,6 +239,14 @@ class NormAdd:
     def forward(self) -> Target:
         name, attributes = _targets.NORM_ADD_FORWARD, _attributes(self.epsilon)
         return Target(name, (3, 3, 1, 1), (3,), like_first, attributes, shared=(2, 3))
+
+    plain = "jnp"
+    backward = _targets.NORM_BACKWARD
+
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        x, _residual, *parameters = kept
+        dx, *others = LayerNorm(self.epsilon).gradients(platform, run, (x, *parameters), dys)
+        return dx, *dys, *others
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, residual, scale, bias = operands
@@ -210,6 +264,23 @@ def _normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float)
     y -= y.mean(-1, keepdims=True)
     y *= lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon) * scale
     return y + bias
+
+
+def _backward(name: str, epsilon: float, dys: tuple[int, ...]) -> Target:
+    """From x, scale and gradients of results to x's and each chunk's part of the parameters'."""
+    operands, attributes = (3, 1, *dys), _attributes(epsilon)
+    return Target(name, operands, (3, 3), _x_and_parts, attributes, shared=(1,))
+
+
+def _x_and_parts(x: jax.Array, *others: jax.Array) -> Shapes:
+    parts = (*x.shape[:-3], chunks_of(x), 2, x.shape[-1])
+    return [(x.shape, x.dtype), (parts, at_least_float32(x.dtype))]
+
+
+def _of_parameters(parts: jax.Array, bias: jax.Array) -> Arrays:
+    """The gradients of scale and bias."""
+    scale_and_bias = parts.sum((0, 1)).astype(bias.dtype)
+    return scale_and_bias[0], scale_and_bias[1]
 
 
 def _attributes(epsilon: float) -> tuple[tuple[str, Any], ...]:

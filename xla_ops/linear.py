@@ -12,7 +12,7 @@ import numpy as np
 
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
-from xla_ops.custom_call import Shapes, Target, forward
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, forward
 from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype
 from xla_ops.panels import from_panels, panels_shape
 
@@ -67,7 +67,20 @@ def linear(
     taken = tuple(platform for platform in serving if _takes(platform, kernel, gelu))
     if implementation is None and not _pays_on_cuda(x.shape, bias.shape[0], gelu):
         taken = tuple(platform for platform in taken if platform != "cuda")
-    return forward(operator, implementation, taken, _TAKEN if serving else "", x, kernel, bias)
+    operands, refusal = (x, kernel, bias), _TAKEN if serving else ""
+    if gelu:
+        return forward(operator, implementation, taken, refusal, *operands)
+    return call(operator, implementation, *operands, platforms=taken, refusal=refusal)
+
+
+def product(
+    x: jax.Array, kernel: jax.Array, implementation: Literal["jnp"] | None = None
+) -> jax.Array:
+    """Returns x @ kernel for x (N, H, W, C) and kernel (C, K), by XLA but on a CPU."""
+    operands = x, kernel, jnp.zeros(kernel.shape[-1], x.dtype)
+    serving = _ffi.serving(_targets.LINEAR_FORWARD) if _takes("cpu", kernel, False) else ()
+    platforms = tuple(platform for platform in serving if platform == "cpu")
+    return call(Linear(biased=False), implementation, *operands, platforms=platforms)
 
 
 _TAKEN = (
@@ -105,12 +118,16 @@ def _pays_on_cuda(shape: tuple[int, ...], outputs: int, gelu: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """`linear` as `xla_ops.custom_call` takes it."""
+class Linear(Operator):
+    """`linear` as `xla_ops.custom_call` takes it; that with GELU has no kernel for gradients."""
 
-    gelu: bool
+    gelu: bool = False
     panels: bool = False  # the kernel's layout
-    implementation: Literal["jnp"] | None = None  # of what follows XLA's product
+    implementation: Literal["jnp"] | None = None  # of what GELU is made of
+    biased: bool = True  # else the bias is zeros, which the kernel wants
+
+    plain = "jnp"
+    backward = _targets.LINEAR_BACKWARD
 
     @property
     def name(self) -> str:
@@ -123,14 +140,43 @@ class Linear:
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias = operands
-        y = x @ (from_panels(kernel, len(bias)) if self.panels else kernel)
+        if self.panels:
+            kernel = from_panels(kernel, len(bias))
         if self.gelu:
+            y = product(x, kernel, self.implementation)
             return bias_gelu(y, bias, implementation=self.implementation)
-        return y + bias.astype(y.dtype)[None, None, None]
+        # Of two axes: a CPU's XLA copies the gradients of more, badly, to transpose them.
+        *pixels, inputs = x.shape
+        y = (x.reshape(math.prod(pixels), inputs) @ kernel).reshape(*pixels, bias.shape[0])
+        return y + bias.astype(y.dtype)[None, None, None] if self.biased else y
+
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        (x, kernel, bias), (dy,) = kept, dys
+        inputs, outputs = x.shape[-1], bias.shape[0]
+        matrix, to_layout = jax.vjp(
+            lambda kernel: from_panels(kernel, outputs) if self.panels else kernel, kernel
+        )
+        (dx,) = run(Linear().forward, dy, matrix.T, jnp.zeros(inputs, x.dtype))
+        # The first operand is transposed on the way: the one with fewer channels.
+        if inputs <= outputs:
+            (dmatrix,) = run(KERNEL_GRADIENT, x, dy)
+        else:
+            dmatrix = run(KERNEL_GRADIENT, dy, x)[0].T
+        dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
+        return dx, *to_layout(dmatrix), dbias
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:
     return [((*x.shape[:-1], bias.shape[-1]), x.dtype)]
+
+
+def _like_kernel(x: jax.Array, dy: jax.Array) -> Shapes:
+    return [((*x.shape[:-4], x.shape[-1], dy.shape[-1]), x.dtype)]
+
+
+KERNEL_GRADIENT = Target(
+    _targets.LINEAR_BACKWARD, (3, 3), (2,), _like_kernel, ATTRIBUTES, summed=True
+)
 
 
 def check_operands(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
 def are_known(sizes: Iterable[Any]) -> bool:
     """Whether all sizes are numbers: `jax.export` has symbols too."""
     return all(isinstance(size, int) for size in sizes)
+
+
+def chunks_of(x: jax.Array) -> int:
+    """In how many parts, rows of an image each, a CPU makes sums over the pixels of x (N, H, W, C).
+
+    Enough parts for several threads, of rows enough that what comes with each does not weigh.
+    """
+    *batch, height, _width, _channels = x.shape
+    images = math.prod(n for n in batch if are_known([n]))
+    rows = height if are_known([height]) else 1
+    return max(1, min(8 // max(1, images), rows // 4))
 
 
 def like_first(x: jax.Array, *_: jax.Array) -> Shapes:

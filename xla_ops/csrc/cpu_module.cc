@@ -27,11 +27,14 @@ PYBIND11_MODULE(_cpu, m) {
     targets["internimage_bias_gelu_forward"] = capsule(gelu::cpu::forward_handler());
     targets["internimage_bias_gelu_backward"] = capsule(gelu::cpu::backward_handler());
     targets["internimage_layer_norm_forward"] = capsule(layer_norm::cpu::forward_handler());
+    targets["internimage_layer_norm_backward"] = capsule(layer_norm::cpu::backward_handler());
     targets["internimage_add_norm_forward"] = capsule(layer_norm::cpu::add_norm_handler());
+    targets["internimage_add_norm_backward"] = capsule(layer_norm::cpu::add_norm_backward_handler());
     targets["internimage_norm_add_forward"] = capsule(layer_norm::cpu::norm_add_handler());
     // Without vector instructions for it XLA's own products are as good.
     if (::cpu::instruction_set() != ::cpu::InstructionSet::kBaseline) {
       targets["internimage_linear_forward"] = capsule(linear::cpu::forward_handler());
+      targets["internimage_linear_backward"] = capsule(linear::cpu::backward_handler());
       targets["internimage_linear_gelu_forward"] = capsule(linear::cpu::gelu_forward_handler());
       targets["internimage_convolution_forward"] = capsule(linear::cpu::convolution_handler());
       targets["internimage_mlp_forward"] = capsule(linear::cpu::mlp_handler());

@@ -22,6 +22,7 @@ XLA_FFI_Handler* backward_handler();
 
 namespace linear::cpu {
 XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* backward_handler();
 XLA_FFI_Handler* gelu_forward_handler();
 XLA_FFI_Handler* convolution_handler();
 XLA_FFI_Handler* mlp_handler();
@@ -29,6 +30,8 @@ XLA_FFI_Handler* mlp_handler();
 
 namespace layer_norm::cpu {
 XLA_FFI_Handler* forward_handler();
+XLA_FFI_Handler* backward_handler();
 XLA_FFI_Handler* add_norm_handler();
+XLA_FFI_Handler* add_norm_backward_handler();
 XLA_FFI_Handler* norm_add_handler();
 }  // namespace layer_norm::cpu

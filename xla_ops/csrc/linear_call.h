@@ -1,5 +1,6 @@
 // One call of y = f(x kernel + bias) over raw buffers, f GELU, gelu(z) = z * Phi(z), or nothing. A
-// convolution is the same with rows of x made of the pixels that go into a pixel of y.
+// convolution is the same with rows of x made of the pixels that go into a pixel of y, and the gradient of a
+// kernel with rows that are the columns of x.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +26,11 @@ struct Call {
   int64_t rows, inputs, outputs;
   int64_t image_rows;  // of an image; a form that is chosen by them does not depend on the batch
   bool gelu;
-  Type type;  // of x, kernel and y
+  bool transposed;  // x comes as (inputs, rows)
+  Type type;        // of x, kernel and y
   Type bias_type;
   bool panels;         // the kernel's columns come in panels of kPanelColumns, one after the other
-  const void* x;       // (rows, inputs), or the map of each image
+  const void* x;       // (rows, inputs), or transposed, or the map of each image
   const void* kernel;  // (inputs, outputs), or (outputs / kPanelColumns rounded up, inputs, kPanelColumns)
   const void* bias;    // (outputs)
   void* y;             // (rows, outputs)

@@ -16,12 +16,17 @@ namespace {
 using namespace ::cpu;
 
 constexpr int64_t kUnit = kPanelColumns;  // that stay together: whole panels for any instruction set
+// Whether AMX multiplies a call's numbers as they are.
+bool by_amx(const Call& call) {
+  return call.type == Type::kBFloat16 && !call.transposed && call.inputs > 0 && has_amx();
+}
+
 // Rows of a tile: what is copied of the kernel is used so often. Where AMX computes, it should be oftener, as
 // long as the rows of x stay in the second cache.
 int64_t most_rows([[maybe_unused]] const Call& call) {
 #if CPU_AMX
   constexpr int64_t kNumbers = int64_t{1} << 19;
-  if (call.type == Type::kBFloat16 && has_amx()) return std::clamp<int64_t>(kNumbers / call.inputs, 64, 896);
+  if (by_amx(call)) return std::clamp<int64_t>(kNumbers / call.inputs, 64, 896);
 #endif
   return 16 * 14;
 }
@@ -107,12 +112,12 @@ Tiles tiles_of(const Call& call, int64_t wanted, int64_t threads) {
   const Tiles least = {quotient_up(call.rows, most_rows(call)), quotient_up(units, kMostUnits)};
   // To read a row of x, or to copy it, takes as long as to multiply it by so many columns; a column of the
   // kernel, as it is or copied, as long as so many rows.
-  const bool bfloat16 = call.type == Type::kBFloat16, by_amx = bfloat16 && has_amx();
-  const bool by_pairs = bfloat16 && instruction_set() >= InstructionSet::kAvx512BFloat16;
+  const bool pairs = call.type == Type::kBFloat16 && instruction_set() >= InstructionSet::kAvx512BFloat16;
   const bool as_it_is = call.type == Type::kFloat32 && call.panels;
-  const int64_t row = call.map.channels || (call.type != Type::kFloat32 && !by_pairs) ? 10 : 2;
-  const int64_t column = by_amx ? 30 : as_it_is ? 1 : 9;
-  const int64_t strip = by_amx ? 32 : 1;
+  const bool other = call.map.channels || call.transposed || (call.type != Type::kFloat32 && !pairs);
+  const int64_t row = other ? 10 : 2;
+  const int64_t column = by_amx(call) ? 30 : as_it_is ? 1 : 9;
+  const int64_t strip = by_amx(call) ? 32 : 1;
   // The time of the thread with most tiles, and a part of what it may have to wait for the last of another.
   const auto time = [&](const Tiles& t) {
     const int64_t rows = quotient_up(quotient_up(call.rows, t.down), strip) * strip;
@@ -143,7 +148,7 @@ void forward(const Call& call, const Tiles& tiles, int64_t i, int64_t j) {
   const int64_t end_row = std::min((i + 1) * units_down / tiles.down * tiles.unit, call.rows);
   const Tile tile = {row, end_row - row, column, end - column};
 #if CPU_AMX
-  if (call.type == Type::kBFloat16 && call.inputs > 0 && has_amx()) return amx::forward(call, tile);
+  if (by_amx(call)) return amx::forward(call, tile);
   if (amx::takes_float32(call)) return amx::forward_float32(call, tile);
 #endif
   CPU_CALL(forward, call, tile);

@@ -228,7 +228,8 @@ AMX_TARGET void redo(const Call& s, Tile tile, const float* sums) {
 
 // With fewer inputs, or fewer rows, making the pieces takes as long as is won.
 bool takes_float32(const Call& call) {
-  return call.type == Type::kFloat32 && call.inputs >= 64 && call.image_rows >= 48 && has_amx();
+  return call.type == Type::kFloat32 && !call.transposed && call.inputs >= 64 && call.image_rows >= 48 &&
+         has_amx();
 }
 
 // About half of the tiles wanted; where that is one for each thread or more, a multiple of the threads. Of

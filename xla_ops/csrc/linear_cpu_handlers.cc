@@ -1,4 +1,10 @@
 // The CPU handlers of XLA's foreign function interface for `linear`, `convolution` and `mlp`.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+
 #include "cpu_handlers.h"
 #include "cpu_module.h"
 #include "linear_cpu.h"
@@ -11,6 +17,22 @@ using namespace ::cpu;
 
 constexpr double kFew = 2e6;  // multiply-adds that are not worth dividing: some 20 us
 
+// Cuts sets of calls into tiles, and computes them.
+ffi::Future start(ffi::ThreadPool& pool, const Call& call, int64_t sets,
+                  std::shared_ptr<const float[]> zeros) {
+  const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const double wanted = std::min(cost / kFew, 4. * double(threads)) / double(std::max<int64_t>(sets, 1));
+  const Tiles tiles = tiles_of(call, static_cast<int64_t>(wanted), threads);
+  const int64_t each = tiles.down * tiles.across;
+  return run(pool, sets * each, [call, tiles, each, zeros = std::move(zeros)](int64_t i) {
+    const int64_t tile = i % each;
+    Call set = of_set(call, i / each);
+    if (zeros) set.bias = zeros.get();
+    forward(set, tiles, tile / tiles.across, tile % tiles.across);
+  });
+}
+
 template <Form form>
 ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operand bias, Result y,
                          int64_t version) {
@@ -19,15 +41,22 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   ffi::Error error = describe(x, kernel, bias, *y, version, form, &call, &sets);
   if (error.failure()) return failed(error);
   prefer_large_pages(y);
-  const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const double wanted = std::min(cost / kFew, 4. * double(threads)) / double(std::max<int64_t>(sets, 1));
-  const Tiles tiles = tiles_of(call, static_cast<int64_t>(wanted), threads);
-  const int64_t each = tiles.down * tiles.across;
-  return run(pool, sets * each, [call, tiles, each](int64_t i) {
-    const int64_t tile = i % each;
-    forward(of_set(call, i / each), tiles, tile / tiles.across, tile % tiles.across);
-  });
+  return start(pool, call, sets, nullptr);
+}
+
+ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand dy, Result dkernel, int64_t version) {
+  Call call = {};
+  int64_t sets;
+  ffi::Error error = describe_backward(x, dy, dkernel, version, &call, &sets);
+  if (error.failure()) return failed(error);
+  prefer_large_pages(dkernel);
+  if (call.inputs == 0) {
+    std::memset(call.y, 0, dkernel->size_bytes());
+    sets = 0;
+  }
+  std::shared_ptr<float[]> zeros(new (std::nothrow) float[call.outputs]());
+  if (!zeros) return failed(ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a bias of zeros"));
+  return start(pool, call, sets, std::move(zeros));
 }
 
 ffi::Future mlp_call(ffi::ThreadPool pool, Operand x, Operand kernel1, Operand bias1, Operand kernel2,
@@ -59,6 +88,13 @@ auto bind() {
 XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
 XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
 XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
+XLA_FFI_DEFINE_HANDLER(kBackward, backward_call,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Operand>()  // x
+                           .Arg<Operand>()  // dy
+                           .Ret<Operand>()  // dkernel
+                           .Attr<int64_t>("version"));
 XLA_FFI_DEFINE_HANDLER(kMlp, mlp_call,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -74,6 +110,9 @@ XLA_FFI_DEFINE_HANDLER(kMlp, mlp_call,
 
 XLA_FFI_Handler* forward_handler() {
   return kForward;
+}
+XLA_FFI_Handler* backward_handler() {
+  return kBackward;
 }
 XLA_FFI_Handler* gelu_forward_handler() {
   return kGeluForward;

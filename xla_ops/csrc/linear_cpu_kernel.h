@@ -161,12 +161,56 @@ CPU_TARGET void copy_pixels(const T* x, const Map& map, int64_t row, int64_t row
   }
 }
 
+// Four numbers as they are copied, in the lower halves of words where they have 16 bits.
+template <class T, class To>
+CPU_FN Vec<float, 4> load_four(const T* from) {
+  if constexpr (std::is_same_v<T, To> && sizeof(T) == 2) {
+    using Words = Vec<uint32_t, 4>;
+    return bits<Vec<float, 4>>(__builtin_convertvector(load_raw<Vec<uint16_t, 4>>(from), Words));
+  } else {
+    return Memory<T, float, 4>::load(from);
+  }
+}
+template <class To>
+CPU_FN void store_four(Vec<float, 4> v, To* to) {
+  if constexpr (sizeof(To) == 2) {
+    store_raw(to, __builtin_convertvector(bits<Vec<uint32_t, 4>>(v), Vec<uint16_t, 4>));
+  } else {
+    store_raw(to, v);
+  }
+}
+
+// Copies columns of x to rows `stride` apart: `rows` of them, `columns` numbers apart in x, of each `depth`
+// numbers.
+template <class T, class To>
+CPU_TARGET void copy_columns(const T* x, int64_t columns, int64_t rows, int64_t depth, To* to,
+                             int64_t stride) {
+  const int64_t whole_rows = rows / 4 * 4, whole_depth = depth / 4 * 4;
+  for (int64_t r = 0; r < whole_rows; r += 4) {
+    for (int64_t k = 0; k < whole_depth; k += 4) {
+      const T* const from = x + k * columns + r;
+      To* const p = to + r * stride + k;
+      Vec<float, 4> four[4];
+      for (int i = 0; i < 4; ++i) four[i] = load_four<T, To>(from + i * columns);
+      transpose<float>(four[0], four[1], four[2], four[3]);
+      for (int i = 0; i < 4; ++i) store_four(four[i], p + i * stride);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = r < whole_rows ? whole_depth : 0; k < depth; ++k) {
+      copy(x + k * columns + r, 1, to + r * stride + k);
+    }
+  }
+}
+
 // Copies the numbers from `at` on of a tile's rows, and zero after them up to `whole` numbers.
 template <class T, class To>
 CPU_TARGET void copy_inputs(const Call& s, const Tile& tile, int64_t at, int64_t numbers, int64_t whole,
                             To* to, int64_t stride) {
   const T* const x = static_cast<const T*>(s.x);
-  if (s.map.channels) {
+  if (s.transposed) {
+    copy_columns(x + at * s.rows + tile.row, s.rows, tile.rows, numbers, to, stride);
+  } else if (s.map.channels) {
     copy_pixels(x, s.map, tile.row, tile.rows, at, numbers, to, stride);
   } else {
     copy_rows(x + tile.row * s.inputs, s.inputs, tile.rows, at, numbers, to, stride);
@@ -273,7 +317,7 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   // Strips read x as it is, unless it is no whole words, or the many rows of a whole panel's strips begin
   // 4096 bytes apart, all of them in the same few places of the first cache.
   constexpr bool kWiden = !std::is_same_v<T, Number>;
-  const bool copied = kWiden || s.map.channels || words * kNumbers > s.inputs ||
+  const bool copied = kWiden || s.map.channels || s.transposed || words * kNumbers > s.inputs ||
                       (strip_rows(kVectors) > 4 && words % 1024 == 0);
   const bool in_place = std::is_same_v<T, float> && s.panels;
   const int64_t panels = quotient_up(tile.columns, kPanel), depths = quotient_up(words, kDepth);

@@ -120,6 +120,38 @@ inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operan
   return error;
 }
 
+// The call that makes the gradient of the first set's kernel, (..., C, K), from x (..., C) and the gradient
+// of y (..., K): rows of x transposed, and dy as the kernel. It has no bias yet.
+inline ffi::Error describe_backward(Operand x, Operand dy, Result dkernel, int64_t version, Call* call,
+                                    int64_t* sets) {
+  if (version != kVersion) return invalid("expected attributes of version " + std::to_string(kVersion));
+  const auto xs = x.dimensions(), ys = dy.dimensions(), ks = dkernel->dimensions();
+  if (xs.size() < 1 || ys.size() != xs.size() || ks.size() < 2 || ks.size() - 2 > xs.size() - 1 ||
+      xs.back() < 1 || ys.back() < 1 || !std::equal(xs.begin(), xs.end() - 1, ys.begin())) {
+    return invalid("expected x (..., C) and dy (..., K)");
+  }
+  Call& s = *call;
+  s.rows = xs.back(), s.outputs = ys.back(), s.transposed = true;
+  *sets = 1;
+  const size_t all_sets = ks.size() - 2;  // axes
+  for (size_t i = 0; i < all_sets; ++i) {
+    if (ks[i] != xs[i]) return invalid("the leading axes of x and of the kernel's gradient differ");
+    *sets *= ks[i];
+  }
+  if (ks[all_sets] != s.rows || ks[all_sets + 1] != s.outputs) return invalid("the result does not fit");
+  s.inputs = 1;
+  for (size_t i = all_sets; i + 1 < xs.size(); ++i) s.inputs *= xs[i];
+  if (!type_of(x.element_type(), &s.type) || s.type == Type::kFloat64) {
+    return invalid("expected float32, bfloat16 or float16");
+  }
+  if (dy.element_type() != x.element_type() || dkernel->element_type() != x.element_type()) {
+    return invalid("expected dy and the kernel's gradient of the dtype of x");
+  }
+  s.bias_type = Type::kFloat32;
+  s.x = x.untyped_data(), s.kernel = dy.untyped_data(), s.y = dkernel->untyped_data();
+  return ffi::Error::Success();
+}
+
 // The call of another set of parameters, by its number.
 inline Call of_set(Call s, int64_t set) {
   const auto bytes = [](Type type) { return type == Type::kFloat32 ? 4 : 2; };

@@ -29,4 +29,20 @@ struct Call {
   Add add() const { return !residual ? Add::kNot : total ? Add::kBefore : Add::kAfter; }
 };
 
+// One call of the gradients: those of x, and of scale and bias parts that each some rows of an image make.
+struct BackwardCall {
+  int64_t parts, parts_of_image;
+  int64_t image_rows, channels;
+  int64_t shared;  // consecutive parts that use the same scale
+  double epsilon;
+  Type type;  // of x, dy, dtotal and dx
+  Type parameters_type;
+  const void* x;       // (rows, channels)
+  const void* scale;   // (parts / shared, channels)
+  const void* dy;      // (rows, channels)
+  const void* dtotal;  // added to x's gradient, likewise; null where there is none
+  void* dx;            // (rows, channels)
+  void* dparameters;   // (parts, 2, channels), of the type that sums have: scale's, then bias's
+};
+
 }  // namespace layer_norm

@@ -19,4 +19,8 @@ void forward(const Call& call, int64_t begin, int64_t end) {
   CPU_CALL(forward, call, begin, end);
 }
 
+void backward(const BackwardCall& call, int64_t part) {
+  CPU_CALL(backward, call, part);
+}
+
 }  // namespace layer_norm::cpu

@@ -6,7 +6,6 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -39,12 +38,12 @@ template <class... Results>
 void prefer_large_pages([[maybe_unused]] Results&... results) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto advise = [](const void* data, size_t bytes) {
-    if (bytes < size_t{4} << 20) return;
-    // All pages of the result, the first and last of which others may share: where one result ends and the
-    // next begins there is no gap then.
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
+    if (bytes < size_t{1} << 20) return;
+    // All pages of the result, the first and last of which others may share: XLA puts one result right after
+    // the other, and a page is large only where all of it is asked for before it is written to.
+    constexpr uintptr_t kPage = uintptr_t{2} << 20;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   };
   (advise(results->untyped_data(), results->size_bytes()), ...);

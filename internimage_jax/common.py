@@ -242,21 +242,35 @@ def activate(act_layer: str, x: jax.Array) -> jax.Array:
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes values of `x` at `rate` and scales up the others; without a key, returns `x`."""
-    return _drop(x, rate, key, x.shape)
-
-
-def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None) -> jax.Array:
-    """Zeroes whole images of `x` (N, ...) at `rate` and scales up the others (stochastic depth)."""
-    return _drop(x, rate, key, (x.shape[0], *[1] * (x.ndim - 1)))
-
-
-def _drop(
-    x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None, shape: tuple[int, ...]
-) -> jax.Array:
-    if key is None or rate is None or (isinstance(rate, int | float) and rate == 0):
+    if key is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, shape)
-    return x * (kept.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
+    return x * _kept(key, rate, x.shape).astype(x.dtype)
+
+
+def path_factors(
+    rates: Sequence[float], batch: int, key: jax.Array | None
+) -> list[jax.Array | None]:
+    """What stochastic depth multiplies the two branches of each layer by: (2, batch), float32.
+
+    That is 0 for an image at the layer's rate, and otherwise more than 1, so that the mean stays;
+    None where the rate is 0, or without a key. One draw is for all layers: 60 are half of what a
+    training program's compilation takes.
+    """
+    if key is None or not any(rates):
+        return [None] * len(rates)
+    rate = np.array(rates, np.float32)[:, None, None]
+    factors = _kept(key, rate, (len(rates), 2, batch))
+    return [factors[i] if rate else None for i, rate in enumerate(rates)]
+
+
+def drop_path(x: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """Multiplies each image of `x` (N, H, W, C) by its factor (N,), if there are any."""
+    return x if factors is None else x * factors.astype(x.dtype)[:, None, None, None]
+
+
+def _kept(key: jax.Array, rate: np.ndarray | float, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros at `rate`, and else what keeps the mean 1."""
+    return jax.random.bernoulli(key, 1 - rate, shape).astype(jnp.float32) / (1 - rate)
 
 
 def widened(x: jax.Array) -> jax.Array:

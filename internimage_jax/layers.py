@@ -229,14 +229,15 @@ class InternImageLayer(nnx.Module):
         *,
         train: bool = False,
         key: jax.Array | None = None,
-        drop_path_rate: jax.Array | float | None = None,
+        factors: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the layer's map, and what the norm `following` makes of it, if there is one.
 
         `normalized` is what `norm1` makes of `x`, where the layer before has made it, since a sum
-        and the norm after it can be one pass.
+        and the norm after it can be one pass. `key` is of the dropout, and `factors` (2, N) are
+        what the branches' images are multiplied by.
         """
-        key1, key2, key3 = split(key, 3)
+        factors1, factors2 = (None, None) if factors is None else (factors[0], factors[1])
         if normalized is None:
             normalized = x if self.post_norm else self._normalize(self.norm1, x)
         y = self.dcn(normalized, train=train)
@@ -247,9 +248,9 @@ class InternImageLayer(nnx.Module):
             own1, own2 = self.res_post_norm1, self.res_post_norm2
         gamma1, gamma2 = (self.gamma1, self.gamma2) if self.layer_scale else (None, None)
         norm2 = None if self.post_norm else self.norm2
-        x, normalized = self._add(x, y, own1, gamma1, norm2, drop_path_rate, key1)
-        y = self.mlp(x if normalized is None else normalized, key=key2)
-        return self._add(x, y, own2, gamma2, following, drop_path_rate, key3)
+        x, normalized = self._add(x, y, own1, gamma1, norm2, factors1)
+        y = self.mlp(x if normalized is None else normalized, key=key)
+        return self._add(x, y, own2, gamma2, following, factors2)
 
     @classmethod
     def one_call(cls, layers: Sequence[InternImageLayer], x: jax.Array) -> jax.Array | None:
@@ -311,22 +312,21 @@ class InternImageLayer(nnx.Module):
         norm: nnx.LayerNorm | None,
         gamma: nnx.Param | None,
         following: nnx.LayerNorm | None,
-        drop_path_rate: jax.Array | float | None,
-        key: jax.Array | None,
+        factors: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Adds a branch's map y, by its own norm and gamma, to x; returns that as a call does.
 
         One pass has the addition and a norm: the branch's own, if it has one, or else `following`.
         Drop path comes between the own norm and the addition.
         """
-        if norm is not None and (key is None or drop_path_rate is None):
+        if norm is not None and factors is None:
             x = normalize_add(norm, y, x, gamma, self.implementation)
             return x, None if following is None else self._normalize(following, x)
         if norm is not None:
             y = self._normalize(norm, y)
         if gamma is not None:
             y *= along_channels(gamma, y)
-        y = drop_path(y, drop_path_rate, key)
+        y = drop_path(y, factors)
         return add_normalize(following, x, y, self.implementation)
 
     def _normalize(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:

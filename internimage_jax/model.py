@@ -25,6 +25,7 @@ from internimage_jax.common import (
     apply,
     dropout,
     normalize,
+    path_factors,
     put_in_panels,
     split,
     widened,
@@ -45,7 +46,7 @@ def _traced_once(
     x: jax.Array,
     normalized: jax.Array | None,
     key: jax.Array | None,
-    drop_path_rate: np.ndarray | None,
+    factors: jax.Array | None,
     *,
     with_cp: bool,
     train: bool,
@@ -56,15 +57,15 @@ def _traced_once(
     first, which has no norm's result to begin with, and the last, which another norm follows.
     """
 
-    def call(state, x, normalized, key, drop_path_rate):
+    def call(state, x, normalized, key, factors):
         layer, following = nnx.merge(graphdef, state)
         # By name: `nnx.tabulate` cannot show a None beside a module among positional arguments.
         context = {"normalized": normalized, "following": following, "key": key}
-        results = layer(x, **context, train=train, drop_path_rate=drop_path_rate)
+        results = layer(x, **context, train=train, factors=factors)
         return results, nnx.state(layer, nnx.BatchStat)
 
     # With `with_cp` nothing is kept for the backward pass but the layer's input.
-    return (jax.checkpoint(call) if with_cp else call)(state, x, normalized, key, drop_path_rate)
+    return (jax.checkpoint(call) if with_cp else call)(state, x, normalized, key, factors)
 
 
 class InternImageBlock(nnx.Module):
@@ -76,6 +77,7 @@ class InternImageBlock(nnx.Module):
         self.blocks = nnx.List(
             [InternImageLayer(ctx, channels, group) for _ in range(config.depths[level])]
         )
+        self.drop_rate = config.drop_rate
         self.drop_path_rates = config.drop_path_rates[level]
         self.post_norm_block_ids = config.post_norm_block_ids if level == 2 else ()
         if self.post_norm_block_ids:
@@ -93,7 +95,9 @@ class InternImageBlock(nnx.Module):
         self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """Returns the level's map, which `downsample` takes to the next level."""
-        keys = split(key, len(self.blocks))
+        path_key, key = split(key if train else None, 2)
+        factors = path_factors(self.drop_path_rates, x.shape[0], path_key)
+        keys = split(key if self.drop_rate else None, len(self.blocks))
         normalized = None
         if not train and not self.post_norm_block_ids:
             whole = InternImageLayer.one_call(self.blocks, x)
@@ -101,9 +105,8 @@ class InternImageBlock(nnx.Module):
                 return self._normalize(whole)
         for i, block in enumerate(self.blocks):
             graphdef, state = nnx.split((block, self._following(i)))
-            rate = self.drop_path_rates[i] if train else 0
             (x, normalized), statistics = _traced_once(
-                *(graphdef, state, x, normalized, keys[i], np.float32(rate) if rate else None),
+                *(graphdef, state, x, normalized, keys[i], factors[i]),
                 with_cp=self.with_cp,
                 train=train,
             )

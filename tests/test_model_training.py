@@ -215,22 +215,22 @@ def test_dropout_and_stochastic_depth_act_in_training_alone():
 
 
 def test_each_draw_has_a_key_of_its_own(monkeypatch):
-    drawn, drop = [], common._drop
+    drawn, kept = [], common._kept
 
-    def recorded(x, rate, key, shape):
+    def recorded(key, rate, shape):
         data = jax.random.key_data(key)
         jax.debug.callback(lambda found: drawn.append(tuple(found.tolist())), data)
-        return drop(x, rate, key, shape)
+        return kept(key, rate, shape)
 
-    monkeypatch.setattr(common, "_drop", recorded)
+    monkeypatch.setattr(common, "_kept", recorded)
     rates = {"drop_rate": 0.37, "drop_path_rate": 0.37, "drop_path_type": "uniform"}
     config = SMALLEST.replace(depths=(1, 1, 4, 1), **rates)  # of no other test, so traced here
     graphdef, state = nnx.split(InternImage(config, rngs=nnx.Rngs(0)))
     train = jax.jit(lambda state, x, key: nnx.merge(graphdef, state)(x, train=True, key=key))
     jax.block_until_ready(train(state, images(), jax.random.key(0)))
     jax.effects_barrier()
-    # The stem's, and of each of the 7 layers two of the MLP and two branches.
-    assert len(drawn) == len(set(drawn)) == 1 + 7 * 4
+    # The stem's, one of each level's branches, and of each of the 7 layers two of the MLP.
+    assert len(drawn) == len(set(drawn)) == 1 + 4 + 7 * 2
 
 
 def test_batch_statistics_move_by_a_tenth_and_of_large_means_too():
@@ -243,13 +243,19 @@ def test_batch_statistics_move_by_a_tenth_and_of_large_means_too():
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
-    from internimage_jax.common import drop_path, dropout
+    from internimage_jax.common import drop_path, dropout, path_factors
 
     x = jnp.ones((4000, 2, 2, 1))
-    dropped = drop_path(x, 0.25, jax.random.key(0))
-    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
-    assert (dropped == dropped[:, :1, :1]).all()
-    assert abs(dropped.mean() - 1) < 0.05
+    nothing, *layers = path_factors((0, 0.25, 0.5), len(x), jax.random.key(0))
+    assert nothing is None and path_factors((0.25,), len(x), None) == [None]
+    branches = [factors for layer in layers for factors in layer]
+    for rate, factors in zip((0.25, 0.25, 0.5, 0.5), branches, strict=True):
+        dropped = drop_path(x, factors)
+        assert set(np.unique(dropped)) == {0.0, np.float32(1 / (1 - rate))}
+        assert (dropped == dropped[:, :1, :1]).all()
+        assert abs(dropped.mean() - 1) < 0.05
+    # Each branch has draws of its own.
+    assert (np.abs(np.corrcoef(np.stack(branches) > 0) - np.eye(4)) < 0.06).all()
     values = dropout(x, 0.25, jax.random.key(0))
     assert (values != values[:, :1, :1]).any()
     assert abs(values.mean() - 1) < 0.05
@@ -276,5 +282,8 @@ def test_a_branch_is_added_alike_with_and_without_drop_path(changes):
         vector.set_value(1 + 0.5 * jnp.cos(jnp.arange(16.0) * (i + 1)))
     x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 6, 5, 16)), "float32")
     one_pass, _ = block(x)
-    apart, _ = block(x, key=jax.random.key(0), drop_path_rate=0.0)  # which drops nothing
+    apart, _ = block(x, factors=jnp.ones((2, 2)))  # which drops nothing
+    half, _ = block(x, factors=jnp.array([[1.0, 0.0], [1.0, 0.0]]))
     np.testing.assert_allclose(one_pass, apart, rtol=0, atol=1e-5 * np.abs(apart).max())
+    np.testing.assert_allclose(half[0], apart[0], rtol=0, atol=1e-5 * np.abs(apart).max())
+    np.testing.assert_array_equal(half[1], x[1])  # an image that both branches drop

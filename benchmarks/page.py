@@ -54,6 +54,17 @@ MODEL: Columns = {
     "largest difference": lambda row: f"{row['difference']:.0e}",
     "temporaries, MB": _cell("temporary_megabytes"),
 }
+TRAINING: Columns = {
+    "model": _cell("model"),
+    "batch": _cell("batch_size"),
+    "dtype": lambda row: row["dtype"] + (", recomputing" if row["with_cp"] else ""),
+    "ours, ms": lambda row: _with_range(row, "ours"),
+    "official, ms": lambda row: _with_range(row, "official"),
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+    "part of the 2048-cube rate": lambda row: f"{row['part_of_matmul_rate']:.2f}",
+    "difference": lambda row: f"{row['difference']:.0e}",
+    "temporaries, GB": lambda row: _number(row["temporary_megabytes"] / 1e3),
+}
 OPERATOR: Columns = {
     "stage": _cell("stage"),
     "batch": _cell("batch"),
@@ -199,7 +210,12 @@ def _by(cpu_kernels: str, key: str) -> Callable[[Row], bool]:
 
     Those that do not tell are of a Xeon with AMX.
     """
-    return lambda row: key in row and row.get("cpu_kernels", "avx512 and amx") == cpu_kernels
+    of_xeon = "avx512 and amx"
+    return lambda row: (
+        key in row
+        and row.get("benchmark") != "training"
+        and row.get("cpu_kernels", of_xeon) == cpu_kernels
+    )
 
 
 # Of each table: its columns, and which results are its rows.
@@ -207,6 +223,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Row], bool]]] = {
     "model": (MODEL, _by("avx512 and amx", "part_of_matmul_rate")),
     "model avx512bf16": (MODEL, _by("avx512bf16", "part_of_matmul_rate")),
     "model avx2": (MODEL, _by("avx2", "part_of_matmul_rate")),
+    "training": (TRAINING, lambda row: row.get("benchmark") == "training"),
     "operator": (OPERATOR, _by("avx512 and amx", "direction")),
     "operator avx512bf16": (OPERATOR, _by("avx512bf16", "direction")),
     "startup": (STARTUP, lambda row: row.get("benchmark") == "startup"),

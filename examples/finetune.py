@@ -7,7 +7,7 @@ The training set is a folder of class folders, whose names become the model's cl
 cropped and mirrored at random; the rest is AdamW with a warm-up and a cosine, label smoothing and
 stochastic depth. After each epoch the model is written to the output folder, which predict,
 evaluate, `from_pretrained` and this example's --model take, and evaluated on the images to
-validate with, if there are any. The first step compiles, which for T takes minutes on a CPU. It is
+validate with, if there are any. The first step compiles, which for T takes a minute on a GPU. It is
 an example: change what you like.
 """
 

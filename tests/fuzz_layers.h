@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "dwconv_call.h"
@@ -343,9 +344,9 @@ bool linear_case(bool cuda, Compute compute) {
     if (integer(0, 1)) {
       s.map = {integer(1, 9), integer(1, 9), integer(1, 40)};
       s.rows = integer(1, 2) * s.map.rows() * s.map.columns(), s.inputs = 9 * s.map.channels;
-    } else {
-      s.transposed = integer(0, 1);
     }
+    s.transposed = integer(0, 1);
+    if (s.map.channels && s.transposed) std::swap(s.rows, s.inputs);
   }
   s.bias_type = size_of(s.type) == 2 && integer(0, 1) ? Type::kFloat32 : s.type;
   Values x = normal(s.numbers()), kernel = normal(s.inputs * s.outputs);
@@ -359,8 +360,8 @@ bool linear_case(bool cuda, Compute compute) {
   s.x = bx.data(), s.kernel = bk.data(), s.bias = bb.data(), s.y = y.data();
   if (!compute(s)) return false;
   const auto at = [&](int64_t row, int64_t k) {  // of x as a matrix
-    if (s.transposed) return x[k * s.rows + row];
-    if (!s.map.channels) return x[row * s.inputs + k];
+    if (s.transposed) std::swap(row, k);
+    if (!s.map.channels) return x[row * (s.transposed ? s.rows : s.inputs) + k];
     const int64_t pixels = s.map.rows() * s.map.columns(), tap = k / s.map.channels;
     const int64_t i = 2 * (row % pixels / s.map.columns()) + tap / 3 - 1;
     const int64_t j = 2 * (row % s.map.columns()) + tap % 3 - 1;

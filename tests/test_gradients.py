@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests import test_layer_norm, test_linear
+from tests import test_convolution, test_layer_norm, test_linear
 from tests.layers import TOLERANCE, assert_close, kernel_serves, mesh, needs_kernel
-from xla_ops import _targets, add_norm, in_panels, layer_norm, linear, norm_add
+from xla_ops import _targets, add_norm, convolution, in_panels, layer_norm, linear, norm_add
 
 NORMS = {"layer_norm": layer_norm, "add_norm": add_norm, "norm_add": norm_add}
 
@@ -80,6 +80,19 @@ def test_of_a_product_in_panels(gelu: bool) -> None:
     assert_close(gradients(run, x, in_panels(kernel), bias), [dx, in_panels(dkernel), dbias], 2e-6)
 
 
+@kernel_serves
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_of_a_convolution(dtype: str) -> None:
+    # Odd sides and even ones, several tiles and depths, a batch that is a pair and that is none.
+    shapes = [((2, 9, 13, 3), 8), ((1, 8, 6, 40), 70), ((3, 32, 31, 9), 33), ((3, 1, 1, 5), 7)]
+    for shape, outputs in (*shapes, ((0, 4, 4, 3), 8)):
+        with jax.enable_x64(True):
+            arrays = test_convolution.operands(shape, outputs, dtype)
+            got = gradients(functools.partial(convolution, implementation="kernel"), *arrays)
+            assert [g.dtype for g in got] == [dtype] * 3
+            assert_close(got, in_float64(convolution, *arrays), 4 * TOLERANCE[dtype])
+
+
 @needs_kernel
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -116,6 +129,8 @@ def cases() -> list:
         pytest.param(f, test_linear.operands(dtype="float32"), 2, id=name, marks=kernel_serves)
         for name, f in (("linear", linear), ("linear gelu", functools.partial(linear, gelu=True)))
     ]
+    arrays = test_convolution.operands()
+    products.append(pytest.param(convolution, arrays, 2, id="convolution", marks=kernel_serves))
     norms = [
         pytest.param(f, norm_operands(name), 2, id=name, marks=needs_kernel)
         for name, f in NORMS.items()

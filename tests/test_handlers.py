@@ -12,6 +12,7 @@ import pytest
 from tests.layers import kernel_serves, needs_kernel
 from xla_ops import _targets
 from xla_ops.bias_gelu import BiasGelu
+from xla_ops.convolution import KERNEL_GRADIENT as CONVOLUTION_GRADIENT
 from xla_ops.convolution import Convolution
 from xla_ops.custom_call import Target
 from xla_ops.dcnv3_kernel import DCNv3
@@ -43,6 +44,7 @@ CALLS: dict[str, tuple[Target, tuple[tuple[int, ...], ...]]] = {
     "linear back": (KERNEL_GRADIENT, (X, (2, 4, 5, 24))),
     "linear panels": (Linear(False, True).forward, (X, (2, 8, 32), (40,))),
     "convolution": (Convolution(0).forward, (X, (3, 3, 8, 24), (24,))),
+    "convolution back": (CONVOLUTION_GRADIENT, (X, (2, 2, 3, 24))),
     "convolution panels": (Convolution(0, True).forward, (X, (1, 72, 32), (24,))),
     "mlp": (MLP().forward, (X, (8, 24), (24,), (24, 8), (8,))),
 }
@@ -98,7 +100,7 @@ def test_what_does_not_fit_is_refused(name: str, sets: tuple[int, ...]) -> None:
         if i == 0 and name in ("dcnv3", "fused"):
             continue  # a group may have more channels, and points be of another dtype
         refused(other, results_of(target, other))
-        if name != "linear back":  # where either may have more channels
+        if name not in ("linear back", "convolution back"):  # where either may have more channels
             refused(more, results_of(target, more))
     for i, a in enumerate(results):
         refused(operands, changed(results, i, Result(a.shape, "float16")))

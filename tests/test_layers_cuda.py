@@ -43,7 +43,7 @@ def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 # What CUDA has no kernels of.
 OF_CPU = {
-    *(_targets.CONVOLUTION_FORWARD, _targets.LINEAR_BACKWARD),
+    *(_targets.CONVOLUTION_FORWARD, _targets.CONVOLUTION_BACKWARD, _targets.LINEAR_BACKWARD),
     *(_targets.NORM_BACKWARD, _targets.ADD_NORM_BACKWARD),
 }
 

@@ -122,6 +122,11 @@ def _single_calls(cuda: bool) -> Iterator[_Call]:
     operands = np.ones((1, 3, 2, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), one[0, 0, 0]
     results = (np.zeros((1, 2, 1, 1), np.float32),)
     yield _Call(_targets.CONVOLUTION_FORWARD, operands, version, results, [5.0, 5.0])
+    # Rows of three pixels, two places: the middle column of the kernel sees two pixels more.
+    seen = [[[0.0, 1.0, 1.0], [0.0, 2.0, 2.0], [0.0, 1.0, 1.0]]]
+    operands = np.ones((1, 3, 2, 1), np.float32), results[0] + 1
+    results = (np.zeros((3, 3, 1, 1), np.float32),)
+    yield _Call(_targets.CONVOLUTION_BACKWARD, operands, version, results, seen)
     operands, products = _two_products(cuda)
     yield _Call(_targets.MLP_FORWARD, operands, version, (products,), [products])
     operands, whole, scratch = _layers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Shapes, Target, forward
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
 from xla_ops.linear import check_kernel
-from xla_ops.operands import ATTRIBUTES, are_known, check_dtype
+from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype
 from xla_ops.panels import from_panels
 
 # Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
@@ -31,9 +32,9 @@ def convolution(
     """Returns the convolution of 3 x 3 pixels with stride 2 and padding 1 on all sides.
 
     On x86 processors with AVX2 it is a kernel, but for float64: a matrix product whose rows are put
-    together as they are read. On CUDA a small one is a matrix product over patches: XLA keeps
-    convolutions out of its command buffers, and a product is launched with all else as one CUDA
-    graph. Everywhere else, and under differentiation where it is not that product, it is XLA's
+    together as they are read, and so is the gradient of its kernel; that of x is XLA's. On CUDA a
+    small one is a matrix product over patches: XLA keeps convolutions out of its command buffers,
+    and a product is launched with all else as one CUDA graph. Everywhere else it is XLA's
     convolution.
 
     Args:
@@ -42,8 +43,8 @@ def convolution(
             `xla_ops.linear`.
         bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16; None for none, not with
             panels.
-        implementation: "jnp" runs anywhere; "kernel" is the kernel, but for gradients; None takes
-            it where it is known to serve.
+        implementation: "jnp" runs anywhere; "kernel" is the kernel; None takes it where it is known
+            to serve.
 
     Returns:
         (N, (H + 1) // 2, (W + 1) // 2, K) of x's dtype.
@@ -59,15 +60,19 @@ def convolution(
     taken = _ffi.serving(_targets.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
     refusal = "it does not take float64" if x.dtype == jnp.float64 else ""
     operator = Convolution(LARGEST_PATCHES, kernel.ndim == 3)
-    return forward(operator, implementation, taken, refusal, x, kernel, bias)
+    operands = x, kernel, bias
+    return call(operator, implementation, *operands, platforms=taken, refusal=refusal)
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Operator):
     """`convolution` as `xla_ops.custom_call` takes it."""
 
     largest_patches: int
     panels: bool = False  # the kernel's layout
+
+    plain = "jnp"
+    backward = _targets.CONVOLUTION_BACKWARD
 
     @property
     def forward(self) -> Target:
@@ -76,13 +81,35 @@ class Convolution:
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias = operands
-        if self.panels:
-            kernel = from_panels(kernel, len(bias)).reshape(3, 3, x.shape[-1], len(bias))
+        kernel = self._in_rows(kernel, x.shape[-1], len(bias))
         if not are_known(x.shape) or 9 / 4 * x.size * x.dtype.itemsize > self.largest_patches:
             y = by_xla(x, kernel)
         else:
             y = lax.platform_dependent(x, kernel, cuda=by_patches, default=by_xla)
         return y + bias.astype(y.dtype)[None, None, None]
+
+    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+        (x, kernel, bias), (dy,) = kept, dys
+        in_rows = functools.partial(self._in_rows, inputs=x.shape[-1], outputs=len(bias))
+        kernel_in_rows, to_layout = jax.vjp(in_rows, kernel)
+        (dx,) = jax.vjp(lambda x: by_xla(x, kernel_in_rows), x)[1](dy)
+        (dkernel,) = run(KERNEL_GRADIENT, x, dy)
+        dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
+        return dx, *to_layout(dkernel), dbias
+
+    def _in_rows(self, kernel: jax.Array, inputs: int, outputs: int) -> jax.Array:
+        if not self.panels:
+            return kernel
+        return from_panels(kernel, outputs).reshape(3, 3, inputs, outputs)
+
+
+def _like_kernel(x: jax.Array, dy: jax.Array) -> Shapes:
+    return [((*x.shape[:-4], 3, 3, x.shape[-1], dy.shape[-1]), x.dtype)]
+
+
+KERNEL_GRADIENT = Target(
+    _targets.CONVOLUTION_BACKWARD, (3, 3), (4,), _like_kernel, ATTRIBUTES, summed=True
+)
 
 
 def by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:

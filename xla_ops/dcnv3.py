@@ -59,11 +59,11 @@ def dcnv3(
         dilation: Pixels between points along (h, w).
         offset_scale: Factor on both the offsets and the grid of points itself.
         remove_center: Leaves out the middle point; square odd kernels only.
-        implementation: "gather" is jnp: it runs anywhere, and has forward mode and second
-            derivatives; "kernel" is the custom call of the platform that the program is compiled
-            for; None takes the kernel where `xla_ops.status()` has one, and the jnp form elsewhere.
-            `jax.export` takes the jnp form, and what it wants for the kernel is in
-            `xla_ops.export_checks`.
+        implementation: "gather" is jnp: it runs anywhere, and has forward mode; "kernel" is the
+            custom call of the platform that the program is compiled for, whose second derivatives
+            are those of the jnp form; None takes the kernel where `xla_ops.status()` has one, and
+            the jnp form elsewhere. `jax.export` takes the jnp form, and what it wants for the
+            kernel is in `xla_ops.export_checks`.
 
     Returns:
         (N, Ho, Wo, G * D) of x's dtype, where

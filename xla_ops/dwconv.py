@@ -41,10 +41,10 @@ def dwconv_norm_gelu(
         scale: Of the norm (C,).
         offset: Of the norm (C,).
         epsilon: Added to the variance.
-        implementation: "jnp" runs anywhere, and has forward mode and second derivatives; "kernel"
-            is the custom call of the platform that the program is compiled for; None takes the
-            kernel where there is one, and the jnp form elsewhere and beyond 4096 channels (2048 in
-            float64), which CUDA's backward does not take.
+        implementation: "jnp" runs anywhere, and has forward mode; "kernel" is the custom call of
+            the platform that the program is compiled for, whose second derivatives are those of the
+            jnp form; None takes the kernel where there is one, and the jnp form elsewhere and
+            beyond 4096 channels (2048 in float64), which CUDA's backward does not take.
 
     Returns:
         (N, H, W, C) of x's dtype. Everything between is float32 for bfloat16 and float16, and of

@@ -40,9 +40,10 @@ def linear(
     One kernel does it all, and what is summed or goes into GELU is neither rounded nor written: on
     x86 processors with AVX2, but for float64; on CUDA from compute capability 8.0 on, in half
     precision with GELU, C and K in eights, up to 256 input channels, and on 9.0 (H100, H200) for
-    large maps up to 512, and without GELU up to 320 that do not come in 128s. Under
-    differentiation, and everywhere else, it is XLA's product, rounded to x's dtype, and
+    large maps up to 512, and without GELU up to 320 that do not come in 128s. Everywhere else, and
+    under differentiation on CUDA and with GELU, it is a product, rounded to x's dtype, and
     `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever the bias.
+    That product is XLA's, but on a CPU the kernel's, as are its gradients.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -50,7 +51,7 @@ def linear(
             which CPUs read faster; then K is the bias's.
         bias: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
         gelu: Whether GELU follows.
-        implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
+        implementation: "jnp" runs anywhere; "kernel" is the one kernel, gradients as above; None
             takes it where it is known to serve, and elsewhere the product and the best `bias_gelu`.
 
     Returns:

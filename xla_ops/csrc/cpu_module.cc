@@ -37,6 +37,7 @@ PYBIND11_MODULE(_cpu, m) {
       targets["internimage_linear_backward"] = capsule(linear::cpu::backward_handler());
       targets["internimage_linear_gelu_forward"] = capsule(linear::cpu::gelu_forward_handler());
       targets["internimage_convolution_forward"] = capsule(linear::cpu::convolution_handler());
+      targets["internimage_convolution_backward"] = capsule(linear::cpu::convolution_backward_handler());
       targets["internimage_mlp_forward"] = capsule(linear::cpu::mlp_handler());
     }
     return targets;

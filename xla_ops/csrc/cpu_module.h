@@ -25,6 +25,7 @@ XLA_FFI_Handler* forward_handler();
 XLA_FFI_Handler* backward_handler();
 XLA_FFI_Handler* gelu_forward_handler();
 XLA_FFI_Handler* convolution_handler();
+XLA_FFI_Handler* convolution_backward_handler();
 XLA_FFI_Handler* mlp_handler();
 }  // namespace linear::cpu
 

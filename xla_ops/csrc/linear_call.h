@@ -47,7 +47,8 @@ struct Call {
 
   int64_t numbers() const {  // of x
     if (!map.channels) return rows * inputs;
-    return rows == 0 ? 0 : rows / (map.rows() * map.columns()) * map.height * map.width * map.channels;
+    const int64_t pixels = transposed ? inputs : rows;
+    return pixels == 0 ? 0 : pixels / (map.rows() * map.columns()) * map.height * map.width * map.channels;
   }
 };
 

@@ -44,10 +44,11 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
   return start(pool, call, sets, nullptr);
 }
 
+template <Form form>
 ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand dy, Result dkernel, int64_t version) {
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe_backward(x, dy, dkernel, version, &call, &sets);
+  ffi::Error error = describe_backward(x, dy, dkernel, version, form, &call, &sets);
   if (error.failure()) return failed(error);
   prefer_large_pages(dkernel);
   if (call.inputs == 0) {
@@ -88,13 +89,17 @@ auto bind() {
 XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
 XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
 XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
-XLA_FFI_DEFINE_HANDLER(kBackward, backward_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // dy
-                           .Ret<Operand>()  // dkernel
-                           .Attr<int64_t>("version"));
+auto bind_backward() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Operand>()  // x
+      .Arg<Operand>()  // dy
+      .Ret<Operand>()  // dkernel
+      .Attr<int64_t>("version");
+}
+
+XLA_FFI_DEFINE_HANDLER(kBackward, backward_call<Form::kProduct>, bind_backward());
+XLA_FFI_DEFINE_HANDLER(kConvolutionBackward, backward_call<Form::kConvolution>, bind_backward());
 XLA_FFI_DEFINE_HANDLER(kMlp, mlp_call,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -119,6 +124,9 @@ XLA_FFI_Handler* gelu_forward_handler() {
 }
 XLA_FFI_Handler* convolution_handler() {
   return kConvolution;
+}
+XLA_FFI_Handler* convolution_backward_handler() {
+  return kConvolutionBackward;
 }
 XLA_FFI_Handler* mlp_handler() {
   return kMlp;

@@ -203,12 +203,16 @@ CPU_TARGET void copy_columns(const T* x, int64_t columns, int64_t rows, int64_t 
   }
 }
 
-// Copies the numbers from `at` on of a tile's rows, and zero after them up to `whole` numbers.
+// Copies the numbers from `at` on of a tile's rows, and zero after them up to `whole` numbers. `pixels` holds
+// those of a convolution before they are transposed.
 template <class T, class To>
 CPU_TARGET void copy_inputs(const Call& s, const Tile& tile, int64_t at, int64_t numbers, int64_t whole,
-                            To* to, int64_t stride) {
+                            To* to, int64_t stride, T* pixels) {
   const T* const x = static_cast<const T*>(s.x);
-  if (s.transposed) {
+  if (s.transposed && s.map.channels) {
+    copy_pixels(x, s.map, at, numbers, tile.row, tile.rows, pixels, tile.rows);
+    copy_columns(pixels, tile.rows, tile.rows, numbers, to, stride);
+  } else if (s.transposed) {
     copy_columns(x + at * s.rows + tile.row, s.rows, tile.rows, numbers, to, stride);
   } else if (s.map.channels) {
     copy_pixels(x, s.map, tile.row, tile.rows, at, numbers, to, stride);
@@ -324,10 +328,13 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
   constexpr int64_t kCopyStride = kDepth + 16;
   const int64_t stride = copied ? kCopyStride : words;
   const int64_t sums_size = kPanel * (depths > 1 ? tile.rows * panels : kMostRows);
-  const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + (copied ? tile.rows * kCopyStride : 0));
+  const int64_t pixels_size = s.transposed && s.map.channels ? tile.rows * kDepth : 0;
+  const Scratch<Use::kProduct> scratch(kDepth * kPanel + sums_size + pixels_size +
+                                       (copied ? tile.rows * kCopyStride : 0));
   float* const panel_copy = scratch.data;
   float* const all_sums = panel_copy + kDepth * kPanel;
-  float* const copied_rows = all_sums + sums_size;
+  float* const pixels = all_sums + sums_size;
+  float* const copied_rows = pixels + pixels_size;
   for (int64_t at = 0; at < words; at += kDepth) {
     const int64_t depth = std::min<int64_t>(words - at, kDepth);
     const bool last = at + depth == words;
@@ -335,7 +342,7 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
     const float* rows = copied_rows;
     if (copied) {
       copy_inputs<T>(s, tile, number, numbers, depth * kNumbers, reinterpret_cast<Number*>(copied_rows),
-                     kCopyStride * kNumbers);
+                     kCopyStride * kNumbers, reinterpret_cast<T*>(pixels));
     } else {
       rows = reinterpret_cast<const float*>(static_cast<const T*>(s.x) + tile.row * s.inputs + number);
     }

@@ -120,27 +120,41 @@ inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operan
   return error;
 }
 
-// The call that makes the gradient of the first set's kernel, (..., C, K), from x (..., C) and the gradient
-// of y (..., K): rows of x transposed, and dy as the kernel. It has no bias yet.
-inline ffi::Error describe_backward(Operand x, Operand dy, Result dkernel, int64_t version, Call* call,
-                                    int64_t* sets) {
+// The call that makes the gradient of the first set's kernel, (..., C, K) or a convolution's, from x and the
+// gradient of y (..., K): the rows are the columns of what x's rows are otherwise, and dy is the kernel. It
+// has no bias yet.
+inline ffi::Error describe_backward(Operand x, Operand dy, Result dkernel, int64_t version, Form form,
+                                    Call* call, int64_t* sets) {
   if (version != kVersion) return invalid("expected attributes of version " + std::to_string(kVersion));
+  const bool convolution = form == Form::kConvolution;
+  const auto misfit = [convolution] {
+    return invalid(convolution
+                       ? "expected x (..., H, W, C), dy (..., H / 2, W / 2, K) and dkernel (3, 3, C, K)"
+                       : "expected x (..., C), dy (..., K) and dkernel (C, K)");
+  };
   const auto xs = x.dimensions(), ys = dy.dimensions(), ks = dkernel->dimensions();
-  if (xs.size() < 1 || ys.size() != xs.size() || ks.size() < 2 || ks.size() - 2 > xs.size() - 1 ||
-      xs.back() < 1 || ys.back() < 1 || !std::equal(xs.begin(), xs.end() - 1, ys.begin())) {
-    return invalid("expected x (..., C) and dy (..., K)");
+  const size_t least = convolution ? 3 : 1;  // axes of x without those of the batch
+  const size_t own = convolution ? 4 : 2;    // axes of a kernel
+  if (xs.size() < least || ys.size() != xs.size() || ks.size() < own || ks.size() - own > xs.size() - least ||
+      xs.back() < 1 || ys.back() < 1) {
+    return misfit();
   }
   Call& s = *call;
-  s.rows = xs.back(), s.outputs = ys.back(), s.transposed = true;
-  *sets = 1;
-  const size_t all_sets = ks.size() - 2;  // axes
-  for (size_t i = 0; i < all_sets; ++i) {
-    if (ks[i] != xs[i]) return invalid("the leading axes of x and of the kernel's gradient differ");
-    *sets *= ks[i];
+  const int64_t channels = xs.back();
+  s.outputs = ys.back(), s.rows = convolution ? 9 * channels : channels, s.transposed = true;
+  if (convolution) s.map = {xs[xs.size() - 3], xs[xs.size() - 2], channels};
+  const size_t batch = xs.size() - least, all_sets = ks.size() - own;  // axes
+  *sets = s.inputs = 1;
+  for (size_t i = 0; i < batch; ++i) {
+    if (ys[i] != xs[i] || (i < all_sets && ks[i] != xs[i])) return misfit();
+    (i < all_sets ? *sets : s.inputs) *= xs[i];
   }
-  if (ks[all_sets] != s.rows || ks[all_sets + 1] != s.outputs) return invalid("the result does not fit");
-  s.inputs = 1;
-  for (size_t i = all_sets; i + 1 < xs.size(); ++i) s.inputs *= xs[i];
+  if (convolution) {
+    if (ys[batch] != s.map.rows() || ys[batch + 1] != s.map.columns()) return misfit();
+    if (ks[all_sets] != 3 || ks[all_sets + 1] != 3) return misfit();
+    s.inputs *= s.map.rows() * s.map.columns();
+  }
+  if (ks[ks.size() - 2] != channels || ks.back() != s.outputs) return misfit();
   if (!type_of(x.element_type(), &s.type) || s.type == Type::kFloat64) {
     return invalid("expected float32, bfloat16 or float16");
   }

@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,16 +52,12 @@ def cuda_kernels_on_host() -> Iterator[None]:
         patch(_ffi, "serving", lambda target: ("cpu",) if target in there else ())
         patch(custom_call, "_custom_call", host_call)
         for operator in (DCNv3, DwconvNormGelu):
-            patch(operator, "backward_target", _of_cuda(operator.backward_target))
+            patch(operator, "backward", lambda self, _, of=operator.backward: of(self, "cuda"))
         jax.clear_caches()  # of what was traced for the CPU's kernels, and then of this
         try:
             yield
         finally:
             jax.clear_caches()
-
-
-def _of_cuda(backward_target: Callable[..., Target]) -> Callable[..., Target]:
-    return lambda operator, platform: backward_target(operator, "cuda")
 
 
 @functools.cache

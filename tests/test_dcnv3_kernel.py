@@ -389,7 +389,7 @@ def test_the_handler_refuses_sides_whose_pixels_float32_does_not_tell_apart() ->
 def test_the_handler_refuses_buffers_of_another_dtype(fused: bool, direction: str) -> None:
     geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2, 1.0, False)
     operator = DCNv3(geometry, fused)
-    target = operator.forward if direction == "forward" else operator.backward_target("cpu")
+    target = operator.forward if direction == "forward" else operator.backward("cpu")
     widths = (8, geometry.record.width) if fused else (8, 36, 18)
     shapes = [(1, 4, 4, width) for width in (*widths, 8)[: len(target.operands)]]
     operands = [jnp.ones(shape, jnp.float32) for shape in shapes]

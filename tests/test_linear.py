@@ -194,6 +194,9 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
             ("test_mlp.py", "what_is_not_finite"),
             ("test_panels.py", "the_same_bits_as_rows"),
             ("test_panels.py", "what_is_not_finite"),
+            ("test_gradients.py", "of_a_product"),
+            ("test_gradients.py", "of_a_convolution"),
+            ("test_gradients.py", "of_a_norm"),
         )
     ]
     command = [
@@ -203,7 +206,7 @@ def test_other_instruction_sets_compute_the_same(name: str) -> None:
         "-q",
         "-x",
         "-k",
-        "kernel or finite or bias or exact or bits",
+        "kernel or finite or bias or exact or bits or test_gradients",
         *tests,
     ]
     environment = {**os.environ, "INTERNIMAGE_CPU_ISA": name, "PYTEST_ADDOPTS": ""}

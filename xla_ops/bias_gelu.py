@@ -62,14 +62,13 @@ def bias_gelu(
 class BiasGelu(Operator):
     """`bias_gelu` as `xla_ops.custom_call` takes it."""
 
-    plain = "jnp"
-
     @property
     def forward(self) -> Target:
         return Target(_targets.GELU_FORWARD, (3, 1), (3,), like_first, ATTRIBUTES, shared=(1,))
 
-    backward = _targets.GELU_BACKWARD
-    backward_target = Target(backward, (3, 1, 3), (3,), like_first, ATTRIBUTES, shared=(1,))
+    def backward(self, platform: str) -> Target:
+        del platform  # they all have the same
+        return Target(_targets.GELU_BACKWARD, (3, 1, 3), (3,), like_first, ATTRIBUTES, shared=(1,))
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, bias = operands
@@ -79,5 +78,5 @@ class BiasGelu(Operator):
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         x, bias = kept
-        (dx,) = run(self.backward_target, *kept, *dys)
+        (dx,) = run(self.backward(platform), *kept, *dys)
         return dx, dx.astype(at_least_float32(x.dtype)).sum((0, 1, 2)).astype(bias.dtype)

@@ -71,9 +71,6 @@ class Convolution(Operator):
     largest_patches: int
     panels: bool = False  # the kernel's layout
 
-    plain = "jnp"
-    backward = _targets.CONVOLUTION_BACKWARD
-
     @property
     def forward(self) -> Target:
         target, axes = _targets.CONVOLUTION_FORWARD, (3, 3 if self.panels else 4, 1)
@@ -88,12 +85,15 @@ class Convolution(Operator):
             y = lax.platform_dependent(x, kernel, cuda=by_patches, default=by_xla)
         return y + bias.astype(y.dtype)[None, None, None]
 
+    def backward(self, platform: str) -> Target:
+        return KERNEL_GRADIENT  # which a CPU has
+
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         (x, kernel, bias), (dy,) = kept, dys
         in_rows = functools.partial(self._in_rows, inputs=x.shape[-1], outputs=len(bias))
         kernel_in_rows, to_layout = jax.vjp(in_rows, kernel)
         (dx,) = jax.vjp(lambda x: by_xla(x, kernel_in_rows), x)[1](dy)
-        (dkernel,) = run(KERNEL_GRADIENT, x, dy)
+        (dkernel,) = run(self.backward(platform), x, dy)
         dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
         return dx, *to_layout(dkernel), dbias
 

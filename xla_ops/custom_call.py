@@ -15,7 +15,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -68,19 +68,12 @@ class Forward(Protocol):
 
 
 class Operator(Forward, Protocol):
-    """An operator with kernels for its gradients too.
+    """An operator with kernels for its gradients too."""
 
-    A platform without the target that `backward` names differentiates the definition.
-    """
+    plain: ClassVar[str] = "jnp"  # what `implementation` calls the definition
 
-    @property
-    def plain(self) -> str:
-        """What `implementation` calls the definition."""
-        ...
-
-    @property
-    def backward(self) -> str:
-        """The name of the target that the gradients' kernels need."""
+    def backward(self, platform: str) -> Target:
+        """What the gradients need; a platform that lacks it differentiates the definition."""
         ...
 
     def kept(self, operands: Arrays, results: Arrays) -> Arrays:
@@ -95,7 +88,7 @@ class Operator(Forward, Protocol):
     def gradients_by_definition(self, kept: Arrays, dys: Arrays) -> Arrays:
         """The same in jnp."""
         _, pullback = jax.vjp(self.definition, *kept)
-        return pullback(dys if len(dys) > 1 else dys[0])
+        return pullback(dys[0] if len(dys) == 1 else dys)
 
     def of_operands(self, gradients: Arrays) -> Arrays:
         """The operands' gradients from those of what was kept."""
@@ -174,7 +167,7 @@ def _chosen(
 
 
 class NoForwardMode(ValueError):
-    """A kernel has no forward mode, nor has its gradient."""
+    """A kernel has no forward mode."""
 
 
 @contextlib.contextmanager
@@ -204,8 +197,11 @@ class _Form(NamedTuple):
 
     def differentiated(self) -> _Form:
         """With the platforms whose kernels have gradients too, and the definition elsewhere."""
-        with_gradients = _ffi.serving(self.operator.backward)
-        platforms = tuple(platform for platform in self.platforms if platform in with_gradients)
+        platforms = tuple(
+            platform
+            for platform in self.platforms
+            if platform in _ffi.serving(self.operator.backward(platform).name)
+        )
         return self._replace(
             platforms=platforms, fallback=self.fallback or platforms != self.platforms
         )
@@ -218,7 +214,7 @@ def _differentiable(form: _Form, *operands: jax.Array) -> Any:
 
 def _differentiable_forward(form: _Form, *operands: jax.Array) -> tuple[Any, Arrays]:
     form = form.differentiated()
-    results = _differentiable(form, *operands)  # for second derivatives' errors
+    results = _differentiable(form, *operands)  # to be differentiated once more
     return results, form.operator.kept(operands, _as_tuple(results))
 
 
@@ -298,7 +294,7 @@ def _dispatch(
     """
 
     def run(*operands: jax.Array) -> Any:
-        if not branches:
+        if not branches and default is not None:
             return default(*operands)
         return lax.platform_dependent(*operands, **branches, default=default)
 
@@ -387,8 +383,8 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
                 for (shape, dtype), result in zip(target.shapes(*operands), results, strict=True)
             ]
             parts = with_results(shapes, *operands)
-            spread = spec[of_results:leading]  # over which axes of the mesh there are sums
-            return lax.psum(parts, spread[0]) if target.summed and spread[0] else parts
+            spread = spec[of_results:leading]  # axes of the mesh that sums are spread over
+            return lax.psum(parts, spread[0]) if spread and spread[0] else parts
 
         return mesh, part, (of(of_results),) * len(results), operands
 

@@ -30,17 +30,14 @@ class DCNv3(Operator):
         operands = (3,) * (2 if self.fused else 3)
         return Target(name, operands, (3,), _like_output, self._attributes)
 
-    @property
-    def backward(self) -> str:
-        return _targets.FUSED_BACKWARD if self.fused else _targets.BACKWARD
-
-    def backward_target(self, platform: str) -> Target:
+    def backward(self, platform: str) -> Target:
+        name = _targets.FUSED_BACKWARD if self.fused else _targets.BACKWARD
         results = (3,) * (2 if self.fused else 3)
         operands, shapes = (*results, 3), _like_operands
         if platform == "cuda":
             points = len(self.geometry.points)
             results, shapes = (*results, 3), _with_scratch(points)
-        return Target(self.backward, operands, results, shapes, self._attributes)
+        return Target(name, operands, results, shapes, self._attributes)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         if self.fused:
@@ -50,7 +47,7 @@ class DCNv3(Operator):
         return dcnv3_gather(x, offset, mask, self.geometry)
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
-        return run(self.backward_target(platform), *kept, *dys)[: len(kept)]
+        return run(self.backward(platform), *kept, *dys)[: len(kept)]
 
     @property
     def _attributes(self) -> tuple:

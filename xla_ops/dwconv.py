@@ -71,27 +71,23 @@ class DwconvNormGelu(Operator):
 
     epsilon: float
 
-    plain = "jnp"
-
     @property
     def forward(self) -> Target:
         name, attributes = _targets.DWCONV_FORWARD, self._attributes
         return Target(name, _OPERANDS, (3,), like_first, attributes, shared=_PARAMETERS)
 
-    backward = _targets.DWCONV_BACKWARD
-
-    def backward_target(self, platform: str) -> Target:
+    def backward(self, platform: str) -> Target:
         cuda = platform == "cuda"
         results, shapes = ((3, 3, 3), _rows_and_scratch) if cuda else ((3, 3), _parts)
-        operands, attributes = (*_OPERANDS, 3), self._attributes
-        return Target(self.backward, operands, results, shapes, attributes, shared=_PARAMETERS)
+        name, operands, attributes = _targets.DWCONV_BACKWARD, (*_OPERANDS, 3), self._attributes
+        return Target(name, operands, results, shapes, attributes, shared=_PARAMETERS)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
         x, kernel, bias, scale, offset = operands
         return dwconv_norm_gelu_jnp(x, kernel, bias, scale, offset, self.epsilon)
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
-        dx, parts, *_ = run(self.backward_target(platform), *kept, *dys)
+        dx, parts, *_ = run(self.backward(platform), *kept, *dys)
         total = parts.sum((0, 1))  # (3 + K * K, C)
         offset, scale, bias, kernel = total[0], total[1], total[2], total[3:]
         ordered = (kernel.reshape(kept[1].shape), bias, scale, offset)

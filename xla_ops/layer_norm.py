@@ -171,16 +171,12 @@ class LayerNorm(Operator):
         attributes = _attributes(self.epsilon)
         return Target(_targets.NORM_FORWARD, (3, 1, 1), (3,), like_first, attributes, shared=(1, 2))
 
-    plain = "jnp"
-    backward = _targets.NORM_BACKWARD
-
-    @property
-    def backward_target(self) -> Target:
-        return _backward(self.backward, self.epsilon, (3,))
+    def backward(self, platform: str) -> Target:
+        return _backward(_targets.NORM_BACKWARD, self.epsilon, (3,))
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         x, scale, bias = kept
-        dx, parts = run(self.backward_target, x, scale, *dys)
+        dx, parts = run(self.backward(platform), x, scale, *dys)
         return dx, *_of_parameters(parts, bias)
 
     def definition(self, *operands: jax.Array) -> jax.Array:
@@ -199,12 +195,8 @@ class AddNorm(Operator):
         name, attributes = _targets.ADD_NORM_FORWARD, _attributes(self.epsilon)
         return Target(name, (3, 3, 1, 1), (3, 3), _twice_like_x, attributes, shared=(2, 3))
 
-    plain = "jnp"
-    backward = _targets.ADD_NORM_BACKWARD
-
-    @property
-    def backward_target(self) -> Target:
-        return _backward(self.backward, self.epsilon, (3, 3))
+    def backward(self, platform: str) -> Target:
+        return _backward(_targets.ADD_NORM_BACKWARD, self.epsilon, (3, 3))
 
     def kept(self, operands: Arrays, results: Arrays) -> Arrays:
         # The sum, which what follows keeps too, for the two.
@@ -212,7 +204,7 @@ class AddNorm(Operator):
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         total, scale, bias = kept
-        dtotal, parts = run(self.backward_target, total, scale, *dys)
+        dtotal, parts = run(self.backward(platform), total, scale, *dys)
         return dtotal, *_of_parameters(parts, bias)
 
     def gradients_by_definition(self, kept: Arrays, dys: Arrays) -> Arrays:
@@ -240,8 +232,8 @@ class NormAdd(Operator):
         name, attributes = _targets.NORM_ADD_FORWARD, _attributes(self.epsilon)
         return Target(name, (3, 3, 1, 1), (3,), like_first, attributes, shared=(2, 3))
 
-    plain = "jnp"
-    backward = _targets.NORM_BACKWARD
+    def backward(self, platform: str) -> Target:
+        return LayerNorm(self.epsilon).backward(platform)
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         x, _residual, *parameters = kept

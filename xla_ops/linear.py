@@ -127,9 +127,6 @@ class Linear(Operator):
     implementation: Literal["jnp"] | None = None  # of what GELU is made of
     biased: bool = True  # else the bias is zeros, which the kernel wants
 
-    plain = "jnp"
-    backward = _targets.LINEAR_BACKWARD
-
     @property
     def name(self) -> str:
         return _targets.LINEAR_GELU_FORWARD if self.gelu else _targets.LINEAR_FORWARD
@@ -151,6 +148,9 @@ class Linear(Operator):
         y = (x.reshape(math.prod(pixels), inputs) @ kernel).reshape(*pixels, bias.shape[0])
         return y + bias.astype(y.dtype)[None, None, None] if self.biased else y
 
+    def backward(self, platform: str) -> Target:
+        return KERNEL_GRADIENT  # which a CPU has
+
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         (x, kernel, bias), (dy,) = kept, dys
         inputs, outputs = x.shape[-1], bias.shape[0]
@@ -160,9 +160,9 @@ class Linear(Operator):
         (dx,) = run(Linear().forward, dy, matrix.T, jnp.zeros(inputs, x.dtype))
         # The first operand is transposed on the way: the one with fewer channels.
         if inputs <= outputs:
-            (dmatrix,) = run(KERNEL_GRADIENT, x, dy)
+            (dmatrix,) = run(self.backward(platform), x, dy)
         else:
-            dmatrix = run(KERNEL_GRADIENT, dy, x)[0].T
+            dmatrix = run(self.backward(platform), dy, x)[0].T
         dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
         return dx, *to_layout(dmatrix), dbias
 

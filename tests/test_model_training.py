@@ -287,3 +287,6 @@ def test_a_branch_is_added_alike_with_and_without_drop_path(changes):
     np.testing.assert_allclose(one_pass, apart, rtol=0, atol=1e-5 * np.abs(apart).max())
     np.testing.assert_allclose(half[0], apart[0], rtol=0, atol=1e-5 * np.abs(apart).max())
     np.testing.assert_array_equal(half[1], x[1])  # an image that both branches drop
+    for factors in ([[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]):  # or one of them
+        one, _ = block(x, factors=jnp.array(factors))
+        assert np.abs(one - apart).max() > 0.01 and np.abs(one - x).max() > 0.01

@@ -253,8 +253,8 @@ def path_factors(
     """What stochastic depth multiplies the two branches of each layer by: (2, batch), float32.
 
     That is 0 for an image at the layer's rate, and otherwise more than 1, so that the mean stays;
-    None where the rate is 0, or without a key. One draw is for all layers: 60 are half of what a
-    training program's compilation takes.
+    None where the rate is 0, or without a key. One draw is for a level's layers: with one for each
+    branch a training program takes an eighth longer to compile.
     """
     if key is None or not any(rates):
         return [None] * len(rates)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import test_convolution, test_layer_norm, test_linear
-from tests.layers import TOLERANCE, assert_close, kernel_serves, mesh, needs_kernel
+from tests.layers import TOLERANCE, assert_close, for_cuda, kernel_serves, mesh, needs_kernel
 from xla_ops import _targets, add_norm, convolution, in_panels, layer_norm, linear, norm_add
 
 NORMS = {"layer_norm": layer_norm, "add_norm": add_norm, "norm_add": norm_add}
@@ -148,19 +148,14 @@ def test_a_sharded_batch_is_summed_over_and_not_moved(
         jax.device_put(a, NamedSharding(mesh(kind), s)) for a, s in zip(arrays, specs, strict=True)
     ]
 
-    def of_squares(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        def loss(*arrays: jax.Array) -> jax.Array:
-            return sum((y**2).sum() for y in jax.tree.leaves(operator(*arrays)))
-
-        return jax.grad(loss, tuple(range(len(arrays))))(*arrays)
-
-    compiled = jax.jit(of_squares).lower(*local).compile()
+    run = jax.jit(functools.partial(of_squares, operator))
+    compiled = run.lower(*local).compile()
     assert "all-gather" not in compiled.as_text() and "all-reduce" in compiled.as_text()
     assert "_backward" in compiled.as_text()
-    wanted = jax.jit(of_squares)(*arrays)
+    wanted = run(*arrays)
     assert_close(compiled(*local), wanted, 2e-6)
     everywhere = jax.device_put(arrays, NamedSharding(mesh(kind), P()))
-    assert_close(jax.jit(of_squares)(*everywhere), wanted, 2e-6)
+    assert_close(run(*everywhere), wanted, 2e-6)
 
 
 @pytest.mark.parametrize(("operator", "arrays", "shared"), cases())
@@ -180,9 +175,81 @@ def test_second_derivatives_are_those_of_the_jnp_form(
     assert_close(by_kernel(*arrays), by_jnp(*arrays), 1e-4)
 
 
+def of_squares(operator: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return sum(((y**2).sum() for y in jax.tree.leaves(operator(*arrays))), jnp.zeros(()))
+
+    return jax.grad(loss, tuple(range(len(arrays))))(*arrays)
+
+
+def mesh_of_two_axes(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["add_norm", "norm_add"])
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (P("data", "model"), P("data", "model")),
+        (P(("data", "model")), P(("data", "model"))),
+        (P("data"), P()),
+        (P(), P("data")),
+        (P("data"), P("data", None, None, "model")),
+    ],
+    ids=str,
+)
+def test_maps_that_are_sharded_in_other_ways(specs: tuple[P, P], name: str) -> None:
+    """On a mesh of explicit axes each gradient has the type of its operand."""
+    arrays = norm_operands(name)
+    whole = mesh_of_two_axes(AxisType.Explicit)
+    local = [
+        jax.device_put(a, NamedSharding(whole, s))
+        for a, s in zip(arrays, (*specs, P(), P()), strict=True)
+    ]
+    run = jax.jit(functools.partial(of_squares, NORMS[name]))
+    got = run(*local)
+    for gradient, a in zip(got, local, strict=True):
+        assert gradient.sharding.is_equivalent_to(a.sharding, a.ndim)
+    assert_close(got, run(*arrays), 2e-6)
+
+
+@pytest.mark.parametrize(("operator", "arrays", "shared"), cases())
+def test_in_a_shard_map_over_some_of_the_axes(
+    operator: Callable, arrays: list[jax.Array], shared: int
+) -> None:
+    specs = (*[P("model")] * (len(arrays) - shared), *[P()] * shared)
+    run = functools.partial(of_squares, operator)
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh_of_two_axes(AxisType.Auto),
+        in_specs=specs,
+        out_specs=specs,
+        axis_names={"model"},
+    )
+    assert_close(jax.jit(mapped)(*arrays), jax.jit(run)(*arrays), 2e-6)
+
+
+@kernel_serves
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["mapped", "inner"])
+def test_vmap_over_a_sharded_batch(spec: P) -> None:
+    x, kernel, bias = test_linear.operands((2, 4, 5, 3, 16), dtype="float32")
+    run = jax.jit(jax.vmap(functools.partial(of_squares, linear), (0, None, None)))
+    local = jax.device_put(x, NamedSharding(mesh(), spec))
+    compiled = run.lower(local, kernel, bias).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert_close(compiled(local, kernel, bias), run(x, kernel, bias), 2e-6)
+
+
+def test_elsewhere_the_jnp_form_keeps_a_maps_axes() -> None:
+    """Each may be sharded."""
+    text = for_cuda(functools.partial(linear, implementation="jnp"), *test_linear.operands())
+    assert "tensor<4x5x3x16xbf16>, tensor<16x24xbf16>) -> tensor<4x5x3x24xbf16>" in text
+
+
 @kernel_serves
 def test_a_kernels_gradient_is_in_the_order_of_the_pixels() -> None:
-    """Whatever the tiles and threads are: columns alone have the same bits."""
+    """Whatever the tiles are: columns alone have the same bits."""
     x, kernel, bias = test_linear.operands((3, 20, 20, 72), 300, "float32")
     whole = gradients(linear, x, kernel, bias, slopes="ones_like")[1]
     np.testing.assert_array_equal(gradients(linear, x, kernel, bias, slopes="ones_like")[1], whole)
@@ -199,6 +266,18 @@ def test_what_is_not_finite_goes_where_it_is_read(dtype: str) -> None:
     assert jnp.isfinite(dx).all() and jnp.isfinite(dbias).all()
     assert not jnp.isfinite(dkernel[7]).any()
     assert jnp.isfinite(jnp.delete(dkernel, 7, 0)).all()
+
+
+@kernel_serves
+def test_what_a_thread_has_from_the_call_before_is_not_read() -> None:
+    """Of an odd number of pixels one number more is copied."""
+    arrays = test_linear.operands((1, 7, 7, 40), 72)
+    with jax.enable_x64(True):
+        wanted = in_float64(linear, *arrays)
+    for _ in range(4):
+        nothing = test_linear.operands((1, 9, 9, 40), 72)
+        gradients(linear, nothing[0] * jnp.nan, *nothing[1:])
+        assert_close(gradients(linear, *arrays), wanted, 4 * TOLERANCE["bfloat16"])
 
 
 @needs_kernel

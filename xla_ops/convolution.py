@@ -86,7 +86,7 @@ class Convolution(Operator):
         return y + bias.astype(y.dtype)[None, None, None]
 
     def backward(self, platform: str) -> Target:
-        return KERNEL_GRADIENT  # which a CPU has
+        return KERNEL_GRADIENT  # asked of all platforms; a CPU has it
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         (x, kernel, bias), (dy,) = kept, dys

@@ -2,7 +2,7 @@
 
 From the outside in, each layer gives the call one transform:
 
-    custom_vjp            grad: the backward is a custom call of its own, or the definition's
+    custom_vjp            grad: the backward is by custom calls too, or the definition's
     platform_dependent    the platform that the program is compiled for picks kernel or jnp form
     custom_vmap           vmap: the mapped axis becomes one more axis of batch
     custom_partitioning   jit over a sharded batch: each device computes its part, nothing moves
@@ -73,7 +73,10 @@ class Operator(Forward, Protocol):
     plain: ClassVar[str] = "jnp"  # what `implementation` calls the definition
 
     def backward(self, platform: str) -> Target:
-        """What the gradients need; a platform that lacks it differentiates the definition."""
+        """What the gradients need besides the forward.
+
+        A platform that lacks it differentiates the definition.
+        """
         ...
 
     def kept(self, operands: Arrays, results: Arrays) -> Arrays:
@@ -315,6 +318,26 @@ def _automatic(function: Function, operands: Arrays, sharding: Any) -> Any:
     return jax.sharding.auto_axes(function, out_sharding=sharding)(*operands)
 
 
+def sharded_alike(*maps: jax.Array) -> Arrays:
+    """The maps, on a mesh of explicit axes all of them over the batch alone, as the first one is.
+
+    That is how results are sharded: types that gradients have to have.
+    """
+    mesh = _explicit_mesh(maps)
+    if mesh is None:
+        return maps
+    sharding = _over_batch(maps[0], mesh)
+    return tuple(jax.sharding.reshard(a, sharding) for a in maps)
+
+
+def as_automatic(function: Function, *operands: jax.Array) -> jax.Array:
+    """Calls `function` as on a mesh of automatic axes, where the operands' are explicit.
+
+    The result is sharded over the batch as the first operand is.
+    """
+    return _automatic(function, operands, _over_batch(operands[0], _explicit_mesh(operands)))
+
+
 def _explicit_mesh(operands: Arrays) -> Any:
     """The mesh of the operands where it has explicit axes; those made of constants have none."""
     meshes = (jax.typeof(a).sharding.mesh for a in operands)
@@ -333,9 +356,14 @@ def _like(arrays: Arrays, mesh: Any) -> tuple[NamedSharding, ...]:
 def _result_shardings(operator: Forward, operands: Arrays) -> Any:
     """Those of the forward's results, which are sharded over the batch as the first operand is."""
     count = len(operator.forward.results) - operator.forward.unread
-    [x] = _like(operands[:1], _explicit_mesh(operands))
-    y = x.update(spec=PartitionSpec(x.spec[0], *[None] * (len(x.spec) - 1)))
+    y = _over_batch(operands[0], _explicit_mesh(operands))
     return (y,) * count if count > 1 else y
+
+
+def _over_batch(x: jax.Array, mesh: Any) -> NamedSharding:
+    """That of x over its first axis alone."""
+    [sharding] = _like((x,), mesh)
+    return sharding.update(spec=PartitionSpec(sharding.spec[0], *[None] * (x.ndim - 1)))
 
 
 @functools.cache
@@ -372,7 +400,9 @@ def _custom_call(target: Target, leading: int = 1, shared_leading: int = 0) -> F
         return shared_leading if i in target.shared else leading
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        spec = tuple(arguments[0].sharding.spec)
+        sharding = arguments[0].sharding
+        # In a shard_map over some of the axes it has no spec, and is divided no further.
+        spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
         of = lambda count: NamedSharding(mesh, PartitionSpec(*spec[:count]))  # noqa: E731
         operands = tuple(of(batch_axes(i)) for i in range(len(arguments)))
 

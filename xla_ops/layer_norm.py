@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, sharded_alike
 from xla_ops.operands import (
     ATTRIBUTES,
     are_known,
@@ -88,7 +88,7 @@ def add_norm(
     """
     _check(x, scale, bias, epsilon, residual)
     serving = _serving(_targets.ADD_NORM_FORWARD, x, implementation)
-    operands = x, residual, scale, bias
+    operands = *sharded_alike(x, residual), scale, bias
     return call(AddNorm(float(epsilon)), implementation, *operands, platforms=serving)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
@@ -43,7 +44,7 @@ def linear(
     large maps up to 512, and without GELU up to 320 that do not come in 128s. Everywhere else, and
     under differentiation on CUDA and with GELU, it is a product, rounded to x's dtype, and
     `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever the bias.
-    That product is XLA's, but on a CPU the kernel's, as are its gradients.
+    That product is XLA's, and on a CPU the kernel's where it serves, as are its gradients.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -77,7 +78,7 @@ def linear(
 def product(
     x: jax.Array, kernel: jax.Array, implementation: Literal["jnp"] | None = None
 ) -> jax.Array:
-    """Returns x @ kernel for x (N, H, W, C) and kernel (C, K), by XLA but on a CPU."""
+    """Returns x @ kernel for x (N, H, W, C) and kernel (C, K), by XLA or a CPU's kernel."""
     operands = x, kernel, jnp.zeros(kernel.shape[-1], x.dtype)
     serving = _ffi.serving(_targets.LINEAR_FORWARD) if _takes("cpu", kernel, False) else ()
     platforms = tuple(platform for platform in serving if platform == "cpu")
@@ -143,13 +144,11 @@ class Linear(Operator):
         if self.gelu:
             y = product(x, kernel, self.implementation)
             return bias_gelu(y, bias, implementation=self.implementation)
-        # Of two axes: a CPU's XLA copies the gradients of more, badly, to transpose them.
-        *pixels, inputs = x.shape
-        y = (x.reshape(math.prod(pixels), inputs) @ kernel).reshape(*pixels, bias.shape[0])
+        y = lax.platform_dependent(x, kernel, cpu=_of_two_axes, default=jnp.matmul)
         return y + bias.astype(y.dtype)[None, None, None] if self.biased else y
 
     def backward(self, platform: str) -> Target:
-        return KERNEL_GRADIENT  # which a CPU has
+        return KERNEL_GRADIENT  # asked of all platforms; a CPU has it
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
         (x, kernel, bias), (dy,) = kept, dys
@@ -165,6 +164,12 @@ class Linear(Operator):
             dmatrix = run(self.backward(platform), dy, x)[0].T
         dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
         return dx, *to_layout(dmatrix), dbias
+
+
+def _of_two_axes(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel; of more axes a CPU's XLA copies gradients, badly, to transpose them."""
+    *pixels, inputs = x.shape
+    return (x.reshape(math.prod(pixels), inputs) @ kernel).reshape(*pixels, kernel.shape[1])
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Shapes:

@@ -51,10 +51,10 @@ def mlp(
         bias1: (K,), of x's dtype, or float32 where x is bfloat16 or float16.
         kernel2: (K, L), L at least 1, of x's dtype, or that in panels.
         bias2: (L,), as bias1.
-        implementation: "jnp" runs anywhere; "kernel" is the one kernel, but for gradients; None
-            takes it where it is known to serve (on CPUs for up to 1280 channels and from 96 pixels
-            on for each CPU of this process, on CUDA from 65536 pixels on; under `vmap`, of one
-            example), and elsewhere two calls of `linear`.
+        implementation: "jnp" runs anywhere; "kernel" is the one kernel, and two calls of `linear`
+            under differentiation; None takes it where it is known to serve (on CPUs for up to 1280
+            channels and from 96 pixels on for each CPU of this process, on CUDA from 65536 pixels
+            on; under `vmap`, of one example), and elsewhere two calls of `linear`.
 
     Returns:
         (N, H, W, L) of x's dtype.

@@ -39,8 +39,9 @@ void prefer_large_pages([[maybe_unused]] Results&... results) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto advise = [](const void* data, size_t bytes) {
     if (bytes < size_t{1} << 20) return;
-    // All pages of the result, the first and last of which others may share: XLA puts one result right after
-    // the other, and a page is large only where all of it is asked for before it is written to.
+    // All pages of the result, the first and last of which others may share, and be marked too: XLA puts one
+    // result right after the other, and a page is large only where all of it is asked for before it is
+    // written.
     constexpr uintptr_t kPage = uintptr_t{2} << 20;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;

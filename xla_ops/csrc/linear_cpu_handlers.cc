@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <utility>
+#include <vector>
 
 #include "cpu_handlers.h"
 #include "cpu_module.h"
@@ -17,9 +17,9 @@ using namespace ::cpu;
 
 constexpr double kFew = 2e6;  // multiply-adds that are not worth dividing: some 20 us
 
-// Cuts sets of calls into tiles, and computes them.
+// Cuts sets of calls into tiles, and computes them, with a bias of `zeros` if there are any.
 ffi::Future start(ffi::ThreadPool& pool, const Call& call, int64_t sets,
-                  std::shared_ptr<const float[]> zeros) {
+                  std::shared_ptr<const std::vector<float>> zeros) {
   const double cost = double(sets) * double(call.rows) * double(call.inputs) * double(call.outputs);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const double wanted = std::min(cost / kFew, 4. * double(threads)) / double(std::max<int64_t>(sets, 1));
@@ -28,7 +28,7 @@ ffi::Future start(ffi::ThreadPool& pool, const Call& call, int64_t sets,
   return run(pool, sets * each, [call, tiles, each, zeros = std::move(zeros)](int64_t i) {
     const int64_t tile = i % each;
     Call set = of_set(call, i / each);
-    if (zeros) set.bias = zeros.get();
+    if (zeros) set.bias = zeros->data();
     forward(set, tiles, tile / tiles.across, tile % tiles.across);
   });
 }
@@ -55,9 +55,7 @@ ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand dy, Result dk
     std::memset(call.y, 0, dkernel->size_bytes());
     sets = 0;
   }
-  std::shared_ptr<float[]> zeros(new (std::nothrow) float[call.outputs]());
-  if (!zeros) return failed(ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a bias of zeros"));
-  return start(pool, call, sets, std::move(zeros));
+  return start(pool, call, sets, std::make_shared<std::vector<float>>(call.outputs));
 }
 
 ffi::Future mlp_call(ffi::ThreadPool pool, Operand x, Operand kernel1, Operand bias1, Operand kernel2,
@@ -86,9 +84,6 @@ auto bind() {
       .Attr<int64_t>("version");
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
-XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
-XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
 auto bind_backward() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -98,6 +93,9 @@ auto bind_backward() {
       .Attr<int64_t>("version");
 }
 
+XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
+XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
+XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
 XLA_FFI_DEFINE_HANDLER(kBackward, backward_call<Form::kProduct>, bind_backward());
 XLA_FFI_DEFINE_HANDLER(kConvolutionBackward, backward_call<Form::kConvolution>, bind_backward());
 XLA_FFI_DEFINE_HANDLER(kMlp, mlp_call,

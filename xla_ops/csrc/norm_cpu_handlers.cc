@@ -43,7 +43,8 @@ ffi::Future start(ffi::ThreadPool& pool, const BackwardCall& s, Result& dx) {
   prefer_large_pages(dx);
   // The parts are the caller's, so that sums do not depend on threads; small ones go together.
   const double numbers = double(s.parts / s.parts_of_image) * double(s.image_rows) * double(s.channels);
-  const int64_t pieces = pieces_of(pool, s.parts, 12 * numbers);
+  constexpr double kCost = 12;  // of a number: two maps to read, and twice the sums
+  const int64_t pieces = pieces_of(pool, s.parts, kCost * numbers);
   return run(pool, pieces, [s, pieces](int64_t i) {
     for (int64_t part = i * s.parts / pieces; part < (i + 1) * s.parts / pieces; ++part) backward(s, part);
   });

@@ -201,7 +201,7 @@ def mesh_of_two_axes(kind: AxisType) -> jax.sharding.Mesh:
 )
 def test_maps_that_are_sharded_in_other_ways(specs: tuple[P, P], name: str) -> None:
     """On a mesh of explicit axes each gradient has the type of its operand."""
-    arrays = norm_operands(name)
+    arrays = norm_operands(name, (4, 6, 3, 24))
     whole = mesh_of_two_axes(AxisType.Explicit)
     local = [
         jax.device_put(a, NamedSharding(whole, s))

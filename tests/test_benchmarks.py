@@ -14,12 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import xla_ops
-from benchmarks import gpu_check, gpu_model, gpu_op, gpu_target, page
+from benchmarks import gpu_check, gpu_model, gpu_op, gpu_target, page, training
 from benchmarks.gpu_check import Check, Section, serve, summary_of
 from benchmarks.growth import SMALL
 from benchmarks.model import DRAWN, random_values
+from convert.rules import rules
+from tests.support import SMALLEST
 
 
 def rows(options: argparse.Namespace) -> Iterator:
@@ -210,3 +213,20 @@ def test_a_peer_gets_what_ours_gets() -> None:
     assert found["difference"] == 0 and found["forward_us"] > 0 and found["backward_us"] > 0
     with pytest.raises(RuntimeError, match="differs from ours"):
         gpu_op.time_peer(lambda *a: 2 * peer(*a), stage, "float32", 1.0, "cpu")
+
+
+def test_a_training_step_gives_the_gradients_of_all_parameters() -> None:
+    lowered, operands = training.random_step(SMALLEST, 2, 32, "float32")
+    (loss, _), gradients = lowered.compile()(*operands)
+    assert np.isfinite(loss)
+    flat = nnx.to_flat_state(gradients)
+    wanted = {".".join(map(str, path)): np.asarray(v[...]) for path, v in flat}
+    assert {rule.flax for rule in rules(SMALLEST)} - wanted.keys() == {
+        "conv_head.norm.mean",
+        "conv_head.norm.var",
+    }
+    assert training.difference(gradients, dict(wanted)) == 0
+    half = {path: 2 * gradient for path, gradient in wanted.items()}
+    assert training.difference(gradients, half) == pytest.approx(0.5)
+    with pytest.raises(SystemExit, match="no gradients of ours for more"):
+        training.difference(gradients, wanted | {"more": np.zeros(1)})

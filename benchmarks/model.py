@@ -189,15 +189,22 @@ def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
                 f"outputs differ by {result['difference']:.1e} of the largest logit: no times taken"
             )
         runs["official"] = run_official
-    runs["cube"] = cube(options.dtype)
-    times = interleaved(runs, options.seconds)
+    work = multiply_adds(released.config, side) * batch_size
+    return result | timed(runs, options, work)
+
+
+def timed(
+    runs: dict[str, Callable[[], Any]], options: argparse.Namespace, work: int
+) -> dict[str, Any]:
+    """Times of `runs`, the ratio of "official" to "ours", and the rate of `work` multiply-adds."""
+    result: dict[str, Any] = {}
+    times = interleaved({**runs, "cube": cube(options.dtype)}, options.seconds)
     for name, each in times.items():
         result[f"{name}_ms"] = statistics.median(each)
         result[f"{name}_ms_range"] = [min(each), max(each)]
     if "official" in times:
         pairs = zip(times["official"], times["ours"], strict=True)
         result["ratio"] = statistics.median(b / a for b, a in pairs)
-    work = multiply_adds(released.config, side) * batch_size
     result["gflops"] = 2 * work / result["ours_ms"] / 1e6
     result["cube_gflops"] = 2 * CUBE**3 / result["cube_ms"] / 1e6
     pairs = zip(times["cube"], times["ours"], strict=True)
@@ -205,17 +212,23 @@ def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(description: str, batch_sizes: list[int]) -> argparse.ArgumentParser:
+    """The arguments of this benchmark and of that of training."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("model", nargs="?", default="internimage_t_1k_224")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=batch_sizes)
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--implementation", choices=("kernel", "gather"))
     parser.add_argument("--official", type=checkout, help="a checkout of the official code")
     parser.add_argument("--seconds", type=float, default=20, help="of timing for each batch size")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each batch size")
-    options = parser.parse_args()
+    return parser
+
+
+def show(
+    options: argparse.Namespace, measure: Callable[[argparse.Namespace, int], dict[str, Any]]
+) -> None:
+    """Measures and prints one batch size after the other."""
     for batch_size in options.batch_size:
         result = measure(options, batch_size)
         result["jax"] = jax.__version__
@@ -227,6 +240,12 @@ def main() -> None:
         for key, value in result.items():
             print(f"{key:>22}  {value:.4g}" if isinstance(value, float) else f"{key:>22}  {value}")
         print(flush=True)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, [1, 8])
+    parser.add_argument("--implementation", choices=("kernel", "gather"))
+    show(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

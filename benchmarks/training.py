@@ -10,9 +10,6 @@ timed; gradients are compared before any time is taken. No path is dropped.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import xla_ops
-from benchmarks.model import CUBE, cube, interleaved, random_images, random_values
-from benchmarks.official import checkout, copy_weights, load_official
+from benchmarks.model import parser_of, random_images, random_values, show, timed
+from benchmarks.official import copy_weights, load_official
 from convert.permute import flax_layout
 from convert.rules import rules
 from internimage_jax.config import InternImageConfig, released_model
@@ -134,43 +130,14 @@ def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
         limit = 1e-3 if options.dtype == "float32" else 0.2
         if not result["difference"] <= limit:
             sys.exit(f"gradients differ by {result['difference']:.1e}: no times taken")
-    runs["cube"] = cube(options.dtype)
-    times = interleaved(runs, options.seconds)
-    for name, each in times.items():
-        result[f"{name}_ms"] = statistics.median(each)
-        result[f"{name}_ms_range"] = [min(each), max(each)]
-    if "official" in times:
-        pairs = zip(times["official"], times["ours"], strict=True)
-        result["ratio"] = statistics.median(b / a for b, a in pairs)
     # Each product of the forward has two as large in the backward.
-    work = 3 * multiply_adds(config, side) * batch_size
-    pairs = zip(times["cube"], times["ours"], strict=True)
-    result["part_of_matmul_rate"] = work / CUBE**3 * statistics.median(a / b for a, b in pairs)
-    return result
+    return result | timed(runs, options, 3 * multiply_adds(config, side) * batch_size)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="internimage_t_1k_224")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser = parser_of(__doc__, [8])
     parser.add_argument("--with-cp", action="store_true", help="recompute each layer")
-    parser.add_argument("--official", type=checkout, help="a checkout of the official code")
-    parser.add_argument("--seconds", type=float, default=30, help="of timing for each batch size")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each batch size")
-    options = parser.parse_args()
-    for batch_size in options.batch_size:
-        result = measure(options, batch_size)
-        result["jax"] = jax.__version__
-        result["device"] = f"{jax.devices()[0].device_kind} ({platform.machine()})"
-        result["cpu_kernels"] = xla_ops.status()["cpu"].detail
-        if options.json:
-            print(json.dumps(result), flush=True)
-            continue
-        for key, value in result.items():
-            print(f"{key:>22}  {value:.4g}" if isinstance(value, float) else f"{key:>22}  {value}")
-        print(flush=True)
+    show(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

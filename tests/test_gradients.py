@@ -48,18 +48,35 @@ def in_float64(operator: Callable, *arrays: jax.Array) -> list[np.ndarray]:
     return list(map(np.asarray, jax.jit(rounded)(*(a.astype("float64") for a in arrays))))
 
 
+# Of products: more inputs than outputs and fewer, several tiles and depths, none full, pixels in no
+# pairs. Of convolutions odd sides and even ones. No images and no pixels.
+PRODUCTS = [
+    ((4, 5, 3, 16), 24),
+    ((2, 9, 13, 300), 290),
+    ((1, 15, 15, 256), 64),
+    ((3, 19, 9, 17), 33),
+]
+PRODUCTS += [((1, 1, 1, 1), 1), ((0, 2, 2, 8), 40), ((2, 0, 3, 40), 8)]
+CONVOLUTIONS = [((2, 9, 13, 3), 8), ((1, 8, 6, 40), 70), ((3, 32, 31, 9), 33), ((3, 1, 1, 5), 7)]
+CONVOLUTIONS += [((0, 4, 4, 3), 8)]
+
+
 @kernel_serves
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_of_a_product(dtype: str) -> None:
-    # More inputs than outputs and fewer, several tiles and depths, none full; pixels in no pairs.
-    shapes = [((4, 5, 3, 16), 24), ((2, 9, 13, 300), 290), ((1, 15, 15, 256), 64)]
-    shapes += [((3, 19, 9, 17), 33), ((1, 1, 1, 1), 1), ((0, 2, 2, 8), 40), ((2, 0, 3, 40), 8)]
+@pytest.mark.parametrize(
+    ("operator", "operands", "shapes"),
+    [
+        pytest.param(linear, test_linear.operands, PRODUCTS, id="product"),
+        pytest.param(convolution, test_convolution.operands, CONVOLUTIONS, id="convolution"),
+    ],
+)
+def test_of_a_product(operator: Callable, operands: Callable, shapes: list, dtype: str) -> None:
     for shape, outputs in shapes:
         with jax.enable_x64(True):
-            arrays = test_linear.operands(shape, outputs, dtype)
-            got = gradients(functools.partial(linear, implementation="kernel"), *arrays)
+            arrays = operands(shape, outputs, dtype)
+            got = gradients(functools.partial(operator, implementation="kernel"), *arrays)
             assert [g.dtype for g in got] == [dtype] * 3
-            assert_close(got, in_float64(linear, *arrays), 4 * TOLERANCE[dtype])
+            assert_close(got, in_float64(operator, *arrays), 4 * TOLERANCE[dtype])
 
 
 @kernel_serves
@@ -78,19 +95,6 @@ def test_of_a_product_in_panels(gelu: bool) -> None:
     run = functools.partial(linear, gelu=gelu)
     dx, dkernel, dbias = gradients(run, x, kernel, bias)
     assert_close(gradients(run, x, in_panels(kernel), bias), [dx, in_panels(dkernel), dbias], 2e-6)
-
-
-@kernel_serves
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_of_a_convolution(dtype: str) -> None:
-    # Odd sides and even ones, several tiles and depths, a batch that is a pair and that is none.
-    shapes = [((2, 9, 13, 3), 8), ((1, 8, 6, 40), 70), ((3, 32, 31, 9), 33), ((3, 1, 1, 5), 7)]
-    for shape, outputs in (*shapes, ((0, 4, 4, 3), 8)):
-        with jax.enable_x64(True):
-            arrays = test_convolution.operands(shape, outputs, dtype)
-            got = gradients(functools.partial(convolution, implementation="kernel"), *arrays)
-            assert [g.dtype for g in got] == [dtype] * 3
-            assert_close(got, in_float64(convolution, *arrays), 4 * TOLERANCE[dtype])
 
 
 @needs_kernel
@@ -299,3 +303,21 @@ def test_a_training_program_has_the_kernels() -> None:
     )
     assert f"@{_targets.LINEAR_FORWARD}" in text and f"@{_targets.LINEAR_BACKWARD}" in text
     assert "dot_general" not in text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("operator", "arrays", "shared"), cases())
+def test_what_is_not_finite_is_where_the_jnp_form_has_it(
+    operator: Callable, arrays: list[jax.Array], shared: int, value: float
+) -> None:
+    del shared
+    arrays = [arrays[0].at[1, 2, 1, 0].set(value), *arrays[1:]]
+    by_kernel, by_jnp = (
+        gradients(functools.partial(operator, implementation=form), *arrays)
+        for form in ("kernel", "jnp")
+    )
+    assert np.isfinite(by_jnp[0]).any()  # other pixels of x
+    for one, other in zip(by_kernel, by_jnp, strict=True):
+        finite = np.isfinite(other)
+        np.testing.assert_array_equal(np.isfinite(one), finite)
+        assert_close(np.asarray(one)[finite], np.asarray(other)[finite])

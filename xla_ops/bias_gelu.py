@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Arrays, Operator, Run, Target, call, forward
 from xla_ops.gelu_jnp import gelu
-from xla_ops.operands import ATTRIBUTES, at_least_float32, check_dtype, like_first
+from xla_ops.operands import ATTRIBUTES, at_least_float32, bias_gradient, check_dtype, like_first
 
 
 def bias_gelu(
@@ -77,6 +77,6 @@ class BiasGelu(Operator):
         return gelu(z).astype(x.dtype)
 
     def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
-        x, bias = kept
+        _x, bias = kept
         (dx,) = run(self.backward(platform), *kept, *dys)
-        return dx, dx.astype(at_least_float32(x.dtype)).sum((0, 1, 2)).astype(bias.dtype)
+        return dx, bias_gradient(dx, bias)

@@ -13,7 +13,7 @@ from jax import lax
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
 from xla_ops.linear import check_kernel
-from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype
+from xla_ops.operands import ATTRIBUTES, are_known, bias_gradient, check_dtype
 from xla_ops.panels import from_panels
 
 # Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
@@ -94,8 +94,7 @@ class Convolution(Operator):
         kernel_in_rows, to_layout = jax.vjp(in_rows, kernel)
         (dx,) = jax.vjp(lambda x: by_xla(x, kernel_in_rows), x)[1](dy)
         (dkernel,) = run(self.backward(platform), x, dy)
-        dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
-        return dx, *to_layout(dkernel), dbias
+        return dx, *to_layout(dkernel), bias_gradient(dy, bias)
 
     def _in_rows(self, kernel: jax.Array, inputs: int, outputs: int) -> jax.Array:
         if not self.panels:

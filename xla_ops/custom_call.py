@@ -26,6 +26,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xla_ops import _ffi
+from xla_ops.explicit_axes import automatic, explicit_mesh, over_batch, shardings_of
 from xla_ops.operands import Shapes, varying_alike
 
 Arrays = tuple[jax.Array, ...]
@@ -280,7 +281,7 @@ def _backward(form: _Form, count: int, *operands: jax.Array) -> Arrays:
         return operator.gradients_by_definition(a[:-count], a[-count:])
 
     branches = {platform: by_kernel(platform) for platform in form.platforms}
-    gradients = _like(operands[:-count], _explicit_mesh(operands))
+    gradients = shardings_of(operands[:-count], explicit_mesh(operands))
     return _dispatch(branches, by_definition if form.fallback else None, operands, gradients)
 
 
@@ -301,69 +302,18 @@ def _dispatch(
             return default(*operands)
         return lax.platform_dependent(*operands, **branches, default=default)
 
-    return _automatic(run, operands, sharding)
+    return automatic(run, operands, sharding)
 
 
 def _by_definition(operator: Forward, *operands: jax.Array) -> Any:
-    return _automatic(operator.definition, operands, _result_shardings(operator, operands))
-
-
-def _automatic(function: Function, operands: Arrays, sharding: Any) -> Any:
-    """Calls `function` as on a mesh of automatic axes, where the operands' are explicit.
-
-    `sharding` is the results', which there are part of their types.
-    """
-    if _explicit_mesh(operands) is None:
-        return function(*operands)
-    return jax.sharding.auto_axes(function, out_sharding=sharding)(*operands)
-
-
-def sharded_alike(*maps: jax.Array) -> Arrays:
-    """The maps, on a mesh of explicit axes all of them over the batch alone, as the first one is.
-
-    That is how results are sharded: types that gradients have to have.
-    """
-    mesh = _explicit_mesh(maps)
-    if mesh is None:
-        return maps
-    sharding = _over_batch(maps[0], mesh)
-    return tuple(jax.sharding.reshard(a, sharding) for a in maps)
-
-
-def as_automatic(function: Function, *operands: jax.Array) -> jax.Array:
-    """Calls `function` as on a mesh of automatic axes, where the operands' are explicit.
-
-    The result is sharded over the batch as the first operand is.
-    """
-    return _automatic(function, operands, _over_batch(operands[0], _explicit_mesh(operands)))
-
-
-def _explicit_mesh(operands: Arrays) -> Any:
-    """The mesh of the operands where it has explicit axes; those made of constants have none."""
-    meshes = (jax.typeof(a).sharding.mesh for a in operands)
-    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
-
-
-def _like(arrays: Arrays, mesh: Any) -> tuple[NamedSharding, ...]:
-    """The arrays' shardings; `mesh` is of those that have none."""
-    shardings = (jax.typeof(a).sharding for a in arrays)
-    return tuple(
-        NamedSharding(mesh, PartitionSpec(*[None] * a.ndim)) if mesh and of.mesh.empty else of
-        for a, of in zip(arrays, shardings, strict=True)
-    )
+    return automatic(operator.definition, operands, _result_shardings(operator, operands))
 
 
 def _result_shardings(operator: Forward, operands: Arrays) -> Any:
     """Those of the forward's results, which are sharded over the batch as the first operand is."""
     count = len(operator.forward.results) - operator.forward.unread
-    y = _over_batch(operands[0], _explicit_mesh(operands))
+    y = over_batch(operands[0], explicit_mesh(operands))
     return (y,) * count if count > 1 else y
-
-
-def _over_batch(x: jax.Array, mesh: Any) -> NamedSharding:
-    """That of x over its first axis alone."""
-    [sharding] = _like((x,), mesh)
-    return sharding.update(spec=PartitionSpec(sharding.spec[0], *[None] * (x.ndim - 1)))
 
 
 @functools.cache

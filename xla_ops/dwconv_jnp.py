@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xla_ops.custom_call import as_automatic
+from xla_ops.explicit_axes import as_automatic
 from xla_ops.gelu_jnp import gelu
 from xla_ops.operands import at_least_float32, varying_alike
 

@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, sharded_alike
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
+from xla_ops.explicit_axes import sharded_alike
 from xla_ops.operands import (
     ATTRIBUTES,
     are_known,

@@ -14,7 +14,7 @@ from jax import lax
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
 from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, forward
-from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype
+from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, bias_gradient, check_dtype
 from xla_ops.panels import from_panels, panels_shape
 
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
@@ -162,7 +162,7 @@ class Linear(Operator):
             (dmatrix,) = run(self.backward(platform), x, dy)
         else:
             dmatrix = run(self.backward(platform), dy, x)[0].T
-        dbias = dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
+        dbias = bias_gradient(dy, bias) if self.biased else jnp.zeros_like(bias)
         return dx, *to_layout(dmatrix), dbias
 
 

@@ -47,6 +47,11 @@ def chunks_of(x: jax.Array) -> int:
     return max(1, min(8 // max(1, images), rows // 4))
 
 
+def bias_gradient(dy: jax.Array, bias: jax.Array) -> jax.Array:
+    """That of a bias which is added to each pixel, from that of the sum (N, H, W, C)."""
+    return dy.astype(at_least_float32(dy.dtype)).sum((0, 1, 2)).astype(bias.dtype)
+
+
 def like_first(x: jax.Array, *_: jax.Array) -> Shapes:
     """Shape and dtype of a custom call's result that has those of the first operand."""
     return [(x.shape, x.dtype)]

@@ -16,6 +16,7 @@ namespace {
 using namespace ::cpu;
 
 constexpr int64_t kUnit = kPanelColumns;  // that stay together: whole panels for any instruction set
+
 // Whether AMX multiplies a call's numbers as they are.
 bool by_amx(const Call& call) {
   return call.type == Type::kBFloat16 && !call.transposed && call.inputs > 0 && has_amx();

@@ -1,5 +1,8 @@
 """Builds the custom calls: `xla_ops._cpu` where a C++17 compiler is, `xla_ops._cuda` where nvcc is.
 
+The compiler is `CXX`, the one Python was built with, or `c++`, `g++` or `clang++`; where there is
+none, Zig's, if its package `ziglang` is installed.
+
 A build that fails leaves the package working with the jnp form, and the reason in a file that
 `xla_ops.status()` reads. `INTERNIMAGE_CPU=1` turns the failure into an error, 0 skips the build;
 `INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`, or the one on the path or in
@@ -13,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +44,8 @@ def cpu_extension() -> Extension:
     # more exact form. Nothing here that would change what NaN, infinity or an order of sums means.
     options = ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"]
     options += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    options += ["-Wno-maybe-uninitialized"]  # GCC 12 finds some in its own intrinsics
+    # GCC 12 finds some in its own intrinsics; Clang does not know the name.
+    options += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
     return Extension(
         "xla_ops._cpu",
         sources=[str(path) for path in sorted(CSRC.glob("*.cc")) if "cuda" not in path.name],
@@ -62,6 +67,20 @@ def cuda_extension() -> Extension:
         language="c++",
         optional=wanted("INTERNIMAGE_CUDA") != "1",
     )
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler to use in the place of one that is not there, and its options."""
+    names = ("c++", "g++", "clang++")
+    for name in names:
+        if shutil.which(name):
+            return [name]
+    # From pip's isolated builds too: these cannot import it.
+    zig = Path(sysconfig.get_path("platlib"), "ziglang", "zig")
+    if not zig.exists():
+        words = f"no C++ compiler ({', '.join(names)}); `pip install ziglang` brings one"
+        raise RuntimeError(words)
+    return [str(zig), "c++", "-mcpu=baseline"]  # Zig alone would use all that this processor has
 
 
 def find_nvcc() -> str:
@@ -143,8 +162,22 @@ class BuildExt(build_ext):
         else:
             from pybind11.setup_helpers import ParallelCompile
 
+            self._choose_compiler()
             with ParallelCompile(default=len(os.sched_getaffinity(0))):
                 super().build_extension(ext)
+
+    def _choose_compiler(self) -> None:
+        configured = self.compiler.compiler_so_cxx[0]  # by CXX, or as Python was built
+        if shutil.which(configured) is None:
+            if os.environ.get("CXX"):
+                raise RuntimeError(f"no compiler {configured}, which CXX names")
+            compiler = find_compiler()
+            self.compiler.set_executables(
+                compiler_cxx=compiler,
+                compiler_so_cxx=[*compiler, "-fPIC", "-DNDEBUG"],
+                linker_exe_cxx=compiler,
+                linker_so_cxx=[*compiler, "-shared"],
+            )
 
     def _build_cuda(self, ext: Extension) -> None:
         target = self.get_ext_fullpath(ext.name)

@@ -1,4 +1,4 @@
-"""The build of the CUDA kernels, by a compiler that compiles nothing: what is asked of it, when."""
+"""The build of the kernels, by compilers that compile nothing: what is asked of them, when."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ case "$1" in
 --list-gpu-arch) printf 'compute_80\\ncompute_90\\n'; exit ;;
 --version) echo "release 13.0"; exit ;;
 esac
-echo "$@" >> "$(dirname "$0")/log"
+echo "$@" >> "${0%/*}/log"
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
 
@@ -43,7 +44,8 @@ def build(tmp_path: Path) -> Build:
     def run(**settings: str) -> tuple[int, str, list[str]]:
         log = nvcc.with_name("log")
         log.write_text("")
-        others = {k: v for k, v in os.environ.items() if not k.startswith("INTERNIMAGE_")}
+        ours = ("INTERNIMAGE_", "CC", "CXX")
+        others = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         home = {"CUDA_HOME": str(tmp_path / "cuda"), "INTERNIMAGE_CPU": "0"}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(
@@ -55,11 +57,11 @@ def build(tmp_path: Path) -> Build:
     return run
 
 
-def built(tmp_path: Path) -> tuple[bool, str]:
+def built(tmp_path: Path, name: str = "_cuda") -> tuple[bool, str]:
     """Whether the extension is there, and why not."""
-    reason = tmp_path / "xla_ops" / "_cuda.reason"
+    reason = tmp_path / "xla_ops" / f"{name}.reason"
     text = reason.read_text().strip() if reason.exists() else ""
-    return bool(list((tmp_path / "xla_ops").glob("_cuda.*.so"))), text
+    return bool(list((tmp_path / "xla_ops").glob(f"{name}.*.so"))), text
 
 
 def test_what_has_not_changed_is_not_built_again(build: Build, tmp_path: Path) -> None:
@@ -94,3 +96,28 @@ def test_what_is_not_wanted_or_cannot_be_built_is_not_there(build: Build, tmp_pa
     assert built(tmp_path) == (False, "not built: RuntimeError: no nvcc in CUDA_HOME=/nowhere")
     status, said, _ = build(CUDA_HOME="/nowhere", INTERNIMAGE_CUDA="1")
     assert (status, said) == (1, "RuntimeError: no nvcc in CUDA_HOME=/nowhere")
+
+
+def test_the_compiler_that_is_there_serves(build: Build, tmp_path: Path) -> None:
+    """Pythons are built by compilers that need not be on the machine they run on."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    settings = {"PATH": str(folder), "INTERNIMAGE_CPU": "auto", "INTERNIMAGE_CUDA": "0"}
+    if not Path(sysconfig.get_path("platlib"), "ziglang").exists():
+        assert build(**settings)[0] == 0
+        there, why = built(tmp_path, "_cpu")
+        assert not there and why.startswith("not built: RuntimeError: no C++ compiler (c++, g++, ")
+
+    compiler = folder / "clang++"
+    compiler.write_text(NVCC)
+    compiler.chmod(0o755)
+    assert build(**settings)[0] == 0
+    assert built(tmp_path, "_cpu") == (True, "")
+    calls = (folder / "log").read_text().splitlines()
+    assert sum(" -c " in call and "-fPIC" in call for call in calls) > 5
+    assert sum("-shared" in call for call in calls) == 1
+
+    (tmp_path / "xla_ops" / "csrc" / "types.h").touch()
+    assert build(**settings | {"CXX": "no-compiler"})[0] == 0
+    words = "RuntimeError: no compiler no-compiler, which CXX names"
+    assert built(tmp_path, "_cpu") == (False, f"not built: {words}")

@@ -1,18 +1,20 @@
 // The dtypes of the CPU kernels, and the instruction set in use. Shared by all operators.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #include "types.h"
 
 #if defined(__x86_64__) && !defined(CPU_BASELINE)
 #define CPU_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #ifdef __linux__
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -73,22 +75,32 @@ constexpr const char* kInstructionSets[] = {"baseline", "avx2", "avx512", "avx51
 #define CPU_AMX 1
 #endif
 
-// The best that this processor has.
+// The best that this processor has and the system keeps the registers of. The processor is asked itself: what
+// __builtin_cpu_supports reads is not filled by every compiler's library (Zig's).
 inline InstructionSet best_instruction_set() {
 #if CPU_X86
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+  const auto has = [](uint32_t word, std::initializer_list<int> bits) {
+    return std::all_of(bits.begin(), bits.end(), [&](int bit) { return word >> bit & 1; });
+  };
+  uint32_t a, b, c, d, features, more_c, more_d;
+  constexpr int kFma = 12, kXsave = 27, kAvx = 28, kF16c = 29;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, {kFma, kXsave, kAvx, kF16c}))
+    return InstructionSet::kBaseline;
+  uint32_t kept, kept_high;
+  __asm__("xgetbv" : "=a"(kept), "=d"(kept_high) : "c"(0));
+  constexpr int kXmm = 1, kYmm = 2, kMasks = 5, kZmm = 6, kHighZmm = 7;
+  constexpr int kAvx2 = 5, kAvx512f = 16, kAvx512dq = 17, kAvx512bw = 30, kAvx512vl = 31;
+  if (!has(kept, {kXmm, kYmm}) || !__get_cpuid_count(7, 0, &a, &features, &more_c, &more_d) ||
+      !has(features, {kAvx2})) {
     return InstructionSet::kBaseline;
   }
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) {
+  if (!has(kept, {kMasks, kZmm, kHighZmm}) || !has(features, {kAvx512f, kAvx512dq, kAvx512bw, kAvx512vl})) {
     return InstructionSet::kAvx2;
   }
 #if CPU_AMX
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return InstructionSet::kAvx512;
-  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
-  return amx ? InstructionSet::kAmx : InstructionSet::kAvx512BFloat16;
+  constexpr int kAvx512Bf16 = 5, kAmxBf16 = 22, kAmxTile = 24;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, {kAvx512Bf16})) return InstructionSet::kAvx512;
+  return has(more_d, {kAmxBf16, kAmxTile}) ? InstructionSet::kAmx : InstructionSet::kAvx512BFloat16;
 #endif
   return InstructionSet::kAvx512;
 #endif

@@ -5,9 +5,11 @@ none, Zig's, if its package `ziglang` is installed.
 
 A build that fails leaves the package working with the jnp form, and the reason in a file that
 `xla_ops.status()` reads. `INTERNIMAGE_CPU=1` turns the failure into an error, 0 skips the build;
-`INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`, or the one on the path or in
-/usr/local/cuda; neither a GPU nor its driver is needed. `INTERNIMAGE_CUDA_ARCHS="80 90+PTX"` builds
-for these architectures only, and for later GPUs than the one named so.
+`INTERNIMAGE_CUDA` likewise. nvcc is that of `CUDA_HOME`; else that of the packages
+`nvidia-cuda-nvcc`, which comes with JAX for CUDA 13, and `nvidia-cuda-cccl`; else the one on the
+path or in /usr/local/cuda. Neither a GPU nor its driver is needed.
+`INTERNIMAGE_CUDA_ARCHS="80 90+PTX"` builds for these architectures only, and for later GPUs than
+the one named so.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import site
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -69,28 +72,40 @@ def cuda_extension() -> Extension:
     )
 
 
+def find_installed(path: str) -> Path | None:
+    """A file of another package; by its path, since pip's isolated builds cannot import them."""
+    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return next((file for folder in folders for file in sorted(Path(folder).glob(path))), None)
+
+
 def find_compiler() -> list[str]:
     """The C++ compiler to use in the place of one that is not there, and its options."""
     names = ("c++", "g++", "clang++")
     for name in names:
         if shutil.which(name):
             return [name]
-    # From pip's isolated builds too: these cannot import it.
-    zig = Path(sysconfig.get_path("platlib"), "ziglang", "zig")
-    if not zig.exists():
+    zig = find_installed("ziglang/zig")
+    if zig is None:
         words = f"no C++ compiler ({', '.join(names)}); `pip install ziglang` brings one"
         raise RuntimeError(words)
     return [str(zig), "c++", "-mcpu=baseline"]  # Zig alone would use all that this processor has
 
 
 def find_nvcc() -> str:
-    home = os.environ.get("CUDA_HOME")
-    folders = f"{home}/bin" if home else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
-    nvcc = shutil.which("nvcc", path=folders)
-    if nvcc is None:
-        where = f"CUDA_HOME={home}" if home else "PATH or /usr/local/cuda, and no CUDA_HOME"
-        raise RuntimeError(f"no nvcc in {where}")
-    return nvcc
+    if home := os.environ.get("CUDA_HOME"):
+        if nvcc := shutil.which("nvcc", path=f"{home}/bin"):
+            return nvcc
+        raise RuntimeError(f"no nvcc in CUDA_HOME={home}")
+    packaged = find_installed("nvidia/cu*/bin/nvcc")
+    if packaged and (packaged.parents[1] / "include/cccl/nv/target").exists():
+        return str(packaged)
+    if nvcc := shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"):
+        return nvcc
+    where = "PATH or /usr/local/cuda, and no CUDA_HOME"
+    missing = "nvidia-cuda-cccl" if packaged else "nvidia-cuda-nvcc nvidia-cuda-cccl"
+    raise RuntimeError(f"no nvcc with its headers in {where}; `pip install {missing}` brings them")
 
 
 def architectures(nvcc: str) -> dict[str, bool]:
@@ -123,7 +138,7 @@ def run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, end="", flush=True)
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if "error" in line] or [command[-1]]
+        lines = re.findall(".*(?:error|fatal).*", done.stdout) or [command[-1]]
         raise RuntimeError(f"nvcc: {lines[0].strip()}")
 
 
@@ -182,6 +197,8 @@ class BuildExt(build_ext):
     def _build_cuda(self, ext: Extension) -> None:
         target = self.get_ext_fullpath(ext.name)
         nvcc = find_nvcc()
+        if not (os.environ.get("NVCC_CCBIN") or shutil.which("gcc")):
+            raise RuntimeError("nvcc wants gcc, or another compiler that NVCC_CCBIN names")
         archs = architectures(nvcc)
         # With the instructions that 9.0 alone has, which nvcc knows from 12.0 on.
         own = [arch + "a" if arch == "90" and release(nvcc) >= 12 else arch for arch in archs]

@@ -6,9 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -23,8 +23,21 @@ esac
 echo "$@" >> "${0%/*}/log"
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
+# As if packages were installed in another folder.
+PACKAGES = """
+import sysconfig
+get_path = sysconfig.get_path
+lib = ("platlib", "purelib")
+sysconfig.get_path = lambda name, *more: PATH if name in lib else get_path(name, *more)
+"""
 
 Build = Callable[..., tuple[int, str, list[str]]]
+
+
+def write_compiler(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(NVCC)
+    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -37,9 +50,7 @@ def build(tmp_path: Path) -> Build:
         (tmp_path / package).mkdir(parents=True, exist_ok=True)
         (tmp_path / package / "__init__.py").touch()
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(NVCC)
-    nvcc.chmod(0o755)
+    write_compiler(nvcc)
 
     def run(**settings: str) -> tuple[int, str, list[str]]:
         log = nvcc.with_name("log")
@@ -98,26 +109,61 @@ def test_what_is_not_wanted_or_cannot_be_built_is_not_there(build: Build, tmp_pa
     assert (status, said) == (1, "RuntimeError: no nvcc in CUDA_HOME=/nowhere")
 
 
-def test_the_compiler_that_is_there_serves(build: Build, tmp_path: Path) -> None:
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the packages that a build finds."""
+    folder = tmp_path / "packages"
+    (tmp_path / "custom").mkdir()
+    text = PACKAGES.replace("PATH", repr(str(folder)))
+    (tmp_path / "custom" / "sitecustomize.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "custom"))
+    return folder
+
+
+def test_the_compiler_that_is_there_serves(build: Build, tmp_path: Path, packages: Path) -> None:
     """Pythons are built by compilers that need not be on the machine they run on."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    settings = {"PATH": str(folder), "INTERNIMAGE_CPU": "auto", "INTERNIMAGE_CUDA": "0"}
-    if not Path(sysconfig.get_path("platlib"), "ziglang").exists():
-        assert build(**settings)[0] == 0
-        there, why = built(tmp_path, "_cpu")
-        assert not there and why.startswith("not built: RuntimeError: no C++ compiler (c++, g++, ")
-
-    compiler = folder / "clang++"
-    compiler.write_text(NVCC)
-    compiler.chmod(0o755)
+    path = tmp_path / "bin"
+    settings = {"PATH": str(path), "INTERNIMAGE_CPU": "auto", "INTERNIMAGE_CUDA": "0"}
     assert build(**settings)[0] == 0
-    assert built(tmp_path, "_cpu") == (True, "")
-    calls = (folder / "log").read_text().splitlines()
-    assert sum(" -c " in call and "-fPIC" in call for call in calls) > 5
-    assert sum("-shared" in call for call in calls) == 1
+    words = "no C++ compiler (c++, g++, clang++); `pip install ziglang` brings one"
+    assert built(tmp_path, "_cpu") == (False, f"not built: RuntimeError: {words}")
 
-    (tmp_path / "xla_ops" / "csrc" / "types.h").touch()
+    zig = packages / "ziglang" / "zig"
+    for compiler, begin in ((zig, "c++ -mcpu=baseline "), (path / "clang++", "")):
+        write_compiler(compiler)
+        assert build(**settings)[0] == 0
+        assert built(tmp_path, "_cpu") == (True, "")
+        calls = compiler.with_name("log").read_text().splitlines()
+        assert all(call.startswith(begin) for call in calls)
+        assert sum(" -c " in call and "-fPIC" in call for call in calls) > 5
+        assert sum("-shared" in call for call in calls) == 1
+        (tmp_path / "xla_ops" / "csrc" / "types.h").touch()
+
     assert build(**settings | {"CXX": "no-compiler"})[0] == 0
-    words = "RuntimeError: no compiler no-compiler, which CXX names"
-    assert built(tmp_path, "_cpu") == (False, f"not built: {words}")
+    words = "no compiler no-compiler, which CXX names"
+    assert built(tmp_path, "_cpu") == (False, f"not built: RuntimeError: {words}")
+
+
+def test_nvcc_may_be_a_package(build: Build, tmp_path: Path, packages: Path) -> None:
+    nvcc, named = packages / "nvidia" / "cu13" / "bin" / "nvcc", tmp_path / "cuda" / "bin" / "nvcc"
+    write_compiler(nvcc)
+    assert build()[0] == 0 and not nvcc.with_name("log").exists()  # CUDA_HOME goes before it
+    headers = packages / "nvidia" / "cu13" / "include" / "cccl" / "nv" / "target"
+    headers.parent.mkdir(parents=True)
+    headers.touch()
+    assert build(CUDA_HOME="") == (0, ANY, []) and built(tmp_path) == (True, "")
+    calls = nvcc.with_name("log").read_text().splitlines()
+    assert sum(" -c " in call for call in calls) > 5 and "-shared" in calls[-1]
+
+    # Not without headers that come by themselves.
+    headers.unlink()
+    assert build(CUDA_HOME="", PATH=f"{named.parent}:{os.environ['PATH']}")[2] != []
+    assert nvcc.with_name("log").read_text().splitlines() == calls
+
+
+def test_nvcc_wants_a_compiler(build: Build, tmp_path: Path) -> None:
+    assert build(PATH="")[0] == 0
+    words = "nvcc wants gcc, or another compiler that NVCC_CCBIN names"
+    assert built(tmp_path) == (False, f"not built: RuntimeError: {words}")
+    assert build(PATH="", NVCC_CCBIN="clang++")[0] == 0
+    assert built(tmp_path) == (True, "")

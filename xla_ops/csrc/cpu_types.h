@@ -22,15 +22,10 @@
 
 namespace cpu {
 
+using xla_ops::BFloat16;
+using xla_ops::Float16;
+using xla_ops::RealOf;
 using xla_ops::Type;
-
-// Storage of the half-precision dtypes; arithmetic on them is float32.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -59,9 +54,7 @@ inline Float16 to_float16(float value) {
   return {uint16_t(sign | (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13)};
 }
 
-// The type in which sums run, and the integer of its width.
-template <class T>
-using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// The integer of a real number's width.
 template <class R>
 using Index = std::conditional_t<sizeof(R) == 8, int64_t, int32_t>;
 

@@ -10,11 +10,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "types.h"
 
 namespace xla_ops::cuda {
+
+using xla_ops::BFloat16;
+using xla_ops::Float16;
+using xla_ops::RealOf;
 
 // 2^x by one instruction; a normal number to 2^-22 relative.
 __device__ __forceinline__ float power_of_two(float x) {
@@ -37,18 +40,6 @@ __device__ __forceinline__ float reciprocal(float x) {
   return 1 / x;
 #endif
 }
-
-// Storage of the half-precision dtypes; arithmetic on them is float32.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// The type in which sums run.
-template <class T>
-using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ float to_real(float v) {
   return v;

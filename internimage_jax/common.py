@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,11 @@ from jax.typing import DTypeLike
 
 import xla_ops
 from internimage_jax.config import InternImageConfig
+from xla_ops.explicit_axes import undivided
 from xla_ops.gelu_jnp import gelu
 from xla_ops.operands import at_least_float32
+
+Module = TypeVar("Module")
 
 
 def _shape_only(key: Any, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -88,6 +92,19 @@ class Context(NamedTuple):
 
     def vector(self, channels: int) -> nnx.Param:
         return nnx.Param(_shape_only(None, (channels,), self.param_dtype))
+
+
+def whole(module: Module) -> Module:
+    """The module, or the like of it whose parameters are not divided over explicit axes.
+
+    On a mesh of such axes JAX takes what is divided for a wish, and refuses most of what is done
+    here with a parameter. The two share their statistics.
+    """
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    gathered = jax.tree.map(undivided, params)
+    if all(map(operator.is_, jax.tree.leaves(gathered), jax.tree.leaves(params))):
+        return module
+    return nnx.merge(graphdef, gathered, rest)
 
 
 def linear_of(kernel: jax.Array, bias: jax.Array, dtype: DTypeLike) -> nnx.Linear:

@@ -33,6 +33,7 @@ from internimage_jax.common import (
     put_in_panels,
     scaled,
     split,
+    whole,
 )
 
 
@@ -278,7 +279,7 @@ class InternImageLayer(nnx.Module):
             return None
         x = x.astype(dcn.dtype)
         return xla_ops.layers(
-            *(x, [layer._parameters(x) for layer in layers]),
+            *(x, [layer._parameters(x) for layer in whole(layers)]),
             group=dcn.group,
             offset_scale=dcn.offset_scale,
             post_norm=one.post_norm,

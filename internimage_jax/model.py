@@ -28,6 +28,7 @@ from internimage_jax.common import (
     path_factors,
     put_in_panels,
     split,
+    whole,
     widened,
 )
 from internimage_jax.config import InternImageConfig
@@ -36,6 +37,7 @@ from internimage_jax.labels import checked_names
 from internimage_jax.layers import DownsampleLayer, InternImageLayer, StemLayer
 from internimage_jax.preprocess import Preprocessing
 from xla_ops.custom_call import forward_mode_named
+from xla_ops.explicit_axes import undivided
 from xla_ops.operands import DTYPES
 
 
@@ -58,7 +60,7 @@ def _traced_once(
     """
 
     def call(state, x, normalized, key, factors):
-        layer, following = nnx.merge(graphdef, state)
+        layer, following = nnx.merge(graphdef, jax.tree.map(undivided, state))
         # By name: `nnx.tabulate` cannot show a None beside a module among positional arguments.
         context = {"normalized": normalized, "following": following, "key": key}
         results = layer(x, **context, train=train, factors=factors)
@@ -119,7 +121,9 @@ class InternImageBlock(nnx.Module):
 
     def _normalize(self, x: jax.Array) -> jax.Array:
         """The level's norm of x, or x where it has none."""
-        return normalize(self.norm, x, implementation=self.implementation) if self.has_norm else x
+        if not self.has_norm:
+            return x
+        return normalize(whole(self.norm), x, implementation=self.implementation)
 
     def _following(self, i: int) -> nnx.LayerNorm | None:
         """The norm that layer `i` is to apply to its map, for what follows."""
@@ -262,10 +266,11 @@ class InternImage(nnx.Module):
         if not self.config.num_classes:
             return InternImageOutput(None, None, maps, maps[-1])
         if with_clip_head:
-            pooled = self.clip_head(maps[2], maps[3])
+            pooled = whole(self.clip_head)(maps[2], maps[3])
         else:
-            pooled = self.conv_head(maps[3], train=train)
-        return InternImageOutput(widened(self.head(pooled)), pooled, maps, maps[-1])
+            pooled = whole(self.conv_head)(maps[3], train=train)
+        logits = widened(whole(self.head)(pooled))
+        return InternImageOutput(logits, pooled, maps, maps[-1])
 
     def features(
         self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -280,11 +285,11 @@ class InternImage(nnx.Module):
         self, images: jax.Array, train: bool, key: jax.Array | None
     ) -> tuple[jax.Array, ...]:
         keys = split(key if train else None, 5)
-        x = self.patch_embed(images.astype(self.dtype), train=train)
+        x = whole(self.patch_embed)(images.astype(self.dtype), train=train)
         x = dropout(x, self.config.drop_rate, keys[0])
         maps = [self.levels[0](x, train=train, key=keys[1])]
         for i in range(1, 4):
-            x = self.levels[i - 1].downsample(maps[-1], train=train)
+            x = whole(self.levels[i - 1].downsample)(maps[-1], train=train)
             maps.append(self.levels[i](x, train=train, key=keys[i + 1]))
         return tuple(maps)
 
@@ -297,7 +302,7 @@ class InternImage(nnx.Module):
         has the products' kernels in panels, the layout that they read fastest; so it is to be
         called where the parameters will be used. The two share all other parameters.
         """
-        fused = nnx.merge(*nnx.split(self))
+        fused = whole(nnx.merge(*nnx.split(self)))
         fused.is_fused = True
         fused.patch_embed.fuse()
         for level in fused.levels:

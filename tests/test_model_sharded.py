@@ -51,12 +51,13 @@ def test_gradients_over_a_mesh_of_explicit_axes_are_those_of_one_device(
 
     @jax.jit
     def step(params: Any, statistics: Any, images: jax.Array, labels: jax.Array, key: jax.Array):
-        def loss(params: Any) -> jax.Array:
+        def loss(params: Any) -> tuple[jax.Array, nnx.State]:
             model = nnx.merge(graphdef, params, statistics, copy=True)
             logits = model(images, train=True, key=key)
-            return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+            value = -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+            return value, nnx.state(model, nnx.BatchStat)
 
-        return jax.value_and_grad(loss)(params)
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
     def leaves(*arguments: Any) -> list[np.ndarray]:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(step(*arguments, jax.random.key(0)))]
@@ -72,6 +73,24 @@ def test_gradients_over_a_mesh_of_explicit_axes_are_those_of_one_device(
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * largest)
     with jax.set_mesh(devices):  # which was known from the arrays alone: shardings are types too
         step.trace(*state, *batch, jax.random.key(0))
+
+    # Parameters that are divided are gathered where they are used, and their gradients are divided.
+    def divide(parameter: jax.Array) -> jax.Array:
+        axes = [axis for axis, size in enumerate(parameter.shape) if size % devices.size == 0]
+        spec = ["data" if axis in axes[-1:] else None for axis in range(parameter.ndim)]
+        return jax.device_put(parameter, NamedSharding(devices, P(*spec)))
+
+    divided = jax.tree.map(divide, params)
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(divided))
+    for one, other in zip(leaves(divided, state[1], *batch), wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * largest)
+    _, gradients = jax.eval_shape(step, divided, state[1], *batch, jax.random.key(0))
+    for leaf, gradient in zip(*map(jax.tree.leaves, (divided, gradients)), strict=True):
+        assert gradient.sharding.spec == leaf.sharding.spec
+    wanted = nnx.merge(graphdef, params, statistics)(IMAGES)
+    model = nnx.merge(graphdef, divided, state[1]).fused()
+    found = jax.jit(lambda images: model(images))(batch[0])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

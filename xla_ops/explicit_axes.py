@@ -37,6 +37,14 @@ def sharded_alike(*maps: jax.Array) -> Arrays:
     return tuple(jax.sharding.reshard(a, sharding) for a in maps)
 
 
+def undivided(a: jax.Array) -> jax.Array:
+    """The array, whole on each device if it is divided over explicit axes."""
+    sharding = jax.typeof(a).sharding
+    if not sharding.mesh.explicit_axes or not any(sharding.spec):
+        return a
+    return jax.sharding.reshard(a, sharding.update(spec=PartitionSpec(*[None] * a.ndim)))
+
+
 def as_automatic(function: Function, *operands: jax.Array) -> jax.Array:
     """Calls `function` as on a mesh of automatic axes, where the operands' are explicit.
 

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Arrays, Operator, Run, Target, call, forward
 from xla_ops.gelu_jnp import gelu
-from xla_ops.operands import ATTRIBUTES, at_least_float32, bias_gradient, check_dtype, like_first
+from xla_ops.operands import (
+    ATTRIBUTES,
+    arrays,
+    at_least_float32,
+    bias_gradient,
+    check_dtype,
+    like_first,
+)
 
 
 def bias_gelu(
@@ -39,6 +46,7 @@ def bias_gelu(
 
     Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
     """
+    x, bias = arrays(x=x, bias=bias)
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     check_dtype(x)

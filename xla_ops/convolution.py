@@ -13,7 +13,7 @@ from jax import lax
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
 from xla_ops.linear import check_kernel
-from xla_ops.operands import ATTRIBUTES, are_known, bias_gradient, check_dtype
+from xla_ops.operands import ATTRIBUTES, are_known, arrays, bias_gradient, check_dtype
 from xla_ops.panels import from_panels
 
 # Bytes, of the batch as it is traced, on however many devices. What stays in a GPU's second-level
@@ -52,10 +52,12 @@ def convolution(
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
+    x, kernel = arrays(x=x, kernel=kernel)
     if bias is None:
         if kernel.ndim == 3:
             raise ValueError(f"bias: expected one beside a kernel in panels, {kernel.shape}")
         bias = jnp.zeros(kernel.shape[-1:], x.dtype)
+    (bias,) = arrays(bias=bias)
     _check(x, kernel, bias)
     taken = _ffi.serving(_targets.CONVOLUTION_FORWARD) if x.dtype != jnp.float64 else ()
     refusal = "it does not take float64" if x.dtype == jnp.float64 else ""

@@ -8,12 +8,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xla_ops.custom_call import call
 from xla_ops.dcnv3_kernel import DCNv3
 from xla_ops.geometry import Geometry
-from xla_ops.operands import at_least_float32, check_dtype
+from xla_ops.operands import arrays, at_least_float32, check_dtype, check_integer
 
 Implementation = Literal["kernel", "gather"]
 LARGEST_SIDE = 1 << 24  # of a map, whose pixels float32 tells apart
@@ -77,6 +76,7 @@ def dcnv3(
     """
     points = kernel_size, stride, pad, dilation
     geometry = _geometry(*points, group, offset_scale, remove_center)
+    x, offset, mask = arrays(x=x, offset=offset, mask=mask)
     _check(geometry, x, offset=offset, mask=mask)
     return call(DCNv3(geometry, fused=False), implementation, x, offset, mask)
 
@@ -115,6 +115,7 @@ def dcnv3_fused(
     """
     points = kernel_size, stride, pad, dilation
     geometry = _geometry(*points, group, offset_scale, remove_center, center_feature_scale)
+    x, record = arrays(x=x, record=record)
     _check(geometry, x, record=record)
     return call(DCNv3(geometry, fused=True), implementation, x, record)
 
@@ -136,32 +137,24 @@ def _geometry(
         stride=_pair("stride", stride, at_least=1),
         pad=_pair("pad", pad, at_least=0),
         dilation=_pair("dilation", dilation, at_least=1),
-        group=_integer("group", group, at_least=1),
+        group=check_integer("group", group, at_least=1),
         offset_scale=float(offset_scale),
         remove_center=bool(remove_center),
         center_feature_scale=bool(center_feature_scale),
     )
 
 
-def _integer(name: str, value: int, *, at_least: int) -> int:
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_integer or value < at_least:
-        raise ValueError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
-    return int(value)
-
-
 def _pair(name: str, value: int | tuple[int, int], *, at_least: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: expected an integer or a pair (h, w), got {value!r}")
-    return _integer(name, pair[0], at_least=at_least), _integer(name, pair[1], at_least=at_least)
+    height, width = (check_integer(name, one, at_least=at_least) for one in pair)
+    return height, width
 
 
 def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
     """Raises unless x and its points, offset and mask or a record, fit together."""
     for name, array in {"x": x, **points}.items():
-        if not hasattr(array, "ndim"):
-            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
         if array.ndim != 4:
             raise ValueError(
                 f"{name}: expected four axes (N, H, W, channels), got shape {array.shape}"

@@ -11,7 +11,14 @@ import numpy as np
 from xla_ops import _targets
 from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
 from xla_ops.dwconv_jnp import dwconv_norm_gelu_jnp
-from xla_ops.operands import ATTRIBUTES, at_least_float32, check_dtype, chunks_of, like_first
+from xla_ops.operands import (
+    ATTRIBUTES,
+    arrays,
+    at_least_float32,
+    check_dtype,
+    chunks_of,
+    like_first,
+)
 
 
 def dwconv_norm_gelu(
@@ -57,12 +64,13 @@ def dwconv_norm_gelu(
     convolution that offsets and masks are read from.
     """
     parameters = {"kernel": kernel, "bias": bias, "scale": scale, "offset": offset}
-    _check(x, parameters)
+    x, *values = arrays(x=x, **parameters)
+    _check(x, dict(zip(parameters, values, strict=True)))
     if not epsilon >= 0:
         raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
     if implementation is None and x.shape[-1] * at_least_float32(x.dtype).itemsize > 4 * 4096:
         implementation = "jnp"
-    return call(DwconvNormGelu(float(epsilon)), implementation, x, *parameters.values())
+    return call(DwconvNormGelu(float(epsilon)), implementation, x, *values)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from xla_ops.explicit_axes import sharded_alike
 from xla_ops.operands import (
     ATTRIBUTES,
     are_known,
+    arrays,
     at_least_float32,
     check_dtype,
     chunks_of,
@@ -57,6 +58,7 @@ def layer_norm(
 
     Reference: Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450.
     """
+    x, scale, bias = arrays(x=x, scale=scale, bias=bias)
     _check(x, scale, bias, epsilon)
     serving = _serving(_targets.NORM_FORWARD, x, implementation)
     return call(LayerNorm(float(epsilon)), implementation, x, scale, bias, platforms=serving)
@@ -87,6 +89,7 @@ def add_norm(
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
+    x, residual, scale, bias = arrays(x=x, residual=residual, scale=scale, bias=bias)
     _check(x, scale, bias, epsilon, residual)
     serving = _serving(_targets.ADD_NORM_FORWARD, x, implementation)
     operands = *sharded_alike(x, residual), scale, bias
@@ -119,6 +122,7 @@ def norm_add(
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
+    x, residual, scale, bias = arrays(x=x, residual=residual, scale=scale, bias=bias)
     _check(x, scale, bias, epsilon, residual)
     serving = _serving(_targets.NORM_ADD_FORWARD, x, implementation)
     operands = x, residual, scale, bias

@@ -20,7 +20,14 @@ from xla_ops.geometry import Record
 from xla_ops.layer_norm import layer_norm, norm_add
 from xla_ops.linear import linear
 from xla_ops.mlp import mlp
-from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, check_dtype
+from xla_ops.operands import (
+    ATTRIBUTES,
+    are_known,
+    arrays,
+    at_least_float32,
+    check_dtype,
+    check_integer,
+)
 
 # Numbers of a map, of all its images, up to which it is taken unasked: none, since no GPU has timed
 # it yet. T at batch 1 has 200,704 on its first level, B 351,232.
@@ -32,8 +39,8 @@ EARLY = True
 class LayerParameters(NamedTuple):
     """The parameters of a layer of C channels, K between the products of its MLP.
 
-    Kernels of products are (inputs, outputs) and of x's dtype; vectors are of that or float32, and
-    the depthwise kernel and its three vectors of one dtype.
+    Kernels of products are (inputs, outputs) and of x's dtype; vectors are of that or float32, the
+    two of a norm of one dtype, and so are the depthwise kernel and its three vectors.
     """
 
     norm1_scale: jax.Array  # (C,)
@@ -96,6 +103,9 @@ def layers(
 
     Reference: Wang et al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.2.
     """
+    (x,) = arrays(x=x)
+    parameters = [LayerParameters._make(arrays(**layer._asdict())) for layer in parameters]
+    group = check_integer("group", group, at_least=1)
     _check(x, parameters, group, epsilon)
     plain = "jnp" if implementation == "jnp" else None
     operator = Layers(
@@ -233,6 +243,10 @@ def _map_and_scratch(x: jax.Array, *parameters: jax.Array) -> Shapes:
     return [(x.shape, x.dtype), ((*x.shape[:-1], width), x.dtype)]
 
 
+# The first of the parameters that have to be of one dtype, by what their names begin with.
+_OF_ONE_DTYPE = {"norm1": "norm1_scale", "depthwise": "depthwise_kernel", "norm2": "norm2_scale"}
+
+
 def _check(x: jax.Array, parameters: Sequence[LayerParameters], group: int, epsilon: float) -> None:
     """Raises a `ValueError` about the operand or setting that does not fit."""
     if x.ndim != 4 or 0 in x.shape[1:]:
@@ -241,8 +255,8 @@ def _check(x: jax.Array, parameters: Sequence[LayerParameters], group: int, epsi
     if not epsilon >= 0:
         raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
     channels = x.shape[-1]
-    if not isinstance(group, int) or group < 1 or channels % group:
-        raise ValueError(f"group: expected an integer that divides {channels}, got {group!r}")
+    if channels % group:
+        raise ValueError(f"group: expected an integer that divides {channels}, got {group}")
     if len(parameters) == 0:
         raise ValueError("parameters: expected those of one layer at least, got none")
     depthwise = parameters[0].depthwise_kernel
@@ -255,8 +269,9 @@ def _check(x: jax.Array, parameters: Sequence[LayerParameters], group: int, epsi
     shapes = _shapes(channels, group, size, hidden)
     for layer, (name, wanted) in itertools.product(parameters, shapes.items()):
         value, dtypes = getattr(layer, name), dict.fromkeys((x.dtype, at_least_float32(x.dtype)))
-        if name.startswith("depthwise") and layer.depthwise_kernel.dtype in dtypes:
-            dtypes = {layer.depthwise_kernel.dtype: None}  # one of all four
+        first = _OF_ONE_DTYPE.get(name.partition("_")[0])
+        if first is not None and getattr(layer, first).dtype in dtypes:
+            dtypes = {getattr(layer, first).dtype: None}
         elif name.endswith("kernel"):
             dtypes = {x.dtype: None}
         if value.shape != wanted or value.dtype not in dtypes:

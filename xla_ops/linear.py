@@ -14,7 +14,14 @@ from jax import lax
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
 from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, forward
-from xla_ops.operands import ATTRIBUTES, are_known, at_least_float32, bias_gradient, check_dtype
+from xla_ops.operands import (
+    ATTRIBUTES,
+    are_known,
+    arrays,
+    at_least_float32,
+    bias_gradient,
+    check_dtype,
+)
 from xla_ops.panels import from_panels, panels_shape
 
 # Beyond so many input channels the product is most of the time, and XLA chooses among more forms
@@ -42,9 +49,9 @@ def linear(
     x86 processors with AVX2, but for float64; on CUDA from compute capability 8.0 on, in half
     precision with GELU, C and K in eights, up to 256 input channels, and on 9.0 (H100, H200) for
     large maps up to 512, and without GELU up to 320 that do not come in 128s. Everywhere else, and
-    under differentiation on CUDA and with GELU, it is a product, rounded to x's dtype, and
-    `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever the bias.
-    That product is XLA's, and on a CPU the kernel's where it serves, as are its gradients.
+    under differentiation on CUDA and with GELU, it is a product, rounded to x's dtype, and then the
+    bias, or `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever the
+    bias. That product is XLA's, and on a CPU the kernel's where it serves, as are its gradients.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.
@@ -63,13 +70,14 @@ def linear(
 
     Reference: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415.
     """
+    operands = x, kernel, bias = arrays(x=x, kernel=kernel, bias=bias)
     check_operands(x, kernel, bias)
     operator = Linear(gelu, kernel.ndim == 3, "jnp" if implementation == "jnp" else None)
     serving = _ffi.serving(operator.name)
     taken = tuple(platform for platform in serving if _takes(platform, kernel, gelu))
     if implementation is None and not _pays_on_cuda(x.shape, bias.shape[0], gelu):
         taken = tuple(platform for platform in taken if platform != "cuda")
-    operands, refusal = (x, kernel, bias), _TAKEN if serving else ""
+    refusal = _TAKEN if serving else ""
     if gelu:
         return forward(operator, implementation, taken, refusal, *operands)
     return call(operator, implementation, *operands, platforms=taken, refusal=refusal)

@@ -13,7 +13,7 @@ import numpy as np
 from xla_ops import _ffi, _targets
 from xla_ops.custom_call import Shapes, Target, forward
 from xla_ops.linear import check_operands, linear
-from xla_ops.operands import ATTRIBUTES, are_known
+from xla_ops.operands import ATTRIBUTES, are_known, arrays
 
 # Pixels for each thread of a CPU. With fewer, what each does once for all of its pixels, which is
 # to bring both kernels into the form they are multiplied in, takes as long as is won.
@@ -62,6 +62,8 @@ def mlp(
     Raises:
         ValueError: A shape, dtype or setting does not fit; the message names it.
     """
+    given = {"x": x, "kernel1": kernel1, "bias1": bias1, "kernel2": kernel2, "bias2": bias2}
+    operands = x, kernel1, bias1, kernel2, bias2 = arrays(**given)
     check_operands(x, kernel1, bias1, ("kernel1", "bias1"))
     hidden = jax.ShapeDtypeStruct((*x.shape[:-1], bias1.shape[0]), x.dtype)
     check_operands(hidden, kernel2, bias2, ("kernel2", "bias2"))
@@ -71,7 +73,6 @@ def mlp(
         taken = tuple(platform for platform in taken if _pays(platform, x.shape))
     panels = (kernel1.ndim == 3, kernel2.ndim == 3)
     operator = MLP(panels, "jnp" if implementation == "jnp" else None)
-    operands = x, kernel1, bias1, kernel2, bias2
     return forward(operator, implementation, taken, _TAKEN if serving else "", *operands)
 
 

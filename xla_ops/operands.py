@@ -20,6 +20,23 @@ ATTRIBUTES = (("version", np.int64(_targets.VERSION)),)
 Shapes = Sequence[tuple[tuple[int, ...], np.dtype]]
 
 
+def arrays(**operands: Any) -> tuple[jax.Array, ...]:
+    """The operands as JAX has them; raises a `ValueError` that names one that is no array."""
+    for name, value in operands.items():
+        if not isinstance(value, jax.Array | np.ndarray) and not hasattr(value, "__jax_array__"):
+            raise ValueError(f"{name}: expected an array, got {type(value).__name__}")
+    values = operands.values()
+    return tuple(value if isinstance(value, jax.Array) else jnp.asarray(value) for value in values)
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> int:
+    """The setting as an int; raises a `ValueError` that names it."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < at_least:
+        raise ValueError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
+    return int(value)
+
+
 def check_dtype(x: jax.Array | jax.ShapeDtypeStruct) -> None:
     """Raises a `ValueError` unless x is of a dtype that the operators take."""
     if x.dtype not in DTYPES:

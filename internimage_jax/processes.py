@@ -50,9 +50,9 @@ class Group:
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Raises ValueError where another process has other settings (JSON values)."""
-        mine, *_ = parts = self.exchange(json.dumps(settings).encode())
+        first, *_ = parts = self.exchange(json.dumps(settings).encode())
         for index, part in enumerate(parts):
-            if found := differences(json.loads(mine), json.loads(part)):
+            if found := differences(json.loads(first), json.loads(part)):
                 raise ValueError(f"process {index} has other settings: {'; '.join(found)} there")
 
 
@@ -69,6 +69,8 @@ class ConnectedGroup(Group):
         self.index = index
         self.count = count
         self._connections = dict(connections)
+        # Held to send: two threads do, and half of a message is not to begin another.
+        self._sending = {other: threading.Lock() for other in connections}
         self._changed = threading.Condition()  # held to use what follows
         self._messages: dict[int, list[bytes]] = {other: [] for other in connections}
         self._failure: str | None = None
@@ -118,14 +120,15 @@ class ConnectedGroup(Group):
     def _send(self, other: int, message: bytes) -> None:
         self.check()
         try:
-            self._connections[other].send_bytes(message)
+            with self._sending[other]:
+                self._connections[other].send_bytes(message)
         except OSError:
             self._fail(f"process {other} has died")
             self.check()
 
     def _send_all(self, message: bytes) -> None:
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):  # of those that are gone already
+        for other, connection in self._connections.items():
+            with contextlib.suppress(OSError), self._sending[other]:  # some may be gone already
                 connection.send_bytes(message)
 
     def _receive(self, other: int) -> bytes:

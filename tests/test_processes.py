@@ -83,6 +83,28 @@ def test_of_a_death_the_others_are_told_by_the_first() -> None:
             group.leave("process 1 has died")
 
 
+def test_a_death_is_not_told_in_the_midst_of_what_is_being_sent() -> None:
+    pairs = [Pipe() for _ in range(2)]
+    first = ConnectedGroup(0, 3, {1: pairs[0][0], 2: pairs[1][0]})
+    second, third = pairs[0][1], pairs[1][1]
+    for other in (second, third):
+        other.send_bytes(b"D")
+    data = b"z" * 10_000_000  # more than a connection holds
+    with ThreadPoolExecutor(1) as pool:
+        exchange = pool.submit(first.exchange, data)
+        assert second.poll(60)  # it has begun, and is not read
+        third.close()
+        while first._failure is None:
+            time.sleep(0.01)
+        assert not exchange.done()
+        assert json.loads(second.recv_bytes()[1:])[0] == data.hex()
+        assert second.recv_bytes() == b"Fprocess 2 has died"
+        with pytest.raises(OSError, match=r"^process 2 has died$"):
+            exchange.result()
+    with pytest.raises(OSError, match=r"^process 2 has died$"):
+        first.leave("process 2 has died")
+
+
 def test_the_others_wait_for_the_first_which_writes_the_report() -> None:
     first, second = connected(2)
     with ThreadPoolExecutor(1) as pool:

@@ -49,8 +49,9 @@ from internimage_jax.processes import Group
 from internimage_jax.report import make_report
 from internimage_jax.report_html import make_page
 
-# Called with the number of images that are done, of all, and of those that were right.
-Progress = Callable[[int, int, int], None]
+# Called with the number of images that are done, of all, of those that were right, and of those
+# that were evaluated, which is all that are done but the skipped ones.
+Progress = Callable[[int, int, int, int], None]
 
 
 def evaluate(
@@ -95,7 +96,7 @@ def evaluate(
         group: The processes that share the work, see `internimage_jax.processes`; None is this one
             alone.
         progress: Called after each batch with the images that are done, all images, and how many of
-            those done were right; of this process.
+            those done were right and were evaluated, which skipped ones are not; of this process.
 
     Returns:
         The report, as docs/evaluation.md describes it and report.json holds it; the same in every
@@ -253,6 +254,7 @@ class _Loop:
         self.images = 0  # evaluated by this loop; those in `done` were before
         self.seconds = 0.0
         self._right = sum(one.right for one in done)
+        self._before = sum(one.error is None for one in done)  # evaluated before
         self._dataset, self._model, self._total = dataset, model, total
         self._folder, self._group, self._progress = folder, group, progress
 
@@ -292,7 +294,8 @@ class _Loop:
         self.images += evaluated
         self._right += right
         if self._progress is not None:
-            self._progress(len(self.results), self._total, self._right)
+            evaluated = self._before + self.images
+            self._progress(len(self.results), self._total, self._right, evaluated)
 
     def _skipped(self, index: int, message: str) -> ImageResult:
         names, labels = self._dataset.names, self._dataset.labels

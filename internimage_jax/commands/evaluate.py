@@ -138,12 +138,12 @@ def _evaluate(args: argparse.Namespace, group: Group) -> dict[str, Any]:
         task = bar.add_task("Loading and compiling", total=None, figures="")
         first: list[float] = []  # when the first batch was done, and how many images there were
 
-        def show(done: int, total: int, right: int) -> None:
+        def show(done: int, total: int, right: int, evaluated: int) -> None:
             now = time.monotonic()
             if not first:
                 first.extend((now, done))
             rate = (done - first[1]) / (now - first[0]) if now > first[0] else 0
-            figures = f"top-1 {100 * right / done:.2f} %"
+            figures = f"top-1 {100 * right / evaluated:.2f} %" if evaluated else ""
             figures += f"  {rate:.1f} images/s" if rate else ""
             bar.update(task, description="Images", completed=done, total=total, figures=figures)
 

@@ -53,7 +53,10 @@ def test_a_damaged_image_is_skipped_and_listed_and_a_kill_changes_nothing(
 ) -> None:
     broken, name = with_broken_image
     options: dict[str, Any] = {"batch_size": EACH, "on_error": "skip", "output": tmp_path / "out"}
+    seen: list[tuple[int, ...]] = []
+    options["progress"] = lambda *figures: seen.append(figures)
     report = evaluate(model, broken, **options)
+    assert seen[-1] == (COUNT, COUNT, report["correct_top1"], COUNT - 1)
     others = [i for i in range(COUNT) if i != 11]
     assert counts(report) == expected_counts(logits[others], [broken.labels[i] for i in others])
     assert report["num_skipped"] == 1
@@ -63,6 +66,7 @@ def test_a_damaged_image_is_skipped_and_listed_and_a_kill_changes_nothing(
     path.write_bytes(whole[: len(whole) * 2 // 3])
     assert without_times(evaluate(model, broken, resume=True, **options)) == without_times(report)
     assert path.read_bytes() == whole
+    assert seen[-1] == (COUNT, COUNT, report["correct_top1"], COUNT - 1)
 
 
 @pytest.mark.parametrize(

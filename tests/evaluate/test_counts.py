@@ -172,11 +172,11 @@ def test_the_fitted_head_gives_the_reference_counts_and_logits(
 def test_progress_counts_up_to_all_images(
     run: Callable[..., dict[str, Any]],
 ) -> None:
-    seen: list[tuple[int, int, int]] = []
+    seen: list[tuple[int, int, int, int]] = []
     report = run(progress=lambda *figures: seen.append(figures))
     assert [one[0] for one in seen] == [8, 16, COUNT]
     assert {one[1] for one in seen} == {COUNT}
-    assert seen[-1][2] == report["correct_top1"]
+    assert seen[-1][2:] == (report["correct_top1"], COUNT)
 
 
 def test_a_checkpoint_is_reported_by_the_sha256_of_its_file(

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from internimage_jax.messages import one_line
+from internimage_jax.messages import one_line, printable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -299,8 +299,6 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 
 def _crop_start(length: int, crop: int) -> int:
     """Return where the square begins; PIL fills what lies outside the image with zeros."""
-    if length < crop:
-        return -((crop - length) // 2)
     # Rounded down, as the image processor released with the weights does it. torchvision's crop,
     # in the authors' training code, rounds half to even: one pixel further for every other odd
     # difference.
@@ -336,7 +334,7 @@ def _name_of(source: object, name: str | None) -> str:
     elif name is None:
         own = getattr(source, "filename", None) or getattr(source, "name", None)
         name = str(own or type(source).__name__)
-    return name if name and name.isprintable() else repr(name)
+    return printable(name)
 
 
 def _check_side(name: str, value: Any) -> None:

@@ -74,7 +74,7 @@ def published(image: np.ndarray, crop: int, short: int) -> np.ndarray:
             sums = np.moveaxis(np.tensordot(weights, image.astype(np.int64), (1, axis)), 0, axis)
             image = np.clip((sums + 2**21) >> 22, 0, 255).astype(np.uint8)
     missing = [max(crop - length, 0) for length in image.shape[:2]]
-    image = np.pad(image, [(n // 2, (n + 1) // 2) for n in missing] + [(0, 0)])
+    image = np.pad(image, [((n + 1) // 2, n // 2) for n in missing] + [(0, 0)])
     top, left = ((length - crop) // 2 for length in image.shape[:2])
     return image[top : top + crop, left : left + crop]
 

@@ -1,4 +1,5 @@
-"""Builds the custom calls: `xla_ops._cpu` where a C++17 compiler is, `xla_ops._cuda` where nvcc is.
+"""Builds the custom calls: `xla_ops._cpu` where a C++17 compiler is, `xla_ops._cuda` where nvcc
+and gcc are, or another compiler that `NVCC_CCBIN` names.
 
 The compiler is `CXX`, the one Python was built with, or `c++`, `g++` or `clang++`; where there is
 none, Zig's, if its package `ziglang` is installed.

@@ -139,7 +139,7 @@ def sanitize(options: argparse.Namespace) -> Rows:
         if not os.access(tool, os.X_OK):
             return {"skipped": "no compute-sanitizer"}
         command = [tool, "--tool", kind]
-        names = ("dcnv3", "dwconv", "gelu", "norm", "linear", "mlp")
+        names = ("dcnv3", "dwconv", "gelu", "norm", "linear", "mlp", "product")
         command += [f"--kernel-name=kernel_substring={name}" for name in names]
         command += ["--error-exitcode", "9", sys.executable, "-c", SANITIZED]
         # One that was stopped may leave its program and what memory that has.

@@ -306,6 +306,9 @@ def rows(options: argparse.Namespace) -> Rows:
 def peers_of(options: argparse.Namespace) -> dict[str, Callable]:
     peers: dict[str, Callable] = {"official": official} if options.official else {}
     peers |= {"dcnv4": dcnv4} if options.dcnv4 else {}
+    modules = {"official": "functions.dcnv3_func", "dcnv4": "DCNv4.functions"}
+    for name in peers:
+        importlib.import_module(modules[name])  # so that one which is missing is an error at once
     for peer in options.peer:
         name, _, place = peer.partition("=")
         module, _, function = place.partition(":")

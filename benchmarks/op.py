@@ -61,16 +61,8 @@ def ours(
 ) -> Contestant:
     *operands, dy = [jnp.asarray(a, dtype) for a in arrays]
     function = functools.partial(xla_ops.dcnv3, group=group, implementation=implementation)
-
-    @jax.jit
-    def both(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        y, pullback = jax.vjp(function, *operands)
-        return y, *pullback(dy)
-
-    forward = jax.jit(function)
-    run = lambda f: lambda: jax.block_until_ready(f(*operands))  # noqa: E731
-    results = [np.asarray(a, np.float32) for a in both(*operands)]
-    return Contestant(results, run(forward), run(both))
+    forward, both = _calls(function, operands, dy)
+    return Contestant([np.asarray(a, np.float32) for a in both()], forward, both)
 
 
 def fused(group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
@@ -79,9 +71,15 @@ def fused(group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
     record = xla_ops.Record(group, POINTS)
     rows = np.zeros((*x.shape[:3], record.width), np.float32)
     rows[..., record.offset], rows[..., record.mask] = offset, np.log(mask)
-    operands = jnp.asarray(x, dtype), jnp.asarray(rows)
-    dy = jnp.asarray(dy, dtype)
+    operands = [jnp.asarray(x, dtype), jnp.asarray(rows)]
     function = functools.partial(xla_ops.dcnv3_fused, group=group, implementation="kernel")
+    return Contestant([], *_calls(function, operands, jnp.asarray(dy, dtype)))
+
+
+def _calls(
+    function: Callable[..., jax.Array], operands: list[jax.Array], dy: jax.Array
+) -> tuple[Callable[[], jax.Array], Callable[[], tuple[jax.Array, ...]]]:
+    """The forward, and forward and backward."""
 
     @jax.jit
     def both(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -89,8 +87,10 @@ def fused(group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:
         return y, *pullback(dy)
 
     forward = jax.jit(function)
-    run = lambda f: lambda: jax.block_until_ready(f(*operands))  # noqa: E731
-    return Contestant([], run(forward), run(both))
+    return (
+        lambda: jax.block_until_ready(forward(*operands)),
+        lambda: jax.block_until_ready(both(*operands)),
+    )
 
 
 def official(function: Callable, group: int, arrays: list[np.ndarray], dtype: str) -> Contestant:

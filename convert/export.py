@@ -24,7 +24,7 @@ import numpy as np
 from internimage_jax.config import InternImageConfig
 from internimage_jax.preprocess import Preprocessing
 
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "internimage_jax"  # `format` in the config.json of a converted folder
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
@@ -77,10 +77,10 @@ def moved_when_done(out: Path) -> Iterator[Path]:
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is empty, or a converted model without anything else in it."""
     names = {path.name for path in folder.iterdir()}
-    if not names <= {WEIGHTS, SETTINGS}:
+    if not names <= {WEIGHTS, CONFIG}:
         return False
     try:
-        return not names or json.loads((folder / SETTINGS).read_bytes())["format"] == FORMAT
+        return not names or json.loads((folder / CONFIG).read_bytes())["format"] == FORMAT
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return False
 
@@ -167,4 +167,4 @@ def settings_of(
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the folder's `config.json`."""
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,12 @@ import numpy as np
 from convert.rules import Rule, rules
 from convert.source import Source, check_tensors
 from convert.torch_file import CheckpointError
-from internimage_jax.labels import CLASSES_WITHOUT_22K, NUM_CLASSES_22K, map_22k_to_1k
+from internimage_jax.labels import (
+    CLASSES_WITHOUT_22K,
+    NUM_CLASSES_1K,
+    NUM_CLASSES_22K,
+    map_22k_to_1k,
+)
 
 # The logit of a class without counterpart: its probability is 0 in every dtype, without infinities.
 MASKED = -1e4
@@ -95,6 +100,6 @@ def _mapped(source: Source) -> Source:
         f"took the 1,000 classes of ImageNet-1K out of {NUM_CLASSES_22K}; class {masked} has no "
         "counterpart and is masked"
     )
-    config = source.config.replace(num_classes=1000)
+    config = source.config.replace(num_classes=NUM_CLASSES_1K)
     notes = (*source.notes, note)
     return replace(source, config=config, made=made, notes=notes, classes=None)

@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from internimage_jax.labels import NUM_CLASSES_22K as _22K
+
 ACTIVATIONS = ("GELU", "SiLU", "ReLU")
 NORMS = ("LN", "BN")
 
@@ -273,7 +275,6 @@ _G = _H.replace(
     post_norm=True,
     level2_post_norm_block_ids=(5, 11, 17, 23, 29, 35, 41, 47),
 )
-_22K = 21841
 _JOINT = "427M joint, ImageNet-22K"
 
 RELEASED: dict[str, ReleasedModel] = {
@@ -283,19 +284,35 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel("internimage_s_1k_224", _S, 224, "none", 84.2),
         ReleasedModel("internimage_b_1k_224", _B, 224, "none", 84.9),
         ReleasedModel(
-            "internimage_l_22k_384", _L.replace(num_classes=_22K), 384, "ImageNet-22K", None
+            "internimage_l_22k_384",
+            _L.replace(num_classes=_22K),
+            384,
+            "ImageNet-22K",
+            None,
         ),
         ReleasedModel("internimage_l_22kto1k_384", _L, 384, "ImageNet-22K", 87.7),
         ReleasedModel(
-            "internimage_xl_22k_384", _XL.replace(num_classes=_22K), 384, "ImageNet-22K", None
+            "internimage_xl_22k_384",
+            _XL.replace(num_classes=_22K),
+            384,
+            "ImageNet-22K",
+            None,
         ),
         ReleasedModel("internimage_xl_22kto1k_384", _XL, 384, "ImageNet-22K", 88.0),
         ReleasedModel(
-            "internimage_h_jointto22k_384", _H.replace(num_classes=_22K), 384, _JOINT, None
+            "internimage_h_jointto22k_384",
+            _H.replace(num_classes=_22K),
+            384,
+            _JOINT,
+            None,
         ),
         ReleasedModel("internimage_h_22kto1k_640", _H, 640, _JOINT, 89.6),
         ReleasedModel(
-            "internimage_g_jointto22k_384", _G.replace(num_classes=_22K), 384, _JOINT, None
+            "internimage_g_jointto22k_384",
+            _G.replace(num_classes=_22K),
+            384,
+            _JOINT,
+            None,
         ),
         ReleasedModel("internimage_g_22kto1k_512", _G, 512, _JOINT, 90.1),
     )

@@ -109,9 +109,9 @@ def array_digests(model: InternImage) -> list[dict[str, str]]:
 
 def conversion_notes(path: str) -> tuple[str, ...]:
     """What the converter noted of a folder that it wrote, such as 1,000 classes out of 21,841."""
-    from convert.export import FORMAT, SETTINGS
+    from convert.export import CONFIG, FORMAT
 
-    settings = Path(path, SETTINGS)
+    settings = Path(path, CONFIG)
     values = json.loads(settings.read_bytes()) if settings.exists() else {}
     if values.get("format") != FORMAT:
         return ()

@@ -15,10 +15,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def listing(noun: str, items: Collection[str], shown: int = 5) -> str:
+_SHOWN = 5  # of many
+
+
+def listing(noun: str, items: Collection[str]) -> str:
     """Says "image a.jpg", or "17 images (a.jpg, b.jpg, c.jpg, d.jpg, e.jpg, ...)"."""
-    first = [printable(item) for item in sorted(items)[:shown]]
+    first = [printable(item) for item in sorted(items)[:_SHOWN]]
     if len(items) == 1:
         return f"{noun} {first[0]}"
-    more = ", ..." if len(items) > shown else ""
+    more = ", ..." if len(items) > _SHOWN else ""
     return f"{len(items)} {noun}s ({', '.join(first)}{more})"

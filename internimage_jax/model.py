@@ -262,7 +262,7 @@ class InternImage(nnx.Module):
             raise ValueError(
                 f"images: this head needs sides that are multiples of 32, got {images.shape}"
             )
-        maps = self.features(images, train=train, key=key)
+        maps = self._features(images, train, key)
         if not self.config.num_classes:
             return InternImageOutput(None, None, maps, maps[-1])
         if with_clip_head:
@@ -277,10 +277,10 @@ class InternImage(nnx.Module):
     ) -> tuple[jax.Array, ...]:
         """Returns the maps of the four levels; the arguments are those of a call."""
         self._check(images, train, key)
-        # By then `jit` has taken the call out of the operators' hands.
-        with forward_mode_named("gather"):
-            return self._features(images, train, key)
+        return self._features(images, train, key)
 
+    # By the time that it is refused, `jit` has taken the call out of the operators' hands.
+    @forward_mode_named("gather")
     def _features(
         self, images: jax.Array, train: bool, key: jax.Array | None
     ) -> tuple[jax.Array, ...]:

@@ -1,5 +1,5 @@
-// Random calls of dwconv_norm_gelu, bias_gelu, layer_norm, add_norm, linear and mlp, held against the
-// definition, written out plainly in double. Every buffer has exactly its size, so that a sanitizer sees any
+// Random calls of the layers' operators and of their gradients, held against the definition, written out
+// plainly in double. Every buffer has exactly its size, so that a sanitizer sees any
 // access beyond it. How a call is computed is the includer's.
 #pragma once
 

@@ -1,6 +1,5 @@
-// Runs the CPU kernels of dwconv_norm_gelu, bias_gelu, layer_norm, add_norm, linear and convolution over
-// random shapes and dtypes (fuzz_layers.h). Arguments: the number of shapes, the seed. tests/test_native.py
-// builds it.
+// Runs the CPU kernels of the layers' operators over random shapes and dtypes (fuzz_layers.h). Arguments: the
+// number of shapes, the seed. tests/test_native.py builds it.
 #include "fuzz_layers.h"
 
 #include "dwconv_cpu.h"

@@ -25,17 +25,12 @@ from tests.dcnv3_cases import (
     settings_of,
     value_and_gradients,
 )
-from tests.layers import on_device
+from tests.layers import needs_kernel, on_device
 
 PLAIN = settings_of(CASES["plain"])
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-CPU = xla_ops.status()["cpu"]
-
-pytestmark = [
-    gpu.needs_it(),
-    pytest.mark.skipif(CPU.implementation != "kernel", reason=f"no kernel for cpu: {CPU.detail}"),
-]
+pytestmark = [gpu.needs_it(), needs_kernel]
 
 
 def by_cuda(*arrays: jax.Array, **options: object) -> list[np.ndarray]:

@@ -27,15 +27,12 @@ from tests.dcnv3_cases import (
     settings_of,
     value_and_gradients,
 )
-from tests.layers import on_device
+from tests.layers import needs_kernel, on_device
 from xla_ops.custom_call import Target
 from xla_ops.dcnv3_kernel import DCNv3
 from xla_ops.geometry import Geometry
 
-pytestmark = pytest.mark.skipif(
-    xla_ops.status()["cpu"].implementation != "kernel",
-    reason=f"no kernel for CPU: {xla_ops.status()['cpu'].detail}",
-)
+pytestmark = needs_kernel
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -13,14 +13,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xla_ops
+from tests.layers import needs_kernel
 
 GROUP, DEPTH, POINTS = 2, 4, 9
 FORMS = ("separate", "fused")
 
-pytestmark = pytest.mark.skipif(
-    xla_ops.status()["cpu"].implementation != "kernel",
-    reason=f"no kernel for CPU: {xla_ops.status()['cpu'].detail}",
-)
+pytestmark = needs_kernel
 
 
 def operands(form: str, *, leading: tuple[int, ...] = (2,), seed: int = 0) -> tuple[jax.Array, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Target, call, forward
+from xla_ops.custom_call import Arrays, Operator, Run, Target, call, call_forward
 from xla_ops.gelu_jnp import gelu
 from xla_ops.operands import (
     ATTRIBUTES,
@@ -62,7 +62,7 @@ def bias_gelu(
         # range, but of float16's only what lies between 6e-8 and 65504: under differentiation it is
         # the jnp form.
         serving = _ffi.serving(_targets.GELU_FORWARD)
-        return forward(BiasGelu(), implementation, serving, "", x, bias)
+        return call_forward(BiasGelu(), implementation, serving, "", x, bias)
     return call(BiasGelu(), implementation, x, bias)
 
 

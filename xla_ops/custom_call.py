@@ -26,11 +26,15 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xla_ops import _ffi
-from xla_ops.explicit_axes import automatic, explicit_mesh, over_batch, shardings_of
+from xla_ops.explicit_axes import (
+    Arrays,
+    Function,
+    automatic,
+    explicit_mesh,
+    over_batch,
+    shardings_of,
+)
 from xla_ops.operands import Shapes, varying_alike
-
-Arrays = tuple[jax.Array, ...]
-Function = Callable[..., Any]
 
 
 class Target(NamedTuple):
@@ -130,7 +134,7 @@ def call(
         return _differentiable(form, *varying_alike(*operands))
 
 
-def forward(
+def call_forward(
     operator: Forward,
     implementation: str | None,
     platforms: tuple[str, ...],
@@ -153,7 +157,7 @@ def _chosen(
     plain: str,
     implementation: str | None,
     platforms: tuple[str, ...],
-    refusal: str = "",
+    refusal: str,
 ) -> _Form | None:
     """The form with the kernel, or None for the definition, which is called `plain`."""
     if implementation not in ("kernel", plain, None):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Shapes, Target, forward
+from xla_ops.custom_call import Shapes, Target, call_forward
 from xla_ops.dcnv3 import dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.geometry import Record
@@ -116,7 +116,7 @@ def layers(
     if implementation is None and not layers_pay(x, group):
         taken = ()
     operands = itertools.chain.from_iterable(parameters)
-    return forward(operator, implementation, taken, _TAKEN if serving else "", x, *operands)
+    return call_forward(operator, implementation, taken, _TAKEN if serving else "", x, *operands)
 
 
 _TAKEN = (

@@ -13,7 +13,7 @@ from jax import lax
 
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, forward
+from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, call_forward
 from xla_ops.operands import (
     ATTRIBUTES,
     are_known,
@@ -79,7 +79,7 @@ def linear(
         taken = tuple(platform for platform in taken if platform != "cuda")
     refusal = _TAKEN if serving else ""
     if gelu:
-        return forward(operator, implementation, taken, refusal, *operands)
+        return call_forward(operator, implementation, taken, refusal, *operands)
     return call(operator, implementation, *operands, platforms=taken, refusal=refusal)
 
 

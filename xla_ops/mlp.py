@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Shapes, Target, forward
+from xla_ops.custom_call import Shapes, Target, call_forward
 from xla_ops.linear import check_operands, linear
 from xla_ops.operands import ATTRIBUTES, are_known, arrays
 
@@ -73,7 +73,7 @@ def mlp(
         taken = tuple(platform for platform in taken if _pays(platform, x.shape))
     panels = (kernel1.ndim == 3, kernel2.ndim == 3)
     operator = MLP(panels, "jnp" if implementation == "jnp" else None)
-    return forward(operator, implementation, taken, _TAKEN if serving else "", *operands)
+    return call_forward(operator, implementation, taken, _TAKEN if serving else "", *operands)
 
 
 _TAKEN = (

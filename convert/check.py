@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from convert.rules import BATCH_COUNTER, rules
 from convert.torch_file import CheckpointError, LazyTensor
-from internimage_jax.config import RELEASED
+from internimage_jax.config import RELEASED, InternImageConfig
 from internimage_jax.shapes import Shape
 
 FLOATS = tuple(
@@ -51,13 +51,16 @@ def check(path: str, wanted: Mapping[str, Shape], tensors: Mapping[str, LazyTens
         )
 
 
-def fitting_models(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """Names of the released models that have just these tensors."""
+def fitting_models(
+    tensors: Mapping[str, LazyTensor],
+    adapt: Callable[[InternImageConfig], InternImageConfig] = lambda config: config,
+) -> list[str]:
+    """Names of the released models that have just these tensors, once their config is adapted."""
     shapes = {name: t.shape for name, t in tensors.items() if not name.endswith(BATCH_COUNTER)}
     return [
         name
         for name, model in RELEASED.items()
-        if shapes == {rule.torch: rule.torch_shape for rule in rules(model.config)}
+        if shapes == {rule.torch: rule.torch_shape for rule in rules(adapt(model.config))}
     ]
 
 

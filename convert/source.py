@@ -265,24 +265,30 @@ def _identify(
         own = str(settings.get("_name_or_path", "")).removeprefix("OpenGVLab/")
         named = own if own in RELEASED else named
     stem = place.name if place.is_dir() else place.stem
-    if config is None:
-        try:
-            released = released_model(stem)
-        except ValueError:
-            fits = fitting_models(tensors) or ["none of the released models"]
-            raise CheckpointError(
-                f"{path}: neither a config.json nor the file's name says which model this is; say "
-                f"it with model (the tensors fit {' or '.join(fits)}), as `python -m convert FILE "
-                "FOLDER --model NAME` does"
-            ) from None
-        named, config = released.name, released.config
-    if layout == "dense":
+
+    def adapt(config: InternImageConfig) -> InternImageConfig:
+        """To what a file of this layout has of a model."""
+        if layout != "dense":
+            return config
         config = config.replace(num_classes=0)
         if config.layer_scale is None and any(name.endswith(".gamma1") for name in tensors):
             # Detection and segmentation train T with layer scales, which its classifier lacks. The
             # initial value is theirs; the forward pass needs to know only that they are there.
             config = config.replace(layer_scale=1.0)
-    return named or stem, config
+        return config
+
+    if config is None:
+        try:
+            released = released_model(stem)
+        except ValueError:
+            fits = fitting_models(tensors, adapt) or ["none of the released models"]
+            raise CheckpointError(
+                f"{path}: neither a config.json nor the file's name says which model this is (the "
+                f"tensors fit {' or '.join(fits)}); convert it by `python -m convert FILE FOLDER "
+                "--model NAME`, or in Python say it with model"
+            ) from None
+        named, config = released.name, released.config
+    return named or stem, adapt(config)
 
 
 def check_named(source: Source, model: str | InternImageConfig, any_classes: bool) -> None:

@@ -23,7 +23,8 @@ _STORAGES = {
     "float64": "DoubleStorage",
     "int64": "LongStorage",
 }
-_ROOT = "archive"  # the folder within the zip that torch.save writes to
+# The folder within the zip; torch.save has one of another name, so that files are told apart.
+_ROOT = "internimage_jax"
 
 
 def write_torch(
@@ -49,6 +50,15 @@ def write_torch(
             with archive.open(entry(f"data/{key}"), "w", force_zip64=True) as file:
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         archive.writestr(entry("version"), "3\n")
+
+
+def is_written_here(path: Path) -> bool:
+    """Whether a file is one that `write_torch` wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()[:1] == [f"{_ROOT}/data.pkl"]
+    except zipfile.BadZipFile:
+        return False
 
 
 def _pickle(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:

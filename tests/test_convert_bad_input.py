@@ -140,9 +140,9 @@ def test_an_unknown_dtype_is_an_error(tmp_path) -> None:
 def test_a_model_that_is_not_said_is_an_error(tmp_path) -> None:
     source = write(tmp_path / "internimage_q.pth", "pth")
     assert error_of(source) == (
-        "neither a config.json nor the file's name says which model this is; say it with model "
-        "(the tensors fit none of the released models), as `python -m convert FILE FOLDER --model "
-        "NAME` does"
+        "neither a config.json nor the file's name says which model this is (the tensors fit none "
+        "of the released models); convert it by `python -m convert FILE FOLDER --model NAME`, or "
+        "in Python say it with model"
     )
     assert error_of(write(tmp_path / "dense", "dense")).startswith("neither a config.json")
 

@@ -155,9 +155,12 @@ def test_the_files_name_says_which_model_it_is(tmp_path) -> None:
         assert (opened.name, opened.config) == ("internimage_t_1k_224", config)
         assert opened.preprocessing == Preprocessing(224)
     other = source.rename(tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"the tensors fit internimage_t_1k_224\), as `") as caught:
+    with pytest.raises(ValueError, match=r"the tensors fit internimage_t_1k_224\); ") as caught:
         convert(other, tmp_path / "out")
     assert "neither a config.json nor the file's name says which model this is" in str(caught.value)
+    detector = write(tmp_path / "detector.pth", "dense", config, arrays=arrays)
+    with pytest.raises(ValueError, match=r"the tensors fit internimage_t_1k_224\); "):
+        convert(detector, tmp_path / "out")
     message = r"does not fit the model \(the tensors fit internimage_t_1k_224\): .*gamma# \(66\)"
     with pytest.raises(ValueError, match=message):
         convert(other, tmp_path / "out", model="internimage_s_1k_224")

@@ -74,7 +74,15 @@ def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileExistsError, match="pipe: is no file"):
         convert(source, tmp_path / "pipe", model=CONFIG, to_torch=True)
+    with pytest.raises(FileExistsError, match="file: is there, and was not written here"):
+        convert(source, tmp_path / "file", model=CONFIG, to_torch=True)
     assert (tmp_path / "file").read_text() == "mine"
+    other = tmp_path / "other.pth"
+    before = source.read_bytes().replace(b"internimage_jax", b"released_models")
+    other.write_bytes(before)
+    with pytest.raises(FileExistsError, match=r"other\.pth: is there, and was not written here"):
+        convert(source, other, model=CONFIG, to_torch=True)
+    assert other.read_bytes() == before
 
 
 @pytest.mark.parametrize("layout", ["pth", "hf", "converted"])

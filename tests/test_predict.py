@@ -53,6 +53,13 @@ def write_images(folder: Path, count: int) -> list[str]:
     return paths
 
 
+def test_a_head_of_other_classes_than_the_config_says_is_an_error(model: InternImage) -> None:
+    other = nnx.merge(*nnx.split(model))
+    other.head = nnx.Linear(other.head.in_features, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^model: its head makes 5 logits, expected 12 by model"):
+        Predictor(other, batch_size=1)
+
+
 def test_probabilities_are_the_softmax_of_the_logits(
     model: InternImage, predictor: Predictor
 ) -> None:

@@ -23,7 +23,7 @@ from internimage_jax.labels import (
     map_22k_to_1k,
     own_classes,
 )
-from internimage_jax.model import InternImage
+from internimage_jax.model import InternImage, check_logits
 from internimage_jax.normalize import normalize
 
 Parallel = Literal["pmap", "fsdp"]
@@ -142,6 +142,7 @@ def make_step(
     def counted(leaves: list[jax.Array], pixels: jax.Array, labels: jax.Array) -> Outputs:
         images = normalize(pixels, model.preprocessing)  # (N, H, W, 3)
         logits = nnx.merge(graph, jax.tree.unflatten(tree, leaves))(images)
+        check_logits(logits, model.config.num_classes)
         classes, probabilities = choose(logits)  # (N, 5) twice
         right = (classes[:, :, None] == labels[:, None, :]).any(-1)  # (N, 5); NO_LABEL is no class
         marks = right[:, 0], right.any(-1), labels[:, 0] != NO_LABEL

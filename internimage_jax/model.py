@@ -204,14 +204,7 @@ class InternImage(nnx.Module):
             raise ValueError(
                 f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
             )
-        for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if not _is_known(value):
-                names = ", ".join(map(str, DTYPES))
-                raise ValueError(f"{argument}: got {value}, expected one of {names}")
-            if jnp.dtype(value) == np.float64 and not jax.config.read("jax_enable_x64"):
-                raise ValueError(
-                    f"{argument}: float64 wants jax.config.update('jax_enable_x64', True) before"
-                )
+        check_dtypes(dtype, param_dtype)
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -335,6 +328,27 @@ class InternImage(nnx.Module):
             raise ValueError(
                 "key: training with drop_rate or drop_path_rate needs a PRNG key, got None"
             )
+
+
+def check_dtypes(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+    """Raises a `ValueError` about a dtype that a model cannot have."""
+    for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if not _is_known(value):
+            names = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{argument}: got {value}, expected one of {names}")
+        if jnp.dtype(value) == np.float64 and not jax.config.read("jax_enable_x64"):
+            raise ValueError(
+                f"{argument}: float64 wants jax.config.update('jax_enable_x64', True) before"
+            )
+
+
+def check_logits(logits: jax.Array, num_classes: int) -> None:
+    """Raises a `ValueError` where a head was replaced by one of other classes than the config's."""
+    if logits.shape[-1] != num_classes:
+        raise ValueError(
+            f"model: its head makes {logits.shape[-1]} logits, expected {num_classes} by "
+            "model.config.num_classes; from_pretrained and create_model take other classes"
+        )
 
 
 def _is_known(dtype: DTypeLike | None) -> bool:

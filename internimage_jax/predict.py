@@ -19,7 +19,7 @@ from PIL import Image
 from internimage_jax.labels import ImageClass, class_names
 from internimage_jax.loader import check_on_error, default_workers, map_ahead
 from internimage_jax.messages import one_line, printable
-from internimage_jax.model import InternImage
+from internimage_jax.model import InternImage, check_logits
 from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import ImageSource, preprocess
 
@@ -111,6 +111,7 @@ class Predictor:
             parameters = [next(rest) if c is None else jnp.asarray(c) for c in constants]
             merged = nnx.merge(graph, jax.tree.unflatten(tree, parameters))
             logits = merged(normalize(pixels, preprocessing))  # (N, num_classes)
+            check_logits(logits, num_classes)
             return lax.top_k(jax.nn.softmax(logits), topk)  # twice (N, topk)
 
         side = preprocessing.image_size

@@ -34,7 +34,7 @@ from internimage_jax.config import InternImageConfig, ReleasedModel, released_mo
 from internimage_jax.initial import fill
 from internimage_jax.labels import checked_names
 from internimage_jax.messages import one_line
-from internimage_jax.model import InternImage
+from internimage_jax.model import InternImage, check_dtypes
 from internimage_jax.preprocess import Preprocessing
 from internimage_jax.shapes import parameter_shapes
 
@@ -168,7 +168,9 @@ def from_pretrained(
         ValueError: The name is unknown, or the checkpoint damaged or not of that model; one line.
         OSError: The hub cannot be reached.
     """
-    param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
+    param_dtype = dtype if param_dtype is None else param_dtype
+    check_dtypes(dtype, param_dtype)
+    param_dtype = jnp.dtype(param_dtype)
     if classes is not None:
         num_classes = len(checked_names(classes, num_classes))
     path = locate(source)

@@ -5,10 +5,16 @@
 
 The training set is a folder of class folders, whose names become the model's classes. Images are
 cropped and mirrored at random; the rest is AdamW with a warm-up and a cosine, label smoothing and
-stochastic depth. After each epoch the model is written to the output folder, which predict,
-evaluate, `from_pretrained` and this example's --model take, and evaluated on the images to
-validate with, if there are any. The first step compiles, which for T takes a minute on a GPU. It is
-an example: change what you like.
+stochastic depth. After each epoch the model is written to the output folder, over that of the epoch
+before, and evaluated on the images to validate with, if there are any. predict, evaluate,
+`from_pretrained` and this example's --model take the folder. The first step compiles, which for T
+takes a minute on a GPU. It is an example: change what you like.
+
+Large models want smaller rates. The official recipe for L to H on ImageNet, from the weights of
+21,841 classes, has, but for its moving average and its augmentation,
+
+    --to-1k --batch-size 512 --learning-rate 2e-5 --layer-decay 0.9 --offset-rate 0.1 --epochs 20
+    --label-smoothing 0.3
 """
 
 from __future__ import annotations
@@ -34,13 +40,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 import internimage_jax
+from convert.head import MASKED
+from internimage_jax import InternImage
 from internimage_jax.cache import cache_folder
+from internimage_jax.commands import no_devices
 from internimage_jax.data import Dataset, open_dataset
+from internimage_jax.data_sources import is_hidden
 from internimage_jax.evaluate import evaluate
+from internimage_jax.labels import imagenet1k_classes
 from internimage_jax.loader import default_workers, map_ahead, prefetch_to_device
 from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import Preprocessing, load_image
 
+EVERY = 50  # steps between lines that are printed
 Batch = tuple[np.ndarray, np.ndarray]  # uint8 (N, side, side, 3), int32 (N,)
 
 
@@ -84,19 +96,46 @@ def random_batches(
             yield np.stack(pixels), np.array(labels, np.int32)
 
 
-def adamw(learning_rate: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with a warm-up of a twentieth of all steps, then a cosine; vectors do not decay."""
+def learning_rate(step: int, steps: int, highest: float) -> float:
+    """Rises for a twentieth of all steps, and falls as a cosine does."""
     warmup = steps // 20
-    schedule = optax.warmup_cosine_decay_schedule(
-        learning_rate / (warmup + 1), learning_rate, warmup, steps
-    )
+    if step < warmup:
+        return highest * (step + 1) / (warmup + 1)
+    return highest / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def shares_of_rate(
+    params: nnx.State, depths: tuple[int, ...], layer_decay: float, offset_rate: float
+) -> nnx.State:
+    """What each parameter's learning rate is multiplied by: by `layer_decay` for each layer that
+    comes after its own, and by `offset_rate` where DCNv3's points come from."""
+
+    def share(path: tuple[Any, ...], _: jax.Array) -> float:
+        names = [part.key for part in path if hasattr(part, "key")]
+        if names[0] not in ("patch_embed", "levels"):
+            return 1.0
+        if names[0] == "patch_embed":
+            level, layer = 0, 0
+        elif names[2] == "blocks":
+            level, layer = names[1], names[3]
+        else:  # between two levels, as the first layer of the next one
+            level, layer = names[1], depths[names[1]]
+        after = max(sum(depths[level:]) - layer - 1, 0)
+        of_points = {"offset", "center_feature_scale_proj"} & set(names)
+        return layer_decay**after * (offset_rate if of_points else 1.0)
+
+    return jax.tree_util.tree_map_with_path(share, params)
+
+
+def adamw(weight_decay: float, shares: Any) -> optax.GradientTransformation:
+    """AdamW but for the learning rate, of which each parameter has a share; no vector decays."""
     return optax.chain(
         optax.clip_by_global_norm(5.0),
-        optax.adamw(
-            schedule,
-            weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(
+            weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
         ),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: s * u, updates, shares)),
     )
 
 
@@ -106,11 +145,12 @@ def make_step(
     preprocessing: Preprocessing,
     smoothing: float,
 ) -> Callable[..., Any]:
-    """The step, compiled: from parameters, statistics, the optimizer's state, pixels, labels and a
-    key to the first three anew, and the loss. It takes over the memory of the first three."""
+    """The step, compiled: from parameters, statistics, the optimizer's state, pixels, labels, a key
+    and the learning rate to the first three anew, and the loss. It takes over the memory of the
+    first three. That the rate is an argument keeps the program the same for all rates."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params, statistics, state, pixels, labels, key):
+    def step(params, statistics, state, pixels, labels, key, rate):
         def loss_of(params):
             model = nnx.merge(graphdef, params, statistics, copy=True)
             logits = model(normalize(pixels, preprocessing), train=True, key=key)
@@ -121,6 +161,7 @@ def make_step(
 
         (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, state = optimizer.update(gradients, state, params)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
         return optax.apply_updates(params, updates), statistics, state, loss
 
     return step
@@ -128,11 +169,11 @@ def make_step(
 
 def open_training_set(folder: Path) -> tuple[Dataset, list[str]]:
     """The images in the folders in `folder`, and the names of these, which are the classes."""
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     if len(found) < 2:
         raise ValueError(f"{folder}: expected two class folders or more, got {len(found)}")
     for inner in (inner for path in found for inner in path.iterdir()):
-        if inner.is_dir():
+        if inner.is_dir() and not is_hidden(inner.name):
             raise ValueError(f"{inner}: a folder in a class folder; give the one of class folders")
     dataset = open_dataset(folder, class_names=[path.name for path in found])
     seen = {label for labels in dataset.labels for label in labels}
@@ -141,31 +182,69 @@ def open_training_set(folder: Path) -> tuple[Dataset, list[str]]:
     return dataset, [path.name for path in found]
 
 
+def load_model(args: argparse.Namespace, classes: list[str]) -> InternImage:
+    """The model to begin with, its head of these classes."""
+    if classes == [one.wnid for one in imagenet1k_classes()]:
+        head = {"to_1k": True} if args.to_1k else {"num_classes": len(classes)}
+    elif args.to_1k:
+        raise ValueError(f"to-1k: {args.train} has not the class folders of ImageNet-1K")
+    else:
+        head = {"classes": classes}
+    on_gpu = jax.default_backend() == "gpu"
+    model = internimage_jax.from_pretrained(
+        args.model,
+        **head,
+        drop_path_rate=args.drop_path_rate,
+        image_size=args.image_size,
+        dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
+        param_dtype="float32",
+        with_cp=args.recompute,
+    )
+    # Of a class that none of the 21,841 is, which could not be learned so.
+    model.head.bias[...] = jnp.where(model.head.bias[...] == MASKED, 0, model.head.bias[...])
+    return model
+
+
+def check(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}; try a smaller --learning-rate")
+    return loss
+
+
 def finetune(args: argparse.Namespace) -> None:
+    if reason := no_devices():
+        raise ValueError(f"no device: {reason}")
     dataset, classes = open_training_set(args.train)
     validation = open_dataset(args.validate, class_names=classes) if args.validate else None
     devices = jax.local_device_count()
-    if args.epochs < 1:
-        raise ValueError(f"epochs: got {args.epochs}, expected at least 1")
+    for name, fits, expected in (
+        ("epochs", args.epochs >= 1, "at least 1"),
+        ("learning rate", args.learning_rate > 0, "more than 0"),
+        ("weight decay", args.weight_decay >= 0, "at least 0"),
+        ("label smoothing", 0 <= args.label_smoothing < 1, "0 to less than 1"),
+        ("layer decay", 0 < args.layer_decay <= 1, "more than 0, at most 1"),
+        ("offset rate", args.offset_rate >= 0, "at least 0"),
+        ("seed", args.seed >= 0, "at least 0"),
+    ):
+        if not fits:
+            got = getattr(args, name.replace(" ", "_"))
+            raise ValueError(f"{name}: got {got}, expected {expected}")
     if not 1 <= args.batch_size <= len(dataset) or args.batch_size % devices:
         raise ValueError(
             f"batch size: got {args.batch_size}, expected at most {len(dataset)}, the number of "
             f"images, and a multiple of {devices}, the number of devices"
         )
-    model = internimage_jax.from_pretrained(
-        args.model,
-        classes=classes,
-        drop_path_rate=args.drop_path_rate,
-        image_size=args.image_size,
-        dtype=args.dtype,
-        param_dtype="float32",
-        with_cp=args.recompute,
-    )
-    print(f"{len(dataset)} images of {len(classes)} classes, {devices} device(s)", flush=True)
-
+    model = load_model(args, classes)
     steps = len(dataset) // args.batch_size  # an epoch
+    print(
+        f"{len(dataset)} images of {len(classes)} classes, {devices} device(s), "
+        f"{steps} steps an epoch",
+        flush=True,
+    )
+
     graphdef, params, statistics = nnx.split(model, nnx.Param, ...)
-    optimizer = adamw(args.learning_rate, args.weight_decay, steps * args.epochs)
+    shares = shares_of_rate(params, model.config.depths, args.layer_decay, args.offset_rate)
+    optimizer = adamw(args.weight_decay, shares)
     step = make_step(graphdef, optimizer, model.preprocessing, args.label_smoothing)
     # Parameters on each device, batches spread over all: XLA adds up the gradients.
     mesh = jax.make_mesh((devices,), ("data",))
@@ -180,21 +259,26 @@ def finetune(args: argparse.Namespace) -> None:
         batches = random_batches(dataset, side, args.batch_size, epoch, args.seed)
         for pixels, labels in prefetch_to_device(batches, lambda b: jax.device_put(b, spread)):
             key, own = jax.random.split(key)
-            *held, loss = step(*held, pixels, labels, own)
-            losses.append(loss)  # read when the epoch is over: to read it now would be to wait
-        loss = float(np.mean(jax.device_get(losses)))
-        rate = steps * args.batch_size / (time.perf_counter() - start)
-        print(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {rate:.1f} images/s", flush=True)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss}; try a smaller --learning-rate")
+            done = (epoch - 1) * steps + len(losses)
+            rate = np.float32(learning_rate(done, steps * args.epochs, args.learning_rate))
+            *held, loss = step(*held, pixels, labels, own, rate)
+            losses.append(loss)  # read later: to read it now would be to wait
+            if len(losses) % EVERY == 0 and len(losses) < steps:
+                loss = check(float(np.mean(jax.device_get(losses[-EVERY:-2]))))
+                print(f"  step {len(losses)}/{steps}: loss {loss:.4f}, rate {rate:.1e}", flush=True)
+        loss = check(float(np.mean(jax.device_get(losses))))
+        speed = steps * args.batch_size / (time.perf_counter() - start)
+        print(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {speed:.1f} images/s", flush=True)
         nnx.update(model, *held[:2])
         internimage_jax.save_pretrained(model, args.output)
         if validation:
-            report = evaluate(model, validation, batch_size=args.batch_size // devices)
-            print(f"top-1 on {args.validate}: {report['top1']:.2f} %", flush=True)
+            each = args.batch_size // devices
+            report = evaluate(model, validation, batch_size=each, on_error="skip")
+            skipped = f", not read: {n}" if (n := report["num_skipped"]) else ""
+            print(f"top-1 on {args.validate}: {report['top1']:.2f} %{skipped}", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,7 +288,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validate", type=Path, help="folder of class folders, after each epoch")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="of all devices together")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="the highest (default: 1e-4, for T to B)"
+    )
+    parser.add_argument("--layer-decay", type=float, default=1.0, help="of it, a layer")
+    parser.add_argument("--offset-rate", type=float, default=1.0, help="of it, for offsets")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--drop-path-rate", type=float, default=0.1)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
@@ -212,16 +300,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="bfloat16" if jax.default_backend() == "gpu" else "float32",
-        help="of the computation; parameters are float32 (default: bfloat16 on a GPU)",
+        help="of the computation; parameters are float32 (default: bfloat16 on a GPU, float32 on "
+        "a CPU, where bfloat16 is the faster one if `internimage-jax info` names it or AMX)",
     )
     parser.add_argument("--recompute", action="store_true", help="saves memory for some time")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--to-1k", action="store_true", help="keep what a model of 21,841 classes knows of 1,000"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of crops, order and stochastic depth")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
     try:
-        if args.output.exists():
+        if args.output.exists() and any(args.output.iterdir()):
             raise ValueError(f"{args.output}: is there already; choose another name")
-        args.output.mkdir(parents=True)  # now, not after an epoch, it is an error if it cannot be
+        args.output.mkdir(parents=True, exist_ok=True)  # now, not after an epoch, is it an error
         try:
             finetune(args)
         finally:
@@ -229,6 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
                 args.output.rmdir()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from convert.source import Weights
 from internimage_jax.cache import cache_folder
 from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
 from internimage_jax.initial import fill
-from internimage_jax.labels import checked_names
+from internimage_jax.labels import NUM_CLASSES_1K, checked_names, imagenet1k_classes
 from internimage_jax.messages import one_line
 from internimage_jax.model import InternImage, check_dtypes
 from internimage_jax.preprocess import Preprocessing
@@ -177,8 +177,11 @@ def from_pretrained(
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
+        known = opened.classes
+        if known is None and opened.config.num_classes == NUM_CLASSES_1K:
+            known = tuple(one.wnid for one in imagenet1k_classes())
         kept = "head.kernel" not in opened.made
-        if kept and classes is not None and opened.classes not in (None, tuple(classes)):
+        if kept and classes is not None and known not in (None, tuple(classes)):
             log.warning("%s: kept the head, under the names given for its classes", path)
         loaded = InternImage(
             _changed(opened.config, drop_path_rate=drop_path_rate, with_cp=with_cp),

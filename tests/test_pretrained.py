@@ -18,6 +18,7 @@ from flax import nnx
 from convert import convert
 from internimage_jax import initial
 from internimage_jax.config import RELEASED, InternImageConfig, ReleasedModel
+from internimage_jax.labels import imagenet1k_classes
 from internimage_jax.model import InternImage
 from internimage_jax.predict import Predictor
 from internimage_jax.preprocess import Preprocessing
@@ -182,6 +183,12 @@ def test_names_of_classes_come_from_the_caller_or_the_config(tmp_path, caplog) -
     caplog.clear()
     assert from_pretrained(converted, classes=[*"abcdefghij"]).classes == tuple("abcdefghij")
     assert "kept the head, under the names given for its classes" in caplog.text
+    of_imagenet = save_pretrained(create_model(CONFIG, num_classes=1000), tmp_path / "1k")
+    own = [f"product {i}" for i in range(1000)]
+    for classes in ([str(one.wnid) for one in imagenet1k_classes()], own):
+        caplog.clear()
+        assert from_pretrained(of_imagenet, classes=classes).classes == tuple(classes)
+        assert ("kept the head" in caplog.text) == (classes is own)
     three = from_pretrained(converted, classes=["a", "b", "c"])
     assert (three.config.num_classes, three.classes) == (3, ("a", "b", "c"))
     assert create_model(CONFIG, classes=["a", "b"]).config.num_classes == 2

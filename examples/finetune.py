@@ -183,7 +183,7 @@ def open_training_set(folder: Path) -> tuple[Dataset, list[str]]:
 
 
 def load_model(args: argparse.Namespace, classes: list[str]) -> InternImage:
-    """The model to begin with, its head of these classes."""
+    """The model to begin with, its head of these classes; ImageNet's need no names."""
     if classes == [one.wnid for one in imagenet1k_classes()]:
         head = {"to_1k": True} if args.to_1k else {"num_classes": len(classes)}
     elif args.to_1k:
@@ -215,7 +215,6 @@ def finetune(args: argparse.Namespace) -> None:
     if reason := no_devices():
         raise ValueError(f"no device: {reason}")
     dataset, classes = open_training_set(args.train)
-    validation = open_dataset(args.validate, class_names=classes) if args.validate else None
     devices = jax.local_device_count()
     for name, fits, expected in (
         ("epochs", args.epochs >= 1, "at least 1"),
@@ -235,6 +234,7 @@ def finetune(args: argparse.Namespace) -> None:
             f"images, and a multiple of {devices}, the number of devices"
         )
     model = load_model(args, classes)
+    validation = open_dataset(args.validate, class_names=model.classes) if args.validate else None
     steps = len(dataset) // args.batch_size  # an epoch
     print(
         f"{len(dataset)} images of {len(classes)} classes, {devices} device(s), "

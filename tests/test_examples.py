@@ -296,7 +296,9 @@ def test_each_layer_has_its_share_of_the_rate() -> None:
     assert len(seen) > 10
 
 
-def test_of_22k_the_classes_of_imagenet_are_kept_and_none_is_masked(tmp_path: Path) -> None:
+def test_of_22k_the_classes_of_imagenet_are_kept_and_none_is_masked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     classes = [one.wnid for one in imagenet1k_classes()]
     source = create_model(SMALLEST, num_classes=NUM_CLASSES_22K, seed=5)
     folder = save_pretrained(source, tmp_path / "22k")
@@ -314,3 +316,12 @@ def test_of_22k_the_classes_of_imagenet_are_kept_and_none_is_masked(tmp_path: Pa
     np.testing.assert_array_equal(kept.kernel[...][:, others], wanted[:, others])
     np.testing.assert_array_equal(kept.bias[...][np.array(without)], 0)
     assert not np.array_equal(new.kernel[...][:, others], wanted[:, others])
+
+    for wnid in classes:
+        (tmp_path / "data" / str(wnid)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / str(wnid) / "black.png")
+    data, mine = str(tmp_path / "data"), str(tmp_path / "mine")
+    options = ["--to-1k", "--epochs", "1", "--batch-size", "500", "--image-size", "32"]
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        finetune.main([data, mine, "--model", str(folder), "--validate", data, *options])
+    assert f"top-1 on {data}: 0.10 %\n" in capsys.readouterr().out

@@ -56,7 +56,9 @@ def is_wnid(text: str) -> bool:
 def find_labels(folders: Iterable[str], name: str) -> str | None:
     """Returns the first label file with a usual name in `folders`, None if there is none.
 
-    name: of the images' folder or archive, without its suffix.
+    Args:
+        folders: Looked at in this order.
+        name: Of the images' folder or archive, without its suffix.
     """
     candidates = dict.fromkeys(usual.format(name) for usual in USUAL_NAMES)
     for folder in folders:
@@ -70,13 +72,15 @@ def find_labels(folders: Iterable[str], name: str) -> str | None:
 def read_labels(path: str, known: LabelClasses) -> Labels:
     """Reads a label file, told apart by its content.
 
-    path: a text file of names and classes (separated by tab, comma or blank; classes by name or
-        index); of ImageNet-1K's classes also Kaggle's LOC_val_solution.csv; the devkit (folder, tar
-        or tar.gz) or its ground truth; a WordNet id a line; real.json.
-    known: the classes that it may name.
+    Args:
+        path: A text file of names and classes (separated by tab, comma or blank; classes by name or
+            index); of ImageNet-1K's classes also Kaggle's LOC_val_solution.csv; the devkit (folder,
+            tar or tar.gz) or its ground truth; a WordNet id a line; real.json.
+        known: The classes that it may name.
 
-    Raises ValueError where it is none of these, or has a class that is none or an image twice;
-    FileNotFoundError.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is none of these, or has a class that is none or an image twice.
     """
     if os.path.isdir(path):
         path = next(
@@ -117,10 +121,13 @@ def _decoded(content: bytes) -> str | None:
 def assign(labels: Labels, paths: Sequence[str], source: str) -> list[tuple[int, ...]]:
     """Returns the classes of each image, in the order of `paths`.
 
-    source: what errors call the images.
+    Args:
+        labels: Of all images.
+        paths: Of the images.
+        source: What errors call the images.
 
-    Raises ValueError where an image has no label, or a label no image; of ReaL's, the latter is
-    no error.
+    Raises:
+        ValueError: An image has no label, or a label no image; of ReaL's, the latter is no error.
     """
     keys = [_key(path) for path in paths]
     positions: dict[str, int] = {}

@@ -30,26 +30,31 @@ class ImageClass:
 
 @functools.cache
 def imagenet1k_classes() -> tuple[ImageClass, ...]:
-    """Return the 1000 classes of ImageNet-1K in the order of the models' outputs.
+    """Returns the 1000 classes of ImageNet-1K in the order of the models' outputs.
 
-    Raises ValueError where the package's table is damaged.
+    Raises:
+        ValueError: The package's table is damaged.
     """
     return _parse_classes(_read("imagenet1k_classes.tsv"), "imagenet1k_classes.tsv")
 
 
 @functools.cache
 def wnid_to_index() -> Mapping[str, int]:
-    """Return the ImageNet-1K class index of each WordNet id, such as "n01440764"."""
+    """Returns the ImageNet-1K class index of each WordNet id, such as "n01440764"."""
     return MappingProxyType({one.wnid: one.index for one in imagenet1k_classes() if one.wnid})
 
 
 @functools.cache
 def map_22k_to_1k() -> np.ndarray:
-    """Return the ImageNet-22K class index of each ImageNet-1K class.
+    """Returns the ImageNet-22K class index of each ImageNet-1K class.
 
-    Returns int32 (1000,), read-only: `logits_22k[..., map_22k_to_1k()]` are the logits of the 1000
-    classes. Those of `CLASSES_WITHOUT_22K` are another class's and have to be masked.
-    Raises ValueError where the package's table is damaged.
+    Returns:
+        int32 (1000,), read-only: `logits_22k[..., map_22k_to_1k()]` are the logits of the 1000
+        classes. Those of `CLASSES_WITHOUT_22K` are another class's and have to be masked.
+
+    Raises:
+        ValueError: The package's table is damaged.
+
     Source: map22kto1k.txt of the released InternImage.
     """
     return _parse_map(_read("map22kto1k.txt"), "map22kto1k.txt")
@@ -57,10 +62,13 @@ def map_22k_to_1k() -> np.ndarray:
 
 @functools.cache
 def ilsvrc2012_wnids() -> tuple[str, ...]:
-    """Return the WordNet id of each ILSVRC2012 id: the first is that of id 1, "n02119789".
+    """Returns the WordNet id of each ILSVRC2012 id: the first is that of id 1, "n02119789".
 
     The devkit's ground truth counts classes so, in an order of its own.
-    Raises ValueError where the package's table is damaged.
+
+    Raises:
+        ValueError: The package's table is damaged.
+
     Source: meta.mat of the ILSVRC2012 devkit.
     """
     wnids = _parse_wnids(_read("ilsvrc2012_ids.txt"), "ilsvrc2012_ids.txt", NUM_CLASSES_1K)
@@ -69,10 +77,13 @@ def ilsvrc2012_wnids() -> tuple[str, ...]:
 
 @functools.cache
 def class_subsets() -> Mapping[str, tuple[int, ...]]:
-    """Return the class indices, rising, of the data sets that have 200 of the 1000 classes.
+    """Returns the class indices, rising, of the data sets that have 200 of the 1000 classes.
 
     Their published evaluation compares the logits of these classes only.
-    Raises ValueError where the package's table is damaged.
+
+    Raises:
+        ValueError: The package's table is damaged.
+
     Source: Hendrycks et al., Natural Adversarial Examples (CVPR 2021); The Many Faces of
     Robustness (ICCV 2021).
     """
@@ -181,12 +192,15 @@ def _of_one(names: Sequence[str]) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=4)
 def class_names(num_classes: int) -> tuple[ImageClass, ...]:
-    """Return a class for each output of a model.
+    """Returns a class for each output of a model.
 
-    num_classes: 1000 gives ImageNet-1K's classes. 21841 gives ImageNet-22K's, of which only those
-        999 are named that ImageNet-1K has too. Any other count gives numbers only: "class 7".
+    Args:
+        num_classes: 1000 gives ImageNet-1K's classes. 21841 gives ImageNet-22K's, of which only
+            those 999 are named that ImageNet-1K has too. Any other count gives numbers only:
+            "class 7".
 
-    Raises ValueError for a negative count.
+    Raises:
+        ValueError: The count is negative.
     """
     if num_classes < 0:
         raise ValueError(f"num_classes: got {num_classes}, expected 0 or more")
@@ -203,9 +217,10 @@ def class_names(num_classes: int) -> tuple[ImageClass, ...]:
 
 
 def checked_names(classes: Sequence[str], num_classes: int | None = None) -> tuple[str, ...]:
-    """Return names of a model's classes, of which there are `num_classes`, as a tuple.
+    """Returns names of a model's classes, of which there are `num_classes`, as a tuple.
 
-    Raises ValueError where they are no sequence of str, none, or not as many.
+    Raises:
+        ValueError: They are no sequence of str, none, or not as many.
     """
     if not isinstance(classes, Sequence) or isinstance(classes, str):
         raise ValueError(f"classes: expected a list of names, got a {type(classes).__name__}")
@@ -220,7 +235,7 @@ def checked_names(classes: Sequence[str], num_classes: int | None = None) -> tup
 
 
 def _parse_classes(text: str, name: str) -> tuple[ImageClass, ...]:
-    """Read lines of index, WordNet id and name between tabs; errors call the table `name`."""
+    """Reads lines of index, WordNet id and name between tabs; errors call the table `name`."""
     header, *lines = text.splitlines() or [""]
     if header != "index\twnid\tname":
         raise ValueError(f"{name}, line 1: got {header!r}, expected 'index\\twnid\\tname'")
@@ -243,7 +258,7 @@ def _parse_classes(text: str, name: str) -> tuple[ImageClass, ...]:
 
 
 def _parse_map(text: str, name: str) -> np.ndarray:
-    """Read the ImageNet-22K index of each ImageNet-1K class; errors call the map `name`."""
+    """Reads the ImageNet-22K index of each ImageNet-1K class; errors call the map `name`."""
     lines = text.split()
     if len(lines) != NUM_CLASSES_1K:
         raise ValueError(f"{name}: {len(lines)} indices, expected {NUM_CLASSES_1K}")
@@ -263,7 +278,7 @@ def _parse_map(text: str, name: str) -> np.ndarray:
 
 
 def _parse_wnids(text: str, name: str, count: int) -> list[str]:
-    """Read WordNet ids of ImageNet-1K, one a line, none twice; errors call the table `name`."""
+    """Reads WordNet ids of ImageNet-1K, one a line, none twice; errors call the table `name`."""
     wnids = text.split()
     if len(wnids) != count or len(set(wnids)) != count or not set(wnids) <= set(wnid_to_index()):
         raise ValueError(f"{name}: expected {count} different WordNet ids of ImageNet-1K")

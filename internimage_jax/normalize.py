@@ -11,15 +11,19 @@ from internimage_jax.preprocess import Preprocessing
 
 
 def normalize(pixels: np.ndarray | jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """Turn pixel values into model input: (v / 255 - mean) / std. Works inside `jit`.
+    """Turns pixel values into model input: (v / 255 - mean) / std. Works inside `jit`.
 
-    pixels: uint8 (..., 3), RGB.
-    preprocessing: mean and std.
+    Args:
+        pixels: uint8 (..., 3), RGB.
+        preprocessing: Mean and std.
 
-    Returns float32 of the same shape, bit for bit what NumPy and PyTorch compute in float32. The
-    256 values of a channel are looked up: XLA's own arithmetic, which need not divide where we
-    write a division, gives two values in three other last bits.
-    Raises ValueError for other dtypes or a last axis that is not 3.
+    Returns:
+        float32 of the same shape, bit for bit what NumPy and PyTorch compute in float32. The 256
+        values of a channel are looked up: XLA's own arithmetic, which need not divide where we
+        write a division, gives two values in three other last bits.
+
+    Raises:
+        ValueError: Another dtype, or a last axis that is not 3.
     """
     if pixels.dtype != np.uint8 or pixels.ndim < 1 or pixels.shape[-1] != 3:
         raise ValueError(

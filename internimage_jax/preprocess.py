@@ -60,11 +60,14 @@ _HUGGINGFACE_IGNORED = (
 class Preprocessing:
     """How images become model input.
 
-    image_size: side of the square that the model reads, in pixels.
-    resize_size: length of the short side before the crop; None for `image_size`.
-    mean, std: of each channel (red, green, blue), for pixel values from 0 to 1.
+    Args:
+        image_size: Side of the square that the model reads, in pixels.
+        resize_size: Length of the short side before the crop; None for `image_size`.
+        mean: Of each channel (red, green, blue), for pixel values from 0 to 1.
+        std: Likewise.
 
-    Raises ValueError where a value has the wrong type or range.
+    Raises:
+        ValueError: A value has the wrong type or range.
     """
 
     image_size: int
@@ -83,17 +86,19 @@ class Preprocessing:
             raise ValueError(f"std: got {self.std}, expected positive numbers")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values; `from_dict` reads them back."""
+        """Returns the settings as JSON values; `from_dict` reads them back."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], name: str = "preprocessing") -> Preprocessing:
-        """Read what `to_dict` wrote.
+        """Reads what `to_dict` wrote.
 
-        settings: the keys of this class; all but `image_size` may be left out.
-        name: where the settings are from, for errors.
+        Args:
+            settings: The keys of this class; all but `image_size` may be left out.
+            name: Where the settings are from, for errors.
 
-        Raises ValueError for unknown keys, a missing `image_size` and values that do not fit.
+        Raises:
+            ValueError: A key is unknown, `image_size` is missing, or a value does not fit.
         """
         _check_mapping(settings, name)
         known = [field.name for field in fields(cls)]
@@ -110,13 +115,15 @@ class Preprocessing:
     def from_huggingface(
         cls, settings: Mapping[str, Any], name: str = "preprocessor_config.json"
     ) -> Preprocessing:
-        """Read the settings of a Hugging Face CLIP image processor, as the released models have.
+        """Reads the settings of a Hugging Face CLIP image processor, as the released models have.
 
-        settings: the content of preprocessor_config.json. `size` is a number or {"shortest_edge"},
-            `crop_size` a number or {"height", "width"} of equal values.
-        name: where the settings are from, for errors.
+        Args:
+            settings: The content of preprocessor_config.json. `size` is a number or
+                {"shortest_edge"}, `crop_size` a number or {"height", "width"} of equal values.
+            name: Where the settings are from, for errors.
 
-        Raises ValueError for missing or unknown keys and for processing that differs from this one.
+        Raises:
+            ValueError: A key is missing or unknown, or the processing differs from this one.
         """
         _check_mapping(settings, name)
         settings = {key: value for key, value in settings.items() if value is not None}
@@ -144,33 +151,45 @@ class Preprocessing:
 def preprocess(
     source: ImageSource, preprocessing: Preprocessing, name: str | None = None
 ) -> np.ndarray:
-    """Load an image and cut out the square that the model reads.
+    """Loads an image and cuts out the square that the model reads.
 
-    source, name: as for `load_image`.
-    preprocessing: the sizes.
+    Args:
+        source: As for `load_image`.
+        preprocessing: The sizes.
+        name: As for `load_image`.
 
-    Returns uint8 (image_size, image_size, 3), RGB, not normalised.
-    Raises FileNotFoundError and ValueError, each with one line that names the image.
+    Returns:
+        uint8 (image_size, image_size, 3), RGB, not normalised.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_image` and `resize_and_crop` do; one line that names
+            the image.
     """
     name = _name_of(source, name)
     return resize_and_crop(load_image(source, name), preprocessing, name)
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
-    """Decode an image to 8-bit RGB, as PIL's `Image.open(file).convert("RGB")` does.
-
-    source: a path; an encoded image as bytes or as a file opened for reading; a PIL image; or an
-        array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 (0 to 255) or uint16 (0 to 65535).
-    name: what errors call the image; None for the file's name.
+    """Decodes an image to 8-bit RGB, as PIL's `Image.open(file).convert("RGB")` does.
 
     As in the published evaluation, alpha is dropped without blending, EXIF orientation is not
     applied, and of several frames the first counts (of a PIL image, the current one). The one
     difference: 16-bit grey keeps its high byte, where PIL would turn everything above 255 white.
 
-    Returns a PIL image of mode RGB; a PIL image that is RGB already is returned itself.
-    Raises FileNotFoundError for a missing file, and ValueError for one that is not an image, is
-    empty, truncated, of 32-bit pixels, PostScript (PIL would start another program), or has more
-    pixels than `PIL.Image.MAX_IMAGE_PIXELS` (PIL itself only warns up to twice as many).
+    Args:
+        source: A path; an encoded image as bytes or as a file opened for reading; a PIL image; or
+            an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 (0 to 255) or uint16 (0 to
+            65535).
+        name: What errors call the image; None for the file's name.
+
+    Returns:
+        A PIL image of mode RGB; one that is RGB already is returned itself.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an image, is empty, truncated, of 32-bit pixels, PostScript (PIL would
+            start another program), or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (PIL itself
+            only warns up to twice as many).
     """
     name = _name_of(source, name)
     if isinstance(source, np.ndarray):
@@ -197,15 +216,21 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
 def resize_and_crop(
     image: Image.Image, preprocessing: Preprocessing, name: str = "image"
 ) -> np.ndarray:
-    """Bring the short side to its size and cut out the middle square.
+    """Brings the short side to its size and cuts out the middle square.
 
-    image: an RGB image, as `load_image` returns it.
-    preprocessing: the sizes. A resized image that is smaller than the square is padded with zeros.
-    name: what errors call the image.
+    Args:
+        image: An RGB image, as `load_image` returns it.
+        preprocessing: The sizes. A resized image that is smaller than the square is padded with
+            zeros.
+        name: What errors call the image.
 
-    Returns uint8 (image_size, image_size, 3).
-    Raises ValueError for other modes than RGB and for an image so elongated that it would have,
-    resized, more than `MAX_RESIZED_PIXELS` pixels.
+    Returns:
+        uint8 (image_size, image_size, 3).
+
+    Raises:
+        ValueError: The mode is not RGB, or the image so elongated that it would have, resized, more
+            than `MAX_RESIZED_PIXELS` pixels.
+
     Source: torchvision's Resize on PIL images, and the crop of the image processor released with
     the weights.
     """
@@ -298,7 +323,7 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 
 
 def _crop_start(length: int, crop: int) -> int:
-    """Return where the square begins; PIL fills what lies outside the image with zeros."""
+    """Returns where the square begins; PIL fills what lies outside the image with zeros."""
     # Rounded down, as the image processor released with the weights does it. torchvision's crop,
     # in the authors' training code, rounds half to even: one pixel further for every other odd
     # difference.
@@ -307,7 +332,7 @@ def _crop_start(length: int, crop: int) -> int:
 
 @contextlib.contextmanager
 def _errors_naming(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises on a broken file into one line that names it."""
+    """Turns whatever a decoder raises on a broken file into one line that names it."""
     try:
         yield
     except (UnidentifiedImageError, MemoryError):

@@ -9,12 +9,8 @@ import numpy as np
 from convert.rules import Rule, rules
 from convert.source import Source, check_tensors
 from convert.torch_file import CheckpointError
-from internimage_jax.labels import (
-    CLASSES_WITHOUT_22K,
-    NUM_CLASSES_1K,
-    NUM_CLASSES_22K,
-    map_22k_to_1k,
-)
+from internimage_jax.config import NUM_CLASSES_1K, NUM_CLASSES_22K
+from internimage_jax.labels import CLASSES_WITHOUT_22K, map_22k_to_1k
 
 # The logit of a class without counterpart: its probability is 0 in every dtype, without infinities.
 MASKED = -1e4

@@ -22,8 +22,13 @@ from convert.export import FORMAT
 from convert.permute import flax_layout
 from convert.rules import Rule, from_huggingface, rules
 from convert.torch_file import CheckpointError, LazyTensor, open_checkpoint
-from internimage_jax.config import RELEASED, InternImageConfig, released_model
-from internimage_jax.labels import NUM_CLASSES_1K, NUM_CLASSES_22K
+from internimage_jax.config import (
+    NUM_CLASSES_1K,
+    NUM_CLASSES_22K,
+    RELEASED,
+    InternImageConfig,
+    released_model,
+)
 from internimage_jax.preprocess import Preprocessing
 
 Weights = Literal["model", "ema"]

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from internimage_jax.labels import NUM_CLASSES_22K as _22K
+NUM_CLASSES_1K, NUM_CLASSES_22K = 1000, 21841  # of ImageNet
 
 ACTIVATIONS = ("GELU", "SiLU", "ReLU")
 NORMS = ("LN", "BN")
@@ -51,7 +51,7 @@ class InternImageConfig:
     channels: int = 64
     depths: tuple[int, ...] = (4, 4, 18, 4)
     groups: tuple[int, ...] = (4, 8, 16, 32)
-    num_classes: int = 1000
+    num_classes: int = NUM_CLASSES_1K
     mlp_ratio: float = 4.0
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
@@ -285,7 +285,7 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel("internimage_b_1k_224", _B, 224, "none", 84.9),
         ReleasedModel(
             "internimage_l_22k_384",
-            _L.replace(num_classes=_22K),
+            _L.replace(num_classes=NUM_CLASSES_22K),
             384,
             "ImageNet-22K",
             None,
@@ -293,7 +293,7 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel("internimage_l_22kto1k_384", _L, 384, "ImageNet-22K", 87.7),
         ReleasedModel(
             "internimage_xl_22k_384",
-            _XL.replace(num_classes=_22K),
+            _XL.replace(num_classes=NUM_CLASSES_22K),
             384,
             "ImageNet-22K",
             None,
@@ -301,7 +301,7 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel("internimage_xl_22kto1k_384", _XL, 384, "ImageNet-22K", 88.0),
         ReleasedModel(
             "internimage_h_jointto22k_384",
-            _H.replace(num_classes=_22K),
+            _H.replace(num_classes=NUM_CLASSES_22K),
             384,
             _JOINT,
             None,
@@ -309,7 +309,7 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel("internimage_h_22kto1k_640", _H, 640, _JOINT, 89.6),
         ReleasedModel(
             "internimage_g_jointto22k_384",
-            _G.replace(num_classes=_22K),
+            _G.replace(num_classes=NUM_CLASSES_22K),
             384,
             _JOINT,
             None,

@@ -11,14 +11,10 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from internimage_jax.config import NUM_CLASSES_1K
 from internimage_jax.data_sources import DataError, one_line_errors
 from internimage_jax.image_files import IMAGE_SUFFIXES
-from internimage_jax.labels import (
-    NUM_CLASSES_1K,
-    LabelClasses,
-    ilsvrc2012_wnids,
-    wnid_to_index,
-)
+from internimage_jax.labels import LabelClasses, ilsvrc2012_wnids, wnid_to_index
 from internimage_jax.messages import listing, printable
 from internimage_jax.meta_mat import read_ilsvrc2012_ids
 

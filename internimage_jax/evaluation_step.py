@@ -16,13 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.head import MASKED
-from internimage_jax.labels import (
-    CLASSES_WITHOUT_22K,
-    NUM_CLASSES_1K,
-    NUM_CLASSES_22K,
-    map_22k_to_1k,
-    own_classes,
-)
+from internimage_jax.config import NUM_CLASSES_1K, NUM_CLASSES_22K
+from internimage_jax.labels import CLASSES_WITHOUT_22K, map_22k_to_1k, own_classes
 from internimage_jax.model import InternImage, check_logits
 from internimage_jax.normalize import normalize
 

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-NUM_CLASSES_1K = 1000
-NUM_CLASSES_22K = 21841
+from internimage_jax.config import NUM_CLASSES_1K, NUM_CLASSES_22K
+
 # "teddy" is not in ImageNet-22K; the released map repeats the index of 849, "teapot", for it.
 CLASSES_WITHOUT_22K = frozenset({850})
 

@@ -30,9 +30,9 @@ except ImportError as error:
 from convert.export import moved_when_done, settings_of, write_settings, write_weights
 from convert.source import Weights
 from internimage_jax.cache import cache_folder
-from internimage_jax.config import InternImageConfig, ReleasedModel, released_model
+from internimage_jax.config import NUM_CLASSES_1K, InternImageConfig, ReleasedModel, released_model
 from internimage_jax.initial import fill
-from internimage_jax.labels import NUM_CLASSES_1K, checked_names, imagenet1k_classes
+from internimage_jax.labels import checked_names, imagenet1k_classes
 from internimage_jax.messages import one_line
 from internimage_jax.model import InternImage, check_dtypes
 from internimage_jax.preprocess import Preprocessing

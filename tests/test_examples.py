@@ -17,13 +17,9 @@ from PIL import Image
 import internimage_jax
 from examples import finetune
 from internimage_jax import create_model, from_pretrained, save_pretrained
+from internimage_jax.config import NUM_CLASSES_22K
 from internimage_jax.evaluate import evaluate
-from internimage_jax.labels import (
-    CLASSES_WITHOUT_22K,
-    NUM_CLASSES_22K,
-    imagenet1k_classes,
-    map_22k_to_1k,
-)
+from internimage_jax.labels import CLASSES_WITHOUT_22K, imagenet1k_classes, map_22k_to_1k
 from internimage_jax.preprocess import Preprocessing
 from tests.support import SMALLEST
 

@@ -117,6 +117,31 @@ struct Memory<Float16, float, W> {
   }
 };
 
+// Calls f with a value of the storage type.
+template <class F>
+CPU_FN void with_type(Type type, F f) {
+  switch (type) {
+    case Type::kFloat32:
+      return f(float());
+    case Type::kFloat64:
+      return f(double());
+    case Type::kBFloat16:
+      return f(BFloat16());
+    case Type::kFloat16:
+      return f(Float16());
+  }
+}
+
+// Likewise with one of the parameters' type too, which is that or float.
+template <class F>
+CPU_FN void with_types(Type type, Type parameters_type, F f) {
+  with_type(type, [=](auto value) CPU_TARGET {
+    using T = decltype(value);
+    if (std::is_same_v<T, RealOf<T>> || type == parameters_type) return f(value, value);
+    f(value, RealOf<T>());
+  });
+}
+
 // Sums the lanes of four vectors: {sum a, sum b, sum c, sum d}.
 template <class R, int W>
 CPU_FN Vec<R, 4> sums(Vec<R, W> a, Vec<R, W> b, Vec<R, W> c, Vec<R, W> d) {

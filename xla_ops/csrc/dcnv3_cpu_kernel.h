@@ -35,26 +35,8 @@ CPU_TARGET void backward_any(const Call& call, int64_t image, int64_t g0, int64_
 }
 
 CPU_TARGET void forward(const Call& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case Type::kFloat32:
-      return forward_any<float>(call, begin, end);
-    case Type::kFloat64:
-      return forward_any<double>(call, begin, end);
-    case Type::kBFloat16:
-      return forward_any<BFloat16>(call, begin, end);
-    case Type::kFloat16:
-      return forward_any<Float16>(call, begin, end);
-  }
+  with_type(call.type, [&](auto t) CPU_TARGET { forward_any<decltype(t)>(call, begin, end); });
 }
 CPU_TARGET void backward(const Call& call, int64_t image, int64_t g0, int64_t g1) {
-  switch (call.type) {
-    case Type::kFloat32:
-      return backward_any<float>(call, image, g0, g1);
-    case Type::kFloat64:
-      return backward_any<double>(call, image, g0, g1);
-    case Type::kBFloat16:
-      return backward_any<BFloat16>(call, image, g0, g1);
-    case Type::kFloat16:
-      return backward_any<Float16>(call, image, g0, g1);
-  }
+  with_type(call.type, [&](auto t) CPU_TARGET { backward_any<decltype(t)>(call, image, g0, g1); });
 }

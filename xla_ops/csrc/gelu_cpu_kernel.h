@@ -51,17 +51,6 @@ CPU_TARGET void compute_with(const Call& call, int64_t begin, int64_t end) {
 }
 
 CPU_TARGET void compute(const Call& call, int64_t begin, int64_t end) {
-  const bool same = call.type == call.bias_type;
-  switch (call.type) {
-    case Type::kFloat32:
-      return compute_with<float, float>(call, begin, end);
-    case Type::kFloat64:
-      return compute_with<double, double>(call, begin, end);
-    case Type::kBFloat16:
-      if (same) return compute_with<BFloat16, BFloat16>(call, begin, end);
-      return compute_with<BFloat16, float>(call, begin, end);
-    case Type::kFloat16:
-      if (same) return compute_with<Float16, Float16>(call, begin, end);
-      return compute_with<Float16, float>(call, begin, end);
-  }
+  with_types(call.type, call.bias_type,
+             [&](auto t, auto p) CPU_TARGET { compute_with<decltype(t), decltype(p)>(call, begin, end); });
 }

@@ -389,17 +389,9 @@ CPU_TARGET void forward_of(const Call& s, const Tile& tile) {
 }
 
 CPU_TARGET void forward(const Call& call, const Tile& tile) {
-  const bool same = call.type == call.bias_type;
-  switch (call.type) {
-    case Type::kFloat32:
-      return forward_of<float, float>(call, tile);
-    case Type::kBFloat16:
-      if (same) return forward_of<BFloat16, BFloat16>(call, tile);
-      return forward_of<BFloat16, float>(call, tile);
-    case Type::kFloat16:
-      if (same) return forward_of<Float16, Float16>(call, tile);
-      return forward_of<Float16, float>(call, tile);
-    case Type::kFloat64:
-      return;  // the handlers refuse it
-  }
+  with_types(call.type, call.bias_type, [&](auto t, auto p) CPU_TARGET {
+    if constexpr (!std::is_same_v<decltype(t), double>) {  // which the handlers refuse
+      forward_of<decltype(t), decltype(p)>(call, tile);
+    }
+  });
 }

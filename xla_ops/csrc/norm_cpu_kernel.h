@@ -115,19 +115,8 @@ CPU_TARGET void forward_of(const Call& call, int64_t begin, int64_t end) {
 }
 
 CPU_TARGET void forward(const Call& call, int64_t begin, int64_t end) {
-  const bool same = call.type == call.parameters_type;
-  switch (call.type) {
-    case Type::kFloat32:
-      return forward_of<float, float>(call, begin, end);
-    case Type::kFloat64:
-      return forward_of<double, double>(call, begin, end);
-    case Type::kBFloat16:
-      if (same) return forward_of<BFloat16, BFloat16>(call, begin, end);
-      return forward_of<BFloat16, float>(call, begin, end);
-    case Type::kFloat16:
-      if (same) return forward_of<Float16, Float16>(call, begin, end);
-      return forward_of<Float16, float>(call, begin, end);
-  }
+  with_types(call.type, call.parameters_type,
+             [&](auto t, auto p) CPU_TARGET { forward_of<decltype(t), decltype(p)>(call, begin, end); });
 }
 
 // The gradients of `count` rows, at most kTogether: that of x, to which dtotal is added if there is one, and
@@ -192,17 +181,6 @@ CPU_TARGET void backward_of(const BackwardCall& call, int64_t part) {
 }
 
 CPU_TARGET void backward(const BackwardCall& call, int64_t part) {
-  const bool same = call.type == call.parameters_type;
-  switch (call.type) {
-    case Type::kFloat32:
-      return backward_of<float, float>(call, part);
-    case Type::kFloat64:
-      return backward_of<double, double>(call, part);
-    case Type::kBFloat16:
-      if (same) return backward_of<BFloat16, BFloat16>(call, part);
-      return backward_of<BFloat16, float>(call, part);
-    case Type::kFloat16:
-      if (same) return backward_of<Float16, Float16>(call, part);
-      return backward_of<Float16, float>(call, part);
-  }
+  with_types(call.type, call.parameters_type,
+             [&](auto t, auto p) CPU_TARGET { backward_of<decltype(t), decltype(p)>(call, part); });
 }

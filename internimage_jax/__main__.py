@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("error: no device:", reason, file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             raise
         print("error:", one_line(error), file=sys.stderr)

@@ -247,18 +247,21 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_left(tmp_path) -> None:
 def test_a_module_that_hides_the_converter_is_named(tmp_path: Path) -> None:
     (tmp_path / "convert.py").touch()
     search = os.pathsep.join([str(tmp_path), *sys.path])
-    process = subprocess.run(
-        [sys.executable, "-c", "from internimage_jax import from_pretrained"],
-        env=os.environ | {"PYTHONPATH": search},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 1
-    last = process.stderr.splitlines()[-1]
-    assert last.startswith(
-        f"ImportError: {tmp_path / 'convert.py'}: hides this package's converter"
-    )
+    said = f"{tmp_path / 'convert.py'}: hides this package's converter, whose name is convert too"
+    for arguments, last in (
+        (["-c", "from internimage_jax import from_pretrained"], f"ImportError: {said}"),
+        (["-m", "internimage_jax", "demo"], f"error: {said}"),
+    ):
+        process = subprocess.run(
+            [sys.executable, *arguments],
+            env=os.environ | {"PYTHONPATH": search},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 1
+        assert process.stderr.splitlines()[-1] == last
+        assert ("Traceback" in process.stderr) == (arguments[0] == "-c")
 
 
 def test_a_model_can_be_pickled() -> None:

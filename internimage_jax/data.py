@@ -117,26 +117,18 @@ def open_dataset(
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise DataError(f"{printable(place.paths[0])}: no images; looked for {suffixes}")
 
+    kind = _kind_of(source, set(map(_folder_of, names)), known)
     given = None if labels is None else read_labels(os.fsdecode(labels), known)
-    own = source.labels
-    folders = [name.split("/")[0] if "/" in name else "" for name in names]
-    if given is None and own is not None:
-        classes = _mapped([own[i] for i in positions], names, shown, "label", known)
-    elif given is None and any(folders):
-        if known.names is not None:
-            _check_one_level(names, shown, known)
-        classes = _mapped(folders, names, shown, "folder", known)
+    if given is None and source.labels is None and not any("/" in name for name in names):
+        given = _found_beside(place, shown, known)
+    if given is None:
+        classes = _own_classes(source, positions, names, shown, known)
     else:
-        given = given or _found_beside(place, shown, known)
-        notes.append(f"labels from {printable(given.file)}")
         classes = assign(given, names, shown)
+        notes.append(f"labels from {printable(given.file)}")
     if given is not None and given.is_real:
         kept = [i for i, one in enumerate(classes) if one]
-        if not kept:
-            raise DataError(f"{printable(given.file)}: no image of {shown} has a label")
-        notes.append(f"ReaL labels: {len(names) - len(kept)} of {len(names)} images have none")
-        if missing := len(given.classes) - len(names):
-            notes.append(f"ReaL labels: {missing} of {len(given.classes)} images are not here")
+        notes += _real_notes(given, len(names), len(kept), shown)
         positions = [positions[i] for i in kept]
         names = [names[i] for i in kept]
         classes = [classes[i] for i in kept]
@@ -145,7 +137,7 @@ def open_dataset(
         notes.append(f"the 200 classes of {subset}: logits are restricted to them")
     return Dataset(
         source=path,
-        kind=_kind_of(source, set(folders), known),
+        kind=kind,
         names=[printable(name) for name in names],
         labels=classes,
         classes=class_subsets()[subset] if subset else None,
@@ -154,6 +146,33 @@ def open_dataset(
         positions=positions,
         class_names=known.names,
     )
+
+
+def _folder_of(name: str) -> str:
+    """The class folder of an image; "" for one in none."""
+    return name.split("/")[0] if "/" in name else ""
+
+
+def _own_classes(
+    source: Source, positions: list[int], names: list[str], shown: str, known: LabelClasses
+) -> list[tuple[int, ...]]:
+    """The classes of images that the data set says itself, by its labels or by folders."""
+    if source.labels is not None:
+        own = [source.labels[i] for i in positions]
+        return _mapped(own, names, shown, "label", known)
+    if known.names is not None:
+        _check_one_level(names, shown, known)
+    return _mapped(list(map(_folder_of, names)), names, shown, "folder", known)
+
+
+def _real_notes(given: Labels, images: int, labelled: int, shown: str) -> list[str]:
+    """What is to be said of ReaL's labels, which not all images have."""
+    if labelled == 0:
+        raise DataError(f"{printable(given.file)}: no image of {shown} has a label")
+    notes = [f"ReaL labels: {images - labelled} of {images} images have none"]
+    if missing := len(given.classes) - images:
+        notes.append(f"ReaL labels: {missing} of {len(given.classes)} images are not here")
+    return notes
 
 
 class _Place(NamedTuple):

@@ -20,7 +20,7 @@ from convert.permute import torch_layout
 from convert.rules import BATCH_COUNTER, Rule, rules
 from convert.source import Source, Weights, check_named, open_source
 from convert.torch_file import CheckpointError
-from convert.torch_writer import is_written_here, write_torch
+from convert.torch_writer import write_torch
 from internimage_jax.config import InternImageConfig
 
 log = logging.getLogger("internimage_jax")
@@ -122,8 +122,6 @@ def convert(
             real = Path(os.path.realpath(path))
             if Path(os.path.realpath(out)) in (real, *real.parents):
                 raise FileExistsError(f"{out}: is the source or holds it; choose another name")
-        if to_torch and out.exists() and not is_written_here(out):
-            raise FileExistsError(f"{out}: is there, and was not written here; choose another name")
         with moved_when_done(out) as unfinished:
             if to_torch:
                 _write_torch(unfinished, opened, DTYPES[dtype])

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.torch_writer import is_written_here
 from internimage_jax.config import InternImageConfig
 from internimage_jax.preprocess import Preprocessing
 
@@ -39,12 +40,14 @@ def moved_when_done(out: Path) -> Iterator[Path]:
     leaves what it had written under the other name; the next one to write `out` removes it.
 
     Raises:
-        FileExistsError: `out` is a folder that was not written here, or the current one.
+        FileExistsError: `out` is a folder or file that was not written here, or the current folder.
         OSError: It cannot be written; the error names `out`.
     """
     place = Path(os.path.realpath(out))  # of a link, what it points to is replaced
     if place.is_dir() and not _is_ours(place):
         raise FileExistsError(f"{out}: is a folder with other files in it; choose another name")
+    if place.is_file() and not is_written_here(place):
+        raise FileExistsError(f"{out}: is there, and was not written here; choose another name")
     if place.is_dir() and os.path.samefile(place, os.curdir):
         # To be replaced, and who is in it would be in a folder that is gone.
         raise FileExistsError(f"{out}: is the current folder; choose another name, or leave it")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.check import check, fitting_models
-from convert.export import FORMAT
+from convert.export import CONFIG, FORMAT
 from convert.permute import flax_layout
 from convert.rules import Rule, from_huggingface, rules
 from convert.torch_file import CheckpointError, LazyTensor, open_checkpoint
@@ -126,13 +126,13 @@ def open_source(
         settings = None
         # What lies beside a bare .pth need not belong to it.
         if os.path.isdir(path) or layout in ("huggingface", "converted"):
-            settings = _read_json(folder / "config.json")
+            settings = _read_json(folder / CONFIG)
         if layout == "converted":
-            name, config, preprocessing = _converted(folder / "config.json", settings)
+            name, config, preprocessing = _converted(folder / CONFIG, settings)
         else:
             name, config = _identify(path, folder, settings, model, tensors, layout)
             preprocessing = _preprocessing(folder, name, settings, model)
-        about = folder / "config.json"
+        about = folder / CONFIG
         if settings is None and (named := _named_file(model)):
             about, settings = named, _read_json(named)
         classes = _class_names(about, settings or {}, config.num_classes)
@@ -225,7 +225,7 @@ def _named_file(model: str | InternImageConfig | None) -> Path | None:
     if not isinstance(model, str) or model.removeprefix("OpenGVLab/") in RELEASED:
         return None
     if os.path.isdir(model):
-        return Path(model) / "config.json"
+        return Path(model) / CONFIG
     return Path(model) if model.endswith(".json") else None
 
 
@@ -266,7 +266,7 @@ def _identify(
     place = Path(os.path.abspath(path))
     if settings is not None:
         place = Path(os.path.abspath(folder))
-        config = _huggingface_config(folder / "config.json", settings)
+        config = _huggingface_config(folder / CONFIG, settings)
         own = str(settings.get("_name_or_path", "")).removeprefix("OpenGVLab/")
         named = own if own in RELEASED else named
     stem = place.name if place.is_dir() else place.stem

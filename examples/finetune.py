@@ -96,12 +96,11 @@ def random_batches(
             yield np.stack(pixels), np.array(labels, np.int32)
 
 
-def learning_rate(step: int, steps: int, highest: float) -> float:
-    """Rises for a twentieth of all steps, and falls as a cosine does."""
+def learning_rates(highest: float, steps: int) -> np.ndarray:
+    """That of each step: rising for a twentieth of them, then falling as a cosine does."""
     warmup = steps // 20
-    if step < warmup:
-        return highest * (step + 1) / (warmup + 1)
-    return highest / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    schedule = optax.warmup_cosine_decay_schedule(highest / (warmup + 1), highest, warmup, steps)
+    return np.asarray(schedule(np.arange(steps)), np.float32)
 
 
 def shares_of_rate(
@@ -246,6 +245,7 @@ def finetune(args: argparse.Namespace) -> None:
     shares = shares_of_rate(params, model.config.depths, args.layer_decay, args.offset_rate)
     optimizer = adamw(args.weight_decay, shares)
     step = make_step(graphdef, optimizer, model.preprocessing, args.label_smoothing)
+    rates = learning_rates(args.learning_rate, steps * args.epochs)
     # Parameters on each device, batches spread over all: XLA adds up the gradients.
     mesh = jax.make_mesh((devices,), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -259,8 +259,7 @@ def finetune(args: argparse.Namespace) -> None:
         batches = random_batches(dataset, side, args.batch_size, epoch, args.seed)
         for pixels, labels in prefetch_to_device(batches, lambda b: jax.device_put(b, spread)):
             key, own = jax.random.split(key)
-            done = (epoch - 1) * steps + len(losses)
-            rate = np.float32(learning_rate(done, steps * args.epochs, args.learning_rate))
+            rate = rates[(epoch - 1) * steps + len(losses)]
             *held, loss = step(*held, pixels, labels, own, rate)
             losses.append(loss)  # read later: to read it now would be to wait
             if len(losses) % EVERY == 0 and len(losses) < steps:
@@ -278,7 +277,7 @@ def finetune(args: argparse.Namespace) -> None:
             print(f"top-1 on {args.validate}: {report['top1']:.2f} %{skipped}", flush=True)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -312,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     try:
         if args.output.exists() and any(args.output.iterdir()):
             raise ValueError(f"{args.output}: is there already; choose another name")

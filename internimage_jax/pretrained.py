@@ -27,12 +27,12 @@ except ImportError as error:
     raise ImportError(
         f"{other}: hides this package's converter, whose name is convert too"
     ) from error
-from convert.export import moved_when_done, settings_of, write_settings, write_weights
+from convert.export import CONFIG, moved_when_done, settings_of, write_settings, write_weights
 from convert.source import Weights
 from internimage_jax.cache import cache_folder
 from internimage_jax.config import NUM_CLASSES_1K, InternImageConfig, ReleasedModel, released_model
 from internimage_jax.initial import fill
-from internimage_jax.labels import checked_names, imagenet1k_classes
+from internimage_jax.labels import checked_names, imagenet1k_classes, own_names
 from internimage_jax.messages import one_line
 from internimage_jax.model import InternImage, check_dtypes
 from internimage_jax.preprocess import Preprocessing
@@ -41,7 +41,7 @@ from internimage_jax.shapes import parameter_shapes
 log = logging.getLogger("internimage_jax")
 
 # Files of a released repository, the first kind that it has.
-_BESIDE = ("config.json", "preprocessor_config.json")
+_BESIDE = (CONFIG, "preprocessor_config.json")
 _WEIGHTS = (
     ("*.safetensors", "*.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -177,11 +177,8 @@ def from_pretrained(
     with open_model(
         path, model=model, weights=weights, num_classes=num_classes, to_1k=to_1k
     ) as opened:
-        known = opened.classes
-        if known is None and opened.config.num_classes == NUM_CLASSES_1K:
-            known = tuple(one.wnid for one in imagenet1k_classes())
         kept = "head.kernel" not in opened.made
-        if kept and classes is not None and known not in (None, tuple(classes)):
+        if kept and classes is not None and _are_others(classes, opened.classes):
             log.warning("%s: kept the head, under the names given for its classes", path)
         loaded = InternImage(
             _changed(opened.config, drop_path_rate=drop_path_rate, with_cp=with_cp),
@@ -197,6 +194,15 @@ def from_pretrained(
         }
     fill(loaded, values)
     return loaded
+
+
+def _are_others(classes: Sequence[str], known: Sequence[str] | None) -> bool:
+    """Whether a head of as many classes is known to have other names than these."""
+    if known is not None:
+        return tuple(known) != tuple(classes)
+    if len(classes) != NUM_CLASSES_1K or own_names(classes) is None:
+        return False
+    return [one.wnid for one in imagenet1k_classes()] != list(classes)
 
 
 def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
@@ -291,12 +297,12 @@ def _fetched(model: ReleasedModel) -> Path:
         snapshot = _download(model, _WEIGHTS[1])
     # The snapshot's name is the commit, so a new release is converted anew.
     converted = cache_folder() / f"{model.name}-{snapshot.name[:12]}"
-    if not (converted / "config.json").exists():
+    if not (converted / CONFIG).exists():
         from filelock import FileLock  # comes with huggingface_hub
 
         converted.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{converted}.lock"):  # whoever comes second finds it converted
-            if not (converted / "config.json").exists():
+            if not (converted / CONFIG).exists():
                 convert(snapshot, converted, model=model.name)
     return converted
 

@@ -1,6 +1,7 @@
-// Runs the CPU kernels of the layers' operators over random shapes and dtypes (fuzz_layers.h). Arguments: the
-// number of shapes, the seed. tests/test_native.py builds it.
-#include "fuzz_layers.h"
+// Runs the CPU kernels of the layers' operators over random shapes and dtypes (fuzz_pixels.h,
+// fuzz_products.h). Arguments: the number of shapes, the seed. tests/test_native.py builds it.
+#include "fuzz_pixels.h"
+#include "fuzz_products.h"
 
 #include "dwconv_cpu.h"
 #include "gelu_cpu.h"

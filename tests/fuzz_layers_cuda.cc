@@ -1,6 +1,7 @@
 // Runs the CUDA kernels of the layers besides DCNv3 on the host (cuda_on_host) over random shapes and
-// dtypes (fuzz_layers.h), with blocks and threads in random order; each call runs twice, and a bit that
-// differs is an error. Arguments: the number of shapes, the seed. tests/test_layers_cuda.py builds it.
+// dtypes (fuzz_pixels.h, fuzz_products.h), with blocks and threads in random order; each call runs twice, and
+// a bit that differs is an error. Arguments: the number of shapes, the seed. tests/test_layers_cuda.py builds
+// it.
 #include "dwconv_cuda_backward.cu"
 #include "dwconv_cuda_forward.cu"
 #include "gelu_cuda.cu"
@@ -9,7 +10,8 @@
 #include "mlp_cuda.cu"
 #include "norm_cuda.cu"
 
-#include "fuzz_layers.h"
+#include "fuzz_pixels.h"
+#include "fuzz_products.h"
 
 namespace xla_ops::cuda {
 alignas(1024) unsigned char dynamic_shared_memory[cuda_on_host::kShared];

@@ -10,6 +10,9 @@ before, and evaluated on the images to validate with, if there are any. predict,
 `from_pretrained` and this example's --model take the folder. The first step compiles, which for T
 takes a minute on a GPU. It is an example: change what you like.
 
+Until it ends, a folder beside the output, `mine.unfinished`, holds what training goes on from: the
+same command with --resume does after a kill, as if there had been none.
+
 Large models want smaller rates. The official recipe for L to H on ImageNet, from the weights of
 21,841 classes, has, but for its moving average and its augmentation,
 
@@ -35,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # flax brings it
+import orbax.checkpoint as ocp  # flax brings it too
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
@@ -53,6 +57,7 @@ from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import Preprocessing, load_image
 
 EVERY = 50  # steps between lines that are printed
+SAVE_EVERY = 600.0  # seconds between states that training can go on from, and one an epoch
 Batch = tuple[np.ndarray, np.ndarray]  # uint8 (N, side, side, 3), int32 (N,)
 
 
@@ -75,9 +80,10 @@ def random_crop(image: Image.Image, side: int, random: np.random.Generator) -> n
 
 
 def random_batches(
-    dataset: Dataset, side: int, batch_size: int, epoch: int, seed: int
+    dataset: Dataset, side: int, batch_size: int, epoch: int, seed: int, first: int = 0
 ) -> Iterator[Batch]:
-    """Yields an epoch's batches, all of one size, while threads decode those that follow.
+    """Yields an epoch's batches from `first` on, all of one size, while threads decode those that
+    follow.
 
     Images that fill no batch are left out: others in each epoch, since the order is random.
     """
@@ -87,11 +93,13 @@ def random_batches(
         return random_crop(load_image(dataset.read(i), dataset.names[i]), side, random)
 
     order = np.random.default_rng((seed, epoch)).permutation(len(dataset))
-    order = order[: len(order) // batch_size * batch_size].tolist()
-    decoded = map_ahead(decode, order, workers=default_workers(), ahead=2 * batch_size)
+    batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[first:]
+    decoded = map_ahead(
+        decode, batches.ravel().tolist(), workers=default_workers(), ahead=2 * batch_size
+    )
     with contextlib.closing(decoded) as images:
-        for first in range(0, len(order), batch_size):
-            labels = [dataset.labels[i][0] for i in order[first : first + batch_size]]
+        for batch in batches.tolist():
+            labels = [dataset.labels[i][0] for i in batch]
             pixels = list(itertools.islice(images, batch_size))
             yield np.stack(pixels), np.array(labels, np.int32)
 
@@ -204,17 +212,58 @@ def load_model(args: argparse.Namespace, classes: list[str]) -> InternImage:
     return model
 
 
+class States(contextlib.AbstractContextManager):
+    """What training goes on from after a kill, in a folder that is there until it ends."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """`settings`, which JSON can hold, are those of the states that are there already, too."""
+        self.folder, self.settings = folder, settings
+        self.saved = time.perf_counter()
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, held: Any) -> None:
+        """Copies the state to the host, where a thread writes it."""
+        state = ocp.args.StandardSave(jax.tree.leaves(held))
+        settings = ocp.args.JsonSave(self.settings)
+        self.manager.save(step, args=ocp.args.Composite(state=state, settings=settings))
+        self.saved = time.perf_counter()
+
+    def restore(self, held: Any) -> tuple[int, Any]:
+        """The steps that the last state has behind it and the state, laid out as `held`, which
+        comes back if there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return 0, held
+        wanted = ocp.args.Composite(settings=ocp.args.JsonRestore())
+        before = self.manager.restore(step, args=wanted).settings
+        for name, value in self.settings.items():
+            if value != (had := before.get(name)):
+                name = name.replace("_", " ")
+                raise ValueError(f"{name}: got {value}, expected {had}, as in {self.folder}")
+        leaves, tree = jax.tree.flatten(held)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        return step, jax.tree.unflatten(tree, self.manager.restore(step, args=wanted).state)
+
+    def delete(self) -> None:
+        self.manager.wait_until_finished()
+        for step in self.manager.all_steps():
+            self.manager.delete(step)
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.close()  # waits until all is written
+        with contextlib.suppress(OSError):  # that it is not empty
+            self.folder.rmdir()
+
+
 def check(loss: float) -> float:
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}; try a smaller --learning-rate")
     return loss
 
 
-def finetune(args: argparse.Namespace) -> None:
-    if reason := no_devices():
-        raise ValueError(f"no device: {reason}")
-    dataset, classes = open_training_set(args.train)
-    devices = jax.local_device_count()
+def check_numbers(args: argparse.Namespace, images: int, devices: int) -> None:
     for name, fits, expected in (
         ("epochs", args.epochs >= 1, "at least 1"),
         ("learning rate", args.learning_rate > 0, "more than 0"),
@@ -227,11 +276,19 @@ def finetune(args: argparse.Namespace) -> None:
         if not fits:
             got = getattr(args, name.replace(" ", "_"))
             raise ValueError(f"{name}: got {got}, expected {expected}")
-    if not 1 <= args.batch_size <= len(dataset) or args.batch_size % devices:
+    if not 1 <= args.batch_size <= images or args.batch_size % devices:
         raise ValueError(
-            f"batch size: got {args.batch_size}, expected at most {len(dataset)}, the number of "
+            f"batch size: got {args.batch_size}, expected at most {images}, the number of "
             f"images, and a multiple of {devices}, the number of devices"
         )
+
+
+def finetune(args: argparse.Namespace, unfinished: Path) -> None:
+    if reason := no_devices():
+        raise ValueError(f"no device: {reason}")
+    dataset, classes = open_training_set(args.train)
+    devices = jax.local_device_count()
+    check_numbers(args, len(dataset), devices)
     model = load_model(args, classes)
     validation = open_dataset(args.validate, class_names=model.classes) if args.validate else None
     steps = len(dataset) // args.batch_size  # an epoch
@@ -253,28 +310,41 @@ def finetune(args: argparse.Namespace) -> None:
     held = jax.device_put((params, statistics, optimizer.init(params)), everywhere)
     key = jax.random.key(args.seed)
 
-    for epoch in range(1, args.epochs + 1):
-        start, losses = time.perf_counter(), []
-        side = model.preprocessing.image_size
-        batches = random_batches(dataset, side, args.batch_size, epoch, args.seed)
-        for pixels, labels in prefetch_to_device(batches, lambda b: jax.device_put(b, spread)):
-            key, own = jax.random.split(key)
-            rate = rates[(epoch - 1) * steps + len(losses)]
-            *held, loss = step(*held, pixels, labels, own, rate)
-            losses.append(loss)  # read later: to read it now would be to wait
-            if len(losses) % EVERY == 0 and len(losses) < steps:
-                loss = check(float(np.mean(jax.device_get(losses[-EVERY:-2]))))
-                print(f"  step {len(losses)}/{steps}: loss {loss:.4f}, rate {rate:.1e}", flush=True)
-        loss = check(float(np.mean(jax.device_get(losses))))
-        speed = steps * args.batch_size / (time.perf_counter() - start)
-        print(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {speed:.1f} images/s", flush=True)
-        nnx.update(model, *held[:2])
-        internimage_jax.save_pretrained(model, args.output)
-        if validation:
-            each = args.batch_size // devices
-            report = evaluate(model, validation, batch_size=each, on_error="skip")
-            skipped = f", not read: {n}" if (n := report["num_skipped"]) else ""
-            print(f"top-1 on {args.validate}: {report['top1']:.2f} %{skipped}", flush=True)
+    others = {"train", "output", "validate", "resume", "recompute"}  # change no result
+    settings = {name: value for name, value in vars(args).items() if name not in others}
+    settings |= {"images": len(dataset), "classes": classes}
+    with States(unfinished, settings) as states:
+        done, held = states.restore(held)  # steps, of all epochs together
+        if done:
+            print(f"goes on after {done} of {len(rates)} steps", flush=True)
+        for epoch in range(done // steps + 1, args.epochs + 1):
+            start, losses = time.perf_counter(), []
+            side, first = model.preprocessing.image_size, done % steps
+            batches = random_batches(dataset, side, args.batch_size, epoch, args.seed, first)
+            for pixels, labels in prefetch_to_device(batches, lambda b: jax.device_put(b, spread)):
+                own, rate = jax.random.fold_in(key, done), rates[done]
+                *held, loss = step(*held, pixels, labels, own, rate)
+                losses.append(loss)  # read later: to read it now would be to wait
+                done += 1
+                if len(losses) % EVERY == 0 and done % steps:
+                    loss = check(float(np.mean(jax.device_get(losses[-EVERY:-2]))))
+                    progress = f"  step {done % steps}/{steps}"
+                    print(f"{progress}: loss {loss:.4f}, rate {rate:.1e}", flush=True)
+                if time.perf_counter() - states.saved > SAVE_EVERY and done % steps:
+                    check(float(losses[-1]))
+                    states.save(done, held)
+            loss = check(float(np.mean(jax.device_get(losses))))
+            speed = len(losses) * args.batch_size / (time.perf_counter() - start)
+            print(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {speed:.1f} images/s", flush=True)
+            nnx.update(model, *held[:2])
+            internimage_jax.save_pretrained(model, args.output)
+            states.save(done, held)
+            if validation:
+                each = args.batch_size // devices
+                report = evaluate(model, validation, batch_size=each, on_error="skip")
+                skipped = f", not read: {n}" if (n := report["num_skipped"]) else ""
+                print(f"top-1 on {args.validate}: {report['top1']:.2f} %{skipped}", flush=True)
+        states.delete()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -307,17 +377,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--to-1k", action="store_true", help="keep what a model of 21,841 classes knows of 1,000"
     )
     parser.add_argument("--seed", type=int, default=0, help="of crops, order and stochastic depth")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that did not end")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     try:
-        if args.output.exists() and any(args.output.iterdir()):
+        unfinished = args.output.resolve().with_name(args.output.resolve().name + ".unfinished")
+        if unfinished.exists() and not args.resume:
+            raise ValueError(f"{unfinished}: of a run that did not end; --resume goes on with it")
+        if args.output.exists() and any(args.output.iterdir()) and not unfinished.exists():
             raise ValueError(f"{args.output}: is there already; choose another name")
         args.output.mkdir(parents=True, exist_ok=True)  # now, not after an epoch, is it an error
         try:
-            finetune(args)
+            finetune(args, unfinished)
         finally:
             with contextlib.suppress(OSError):  # that it is not empty
                 args.output.rmdir()

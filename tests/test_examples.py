@@ -172,6 +172,60 @@ def test_each_step_has_a_key_and_each_epoch_an_order_of_its_own(
     assert not (tmp_path / "d").exists()
 
 
+def test_it_goes_on_after_a_kill(
+    checkpoint: Path,
+    train: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To the same bytes, whether a state was written in the midst of an epoch or at its end."""
+    end = 99
+
+    def make(*_: Any) -> Any:
+        def step(params, statistics, state, pixels, labels, key, rate):
+            if len(seen) == end:
+                raise KeyboardInterrupt
+            seen.append(labels)
+            moved = rate * jax.random.uniform(key) + pixels.mean() / 1e4
+            params = jax.tree.map(lambda p: p + moved, params)
+            return params, statistics, jax.tree.map(lambda s: s + 1, state), moved
+
+        return step
+
+    monkeypatch.setattr(finetune, "make_step", make)
+    monkeypatch.setattr(finetune, "SAVE_EVERY", 0.0)
+    options = f"--model {checkpoint} --image-size 32 --batch-size 8 --epochs 2"
+
+    def run(name: str, *more: str) -> None:
+        seen.clear()
+        finetune.main([str(train), str(tmp_path / name), *options.split(), *more])
+
+    def weights(name: str) -> bytes:
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    seen: list[Any] = []
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        run("whole", "--resume")  # with nothing to go on from it begins
+        assert len(seen) == 6
+        for end, model_is_there in ((1, False), (3, True), (5, True)):
+            name = f"after {end}"
+            with pytest.raises(SystemExit, match="130"):
+                run(name)
+            assert (tmp_path / name).exists() == model_is_there
+            stopped, end = end, 99
+            with pytest.raises(SystemExit, match=f"{name}.unfinished: of a run .* --resume goes"):
+                run(name)
+            with pytest.raises(SystemExit, match=r"size: got 4, expected 8, as in .*\.unf"):
+                run(name, "--resume", "--batch-size", "4")
+            capsys.readouterr()
+            run(name, "--resume")
+            assert f"goes on after {stopped} of 6 steps\n" in capsys.readouterr().out
+            assert len(seen) == 6 - stopped
+            assert weights(name) == weights("whole")
+            assert not (tmp_path / f"{name}.unfinished").exists()
+
+
 def test_a_step_trains_smooths_labels_and_returns_new_statistics() -> None:
     class Biases(nnx.Module):
         def __init__(self) -> None:

@@ -77,13 +77,17 @@ def _run(args: argparse.Namespace) -> None:
         disable=sys.stdout.isatty() or not sys.stderr.isatty(),
     ) as progress:
         predictions = predictor(images, on_error=args.on_error)
+        skipped = 0
         for prediction in progress.track(predictions, len(images), description="Images"):
+            skipped += prediction.error is not None
             if args.json:
                 print_json(prediction, model.name)
             elif prediction.error is not None:
                 print("skipped:", prediction.error, file=sys.stderr)
             else:
                 print_table(prediction)
+    if skipped == len(images):
+        raise ValueError(f"none of the {skipped} images could be read")
 
 
 def print_json(prediction: Prediction, model: str) -> None:

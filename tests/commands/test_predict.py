@@ -109,6 +109,16 @@ def test_a_bad_image_can_be_skipped_and_is_one_line(
         assert err.count("\n") == 1
 
 
+def test_that_no_image_could_be_read_is_an_error(
+    checkpoint: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    arguments = ["predict", str(tmp_path), "--model", checkpoint, "--on-error", "skip"]
+    assert main([*arguments, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"] and err == "error: none of the 1 images could be read\n"
+
+
 def test_a_table_shows_path_class_wordnet_id_probability_and_name(capsys: Capture) -> None:
     # A path is text, however much it looks like markup, and on one line, however long.
     file = "folder/" * 30 + "[bold]:cat:.jpg"

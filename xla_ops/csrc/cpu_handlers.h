@@ -25,6 +25,10 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kSmall = int64_t{1} << 17;  // multiply-adds that one thread does at once: 20 us
 
+inline auto bind() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>();
+}
+
 inline ffi::Future failed(ffi::Error error) {
   ffi::Promise promise;
   ffi::Future future(promise);

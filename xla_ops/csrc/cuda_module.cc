@@ -1,6 +1,4 @@
 // The Python module that hands over the CUDA handlers of XLA's foreign function interface.
-#include "cuda_module.h"
-
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -11,28 +9,32 @@
 #include "linear_cuda.h"
 #include "mlp_cuda.h"
 
+#define TARGETS(X)                         \
+  X(internimage_dcnv3_forward)             \
+  X(internimage_dcnv3_backward)            \
+  X(internimage_dcnv3_fused_forward)       \
+  X(internimage_dcnv3_fused_backward)      \
+  X(internimage_dwconv_norm_gelu_forward)  \
+  X(internimage_dwconv_norm_gelu_backward) \
+  X(internimage_bias_gelu_forward)         \
+  X(internimage_bias_gelu_backward)        \
+  X(internimage_layer_norm_forward)        \
+  X(internimage_add_norm_forward)          \
+  X(internimage_norm_add_forward)          \
+  X(internimage_linear_forward)            \
+  X(internimage_linear_gelu_forward)       \
+  X(internimage_mlp_forward)               \
+  X(internimage_layers_forward)
+
+#define DECLARE(target) XLA_FFI_DECLARE_HANDLER_SYMBOL(target);
+TARGETS(DECLARE)
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Handlers of the CUDA custom calls, by target name.";
   m.def("targets", [] {
     pybind11::dict targets;
-    const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
-      targets[name] = pybind11::capsule(reinterpret_cast<void*>(handler));
-    };
-    add("internimage_dcnv3_forward", dcnv3::cuda::forward_handler());
-    add("internimage_dcnv3_backward", dcnv3::cuda::backward_handler());
-    add("internimage_dcnv3_fused_forward", dcnv3::cuda::fused_forward_handler());
-    add("internimage_dcnv3_fused_backward", dcnv3::cuda::fused_backward_handler());
-    add("internimage_dwconv_norm_gelu_forward", dwconv::cuda::forward_handler());
-    add("internimage_dwconv_norm_gelu_backward", dwconv::cuda::backward_handler());
-    add("internimage_bias_gelu_forward", gelu::cuda::forward_handler());
-    add("internimage_bias_gelu_backward", gelu::cuda::backward_handler());
-    add("internimage_layer_norm_forward", layer_norm::cuda::forward_handler());
-    add("internimage_add_norm_forward", layer_norm::cuda::add_norm_handler());
-    add("internimage_norm_add_forward", layer_norm::cuda::norm_add_handler());
-    add("internimage_linear_forward", linear::cuda::forward_handler());
-    add("internimage_linear_gelu_forward", linear::cuda::gelu_forward_handler());
-    add("internimage_mlp_forward", linear::cuda::mlp_handler());
-    add("internimage_layers_forward", layer::cuda::forward_handler());
+#define ADD(target) targets[#target] = pybind11::capsule(reinterpret_cast<void*>(target));
+    TARGETS(ADD)
     return targets;
   });
   // The targets that a GPU, by CUDA's number, has not the instructions for. It becomes the calling thread's

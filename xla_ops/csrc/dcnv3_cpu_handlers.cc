@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "cpu_handlers.h"
-#include "cpu_module.h"
 #include "dcnv3_cpu.h"
 #include "dcnv3_ffi.h"
 
@@ -40,89 +39,42 @@ ffi::Future start_backward(ffi::ThreadPool& pool, const Call& call, Results&... 
   });
 }
 
-ffi::Future compute_forward(ffi::ThreadPool pool, Buffer x, Buffer offset, Buffer mask, Result y,
+ffi::Future compute_forward(ffi::ThreadPool pool, Operand x, Operand offset, Operand mask, Result y,
                             Geometry geometry, double offset_scale) {
   Call call = {};
   auto error = forward_call(x, offset, mask, y, geometry, offset_scale, &call);
   return error.failure() ? failed(error) : start_forward(pool, call, y);
 }
 
-ffi::Future compute_backward(ffi::ThreadPool pool, Buffer x, Buffer offset, Buffer mask, Buffer dy, Result dx,
-                             Result doffset, Result dmask, Geometry geometry, double offset_scale) {
+ffi::Future compute_backward(ffi::ThreadPool pool, Operand x, Operand offset, Operand mask, Operand dy,
+                             Result dx, Result doffset, Result dmask, Geometry geometry,
+                             double offset_scale) {
   Call call = {};
   auto error = backward_call(x, offset, mask, dy, dx, doffset, dmask, geometry, offset_scale, &call);
   return error.failure() ? failed(error) : start_backward(pool, call, dx, doffset, dmask);
 }
 
-ffi::Future compute_fused_forward(ffi::ThreadPool pool, Buffer x, Buffer record, Result y, Geometry geometry,
-                                  double offset_scale, bool centre) {
+ffi::Future compute_fused_forward(ffi::ThreadPool pool, Operand x, Operand record, Result y,
+                                  Geometry geometry, double offset_scale, bool centre) {
   Call call = {};
   auto error = fused_forward_call(x, record, y, geometry, offset_scale, centre, &call);
   return error.failure() ? failed(error) : start_forward(pool, call, y);
 }
 
-ffi::Future compute_fused_backward(ffi::ThreadPool pool, Buffer x, Buffer record, Buffer dy, Result dx,
+ffi::Future compute_fused_backward(ffi::ThreadPool pool, Operand x, Operand record, Operand dy, Result dx,
                                    Result drecord, Geometry geometry, double offset_scale, bool centre) {
   Call call = {};
   auto error = fused_backward_call(x, record, dy, dx, drecord, geometry, offset_scale, centre, &call);
   return error.failure() ? failed(error) : start_backward(pool, call, dx, drecord);
 }
 
-auto bind() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>();
-}
-
-XLA_FFI_DEFINE_HANDLER(kForward, compute_forward,
-                       bind()
-                           .Arg<Buffer>()  // x
-                           .Arg<Buffer>()  // offset
-                           .Arg<Buffer>()  // mask
-                           .Ret<Buffer>()  // y
-                           .Attr<Geometry>("geometry")
-                           .Attr<double>("offset_scale"));
-XLA_FFI_DEFINE_HANDLER(kBackward, compute_backward,
-                       bind()
-                           .Arg<Buffer>()  // x
-                           .Arg<Buffer>()  // offset
-                           .Arg<Buffer>()  // mask
-                           .Arg<Buffer>()  // dy
-                           .Ret<Buffer>()  // dx
-                           .Ret<Buffer>()  // doffset
-                           .Ret<Buffer>()  // dmask
-                           .Attr<Geometry>("geometry")
-                           .Attr<double>("offset_scale"));
-XLA_FFI_DEFINE_HANDLER(kFusedForward, compute_fused_forward,
-                       bind()
-                           .Arg<Buffer>()  // x
-                           .Arg<Buffer>()  // record
-                           .Ret<Buffer>()  // y
-                           .Attr<Geometry>("geometry")
-                           .Attr<double>("offset_scale")
-                           .Attr<bool>("center_feature_scale"));
-XLA_FFI_DEFINE_HANDLER(kFusedBackward, compute_fused_backward,
-                       bind()
-                           .Arg<Buffer>()  // x
-                           .Arg<Buffer>()  // record
-                           .Arg<Buffer>()  // dy
-                           .Ret<Buffer>()  // dx
-                           .Ret<Buffer>()  // drecord
-                           .Attr<Geometry>("geometry")
-                           .Attr<double>("offset_scale")
-                           .Attr<bool>("center_feature_scale"));
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
-XLA_FFI_Handler* backward_handler() {
-  return kBackward;
-}
-XLA_FFI_Handler* fused_forward_handler() {
-  return kFusedForward;
-}
-XLA_FFI_Handler* fused_backward_handler() {
-  return kFusedBackward;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_dcnv3_forward, compute_forward, bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_dcnv3_backward, compute_backward, bind_backward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_dcnv3_fused_forward, compute_fused_forward,
+                              bind_fused_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_dcnv3_fused_backward, compute_fused_backward,
+                              bind_fused_backward(bind()));
 
 }  // namespace dcnv3::cpu

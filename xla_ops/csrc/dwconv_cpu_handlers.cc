@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "cpu_handlers.h"
-#include "cpu_module.h"
 #include "dwconv_cpu.h"
 #include "dwconv_ffi.h"
 
@@ -41,36 +40,11 @@ ffi::Future backward_handler_call(ffi::ThreadPool pool, Operand x, Operand kerne
   });
 }
 
-auto bind() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Operand>()   // x
-      .Arg<Operand>()   // kernel
-      .Arg<Operand>()   // bias
-      .Arg<Operand>()   // scale
-      .Arg<Operand>();  // offset
-}
-
-XLA_FFI_DEFINE_HANDLER(kForward, forward_handler_call,
-                       bind()
-                           .Ret<Operand>()  // y
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-XLA_FFI_DEFINE_HANDLER(kBackward, backward_handler_call,
-                       bind()
-                           .Arg<Operand>()  // dy
-                           .Ret<Operand>()  // dx
-                           .Ret<Operand>()  // partial
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
-XLA_FFI_Handler* backward_handler() {
-  return kBackward;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_dwconv_norm_gelu_forward, forward_handler_call,
+                              bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_dwconv_norm_gelu_backward, backward_handler_call,
+                              bind_backward(bind()));
 
 }  // namespace dwconv::cpu

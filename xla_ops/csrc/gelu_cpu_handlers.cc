@@ -1,6 +1,5 @@
 // The CPU handlers of XLA's foreign function interface for bias_gelu.
 #include "cpu_handlers.h"
-#include "cpu_module.h"
 #include "gelu_cpu.h"
 #include "gelu_ffi.h"
 
@@ -29,29 +28,9 @@ ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand bias, Operand
   return start(pool, x, bias, &dy, dx, version);
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, forward_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // bias
-                           .Ret<Operand>()  // y
-                           .Attr<int64_t>("version"));
-XLA_FFI_DEFINE_HANDLER(kBackward, backward_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // bias
-                           .Arg<Operand>()  // dy
-                           .Ret<Operand>()  // dx
-                           .Attr<int64_t>("version"));
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
-XLA_FFI_Handler* backward_handler() {
-  return kBackward;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_bias_gelu_forward, forward_call, bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_bias_gelu_backward, backward_call, bind_backward(bind()));
 
 }  // namespace gelu::cpu

@@ -5,58 +5,56 @@
 // which rows use which bias: `vmap` over the bias adds an axis to both.
 #pragma once
 
-#include <cstdint>
-#include <string>
+#include <utility>
 
 #include "ffi_types.h"
 #include "gelu_call.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace gelu {
 
-namespace ffi = xla::ffi;
+using namespace xla_ops;
 
-using xla_ops::kVersion;
-using xla_ops::same;
-using xla_ops::type_of;
-
-using Operand = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
-
-inline ffi::Error invalid(const std::string& message) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_bias_gelu: " + message);
-}
+constexpr char kName[] = "internimage_bias_gelu";
 
 // The call of the forward, or of the backward if there is a dy.
 inline ffi::Error describe(Operand x, Operand bias, const Operand* dy, Result result, int64_t version,
                            Call* call) {
-  if (version != kVersion) {
-    return invalid("expected attributes of version " + std::to_string(kVersion));
-  }
-  const auto xs = x.dimensions(), bs = bias.dimensions();
+  if (ffi::Error error = check_version(kName, version); error.failure()) return error;
+  const Shape xs = x.dimensions(), bs = bias.dimensions();
   if (bs.size() < 1 || bs.size() >= xs.size() || bs.back() != xs.back() || xs.back() < 1) {
-    return invalid("expected x (..., C) and bias (C,)");
+    return invalid(kName, "expected x (..., C) and bias (C,)");
   }
+  const int64_t sets = sets_of(xs, bs, 1);
+  if (sets < 0) return invalid(kName, "the leading axes of x and bias differ");
   Call& s = *call;
   s.channels = xs.back();
   s.rows = static_cast<int64_t>(x.element_count()) / s.channels;
-  int64_t sets = 1;
-  for (size_t i = 0; i + 1 < bs.size(); ++i) {
-    if (bs[i] != xs[i]) return invalid("the leading axes of x and bias differ");
-    sets *= bs[i];
-  }
   s.shared = sets > 0 ? s.rows / sets : 1;
-  if (!type_of(x.element_type(), &s.type) || !type_of(bias.element_type(), &s.bias_type)) {
-    return invalid("expected float32, float64, bfloat16 or float16");
-  }
-  if (s.type != s.bias_type && (s.type == Type::kFloat64 || s.bias_type != Type::kFloat32)) {
-    return invalid("expected a bias of the dtype of x, or float32");
-  }
-  if (!same(*result, x) || (dy && !same(*dy, x))) return invalid("dy or the result does not fit");
+  if (!types_of(x, bias, &s.type, &s.bias_type)) return invalid(kName, kTypes);
+  if (!same(*result, x) || (dy && !same(*dy, x))) return invalid(kName, "dy or the result does not fit");
   s.x = x.untyped_data(), s.bias = bias.untyped_data();
   s.dy = dy ? dy->untyped_data() : nullptr;
   s.result = result->untyped_data();
   return ffi::Error::Success();
+}
+
+template <class Binding>
+auto bind_forward(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // x
+      .template Arg<Operand>()  // bias
+      .template Ret<Operand>()  // y
+      .template Attr<int64_t>("version");
+}
+
+template <class Binding>
+auto bind_backward(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // x
+      .template Arg<Operand>()  // bias
+      .template Arg<Operand>()  // dy
+      .template Ret<Operand>()  // dx
+      .template Attr<int64_t>("version");
 }
 
 }  // namespace gelu

@@ -1,6 +1,5 @@
 // The CUDA handlers of XLA's foreign function interface for whole layers.
 #include "cuda_handlers.h"
-#include "cuda_module.h"
 #include "layer_cuda.h"
 #include "layer_ffi.h"
 
@@ -18,34 +17,30 @@ ffi::Error forward_on_stream(cudaStream_t stream, Operand x, ffi::RemainingArgs 
   ffi::Error error = describe(x, parameters, y, scratch, settings, &call, &sets);
   if (error.failure()) return error;
   bool serving = false;
-  if (cudaError_t error = serves(&serving)) return check("internimage_layers", error);
-  if (!serving) return invalid("this GPU has not the instructions for it, or no code is built for it");
+  if (cudaError_t error = serves(&serving)) return check(kName, error);
+  if (!serving) return invalid(kName, "this GPU has not the instructions for it, or no code is built for it");
   for (int64_t i = 0; i < sets; ++i) {
     const Call one = of_set(call, i);
-    if (const char* why = refusal(one)) return invalid(why);
-    if (cudaError_t error = forward(stream, one)) return check("internimage_layers", error);
+    if (const char* why = refusal(one)) return invalid(kName, why);
+    if (cudaError_t error = forward(stream, one)) return check(kName, error);
   }
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, forward_on_stream,
-                       bind()
-                           .Arg<Operand>()  // x
-                           .RemainingArgs()
-                           .Ret<Operand>()  // y
-                           .Ret<Operand>()  // scratch
-                           .Attr<int64_t>("group")
-                           .Attr<double>("offset_scale")
-                           .Attr<double>("epsilon")
-                           .Attr<bool>("post_norm")
-                           .Attr<bool>("early")
-                           .Attr<int64_t>("version"),
-                       TRAITS);
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_layers_forward, forward_on_stream,
+                              bind()
+                                  .Arg<Operand>()  // x
+                                  .RemainingArgs()
+                                  .Ret<Operand>()  // y
+                                  .Ret<Operand>()  // scratch
+                                  .Attr<int64_t>("group")
+                                  .Attr<double>("offset_scale")
+                                  .Attr<double>("epsilon")
+                                  .Attr<bool>("post_norm")
+                                  .Attr<bool>("early")
+                                  .Attr<int64_t>("version"),
+                              TRAITS);
 
 }  // namespace layer::cuda

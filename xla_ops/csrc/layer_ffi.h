@@ -12,18 +12,12 @@
 
 #include "ffi_types.h"
 #include "layer_call.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace layer {
 
-namespace ffi = xla::ffi;
+using namespace xla_ops;
 
-using Operand = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
-
-inline ffi::Error invalid(const std::string& message) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_layers: " + message);
-}
+constexpr char kName[] = "internimage_layers";
 
 struct Settings {
   int64_t group;
@@ -59,17 +53,14 @@ inline std::vector<int64_t> shape_of(const Call& s, int parameter) {
 // The call of the first set of parameters; there are `sets`, one after the other in all buffers.
 inline ffi::Error describe(Operand x, ffi::RemainingArgs parameters, Result y, Result scratch,
                            const Settings& settings, Call* call, int64_t* sets) {
-  using xla_ops::kVersion;
   Call& s = *call;
-  if (settings.version != kVersion) {
-    return invalid("expected attributes of version " + std::to_string(kVersion));
-  }
+  if (ffi::Error error = check_version(kName, settings.version); error.failure()) return error;
   s.group = settings.group, s.offset_scale = settings.offset_scale, s.epsilon = settings.epsilon;
   s.early = settings.early;
   s.post_norm = settings.post_norm;
   const size_t layers = parameters.size() / kParameters;
   if (layers < 1 || parameters.size() % kParameters) {
-    return invalid("expected " + std::to_string(kParameters) + " parameters for each layer");
+    return invalid(kName, "expected " + std::to_string(kParameters) + " parameters for each layer");
   }
   std::vector<Operand> given;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -81,18 +72,18 @@ inline ffi::Error describe(Operand x, ffi::RemainingArgs parameters, Result y, R
   const auto xs = x.dimensions(), kernel = given[kDwKernel].dimensions(),
              hidden = given[kFc1Bias].dimensions();
   if (kernel.size() < 3 || hidden.size() < 1 || xs.size() < kernel.size()) {
-    return invalid("expected x (..., H, W, C), a depthwise kernel (..., K, K, C) and vectors");
+    return invalid(kName, "expected x (..., H, W, C), a depthwise kernel (..., K, K, C) and vectors");
   }
   const size_t axes = kernel.size() - 3;  // of sets
   s.height = xs[xs.size() - 3], s.width = xs[xs.size() - 2], s.channels = xs.back();
   s.size = kernel[axes], s.hidden = hidden.back(), s.record = (s.group * 28 + 7) / 8 * 8;
   if (s.height < 1 || s.width < 1 || s.channels < 1 || s.group < 1 || s.channels % s.group) {
-    return invalid("expected a map of a pixel or more, and groups that divide its channels");
+    return invalid(kName, "expected a map of a pixel or more, and groups that divide its channels");
   }
-  if (s.size % 2 == 0 || s.hidden < 1) return invalid("expected a depthwise kernel of an odd side");
+  if (s.size % 2 == 0 || s.hidden < 1) return invalid(kName, "expected a depthwise kernel of an odd side");
   *sets = s.batch = 1;
   for (size_t i = 0; i + 3 < xs.size(); ++i) (i < axes ? *sets : s.batch) *= xs[i];
-  if (!xla_ops::type_of(x.element_type(), &s.type)) return invalid("expected half precision");
+  if (!type_of(x.element_type(), &s.type)) return invalid(kName, "expected half precision");
   s.layers.resize(layers);
   for (size_t at = 0; at < given.size(); ++at) {
     const int i = int(at % kParameters);
@@ -103,22 +94,23 @@ inline ffi::Error describe(Operand x, ffi::RemainingArgs parameters, Result y, R
     Array& to = s.layers[at / kParameters][i];
     to.data = given[at].untyped_data();
     const bool fits = std::equal(wanted.begin(), wanted.end(), found.begin(), found.end());
-    const bool known = xla_ops::type_of(given[at].element_type(), &to.type);
+    const bool known = type_of(given[at].element_type(), &to.type);
     const bool taken = to.type == s.type || (own.size() != 2 && to.type == Type::kFloat32);
     if (!fits || !known || !taken) {
-      return invalid("parameter " + std::to_string(at) + " has not the shape or the dtype of its place");
+      return invalid(kName,
+                     "parameter " + std::to_string(at) + " has not the shape or the dtype of its place");
     }
   }
   for (const Parameters& layer : s.layers) {
     const auto alike = [&layer](int a, int b) { return layer[a].type == layer[b].type; };
     if (!alike(kDwKernel, kDwBias) || !alike(kDwKernel, kDwScale) || !alike(kDwKernel, kDwOffset) ||
         !alike(kNorm2Scale, kNorm2Bias)) {
-      return invalid("expected one dtype of the depthwise kernel's parameters, and of a norm's");
+      return invalid(kName, "expected one dtype of the depthwise kernel's parameters, and of a norm's");
     }
   }
-  if (!xla_ops::same(*y, x)) return invalid("the result does not fit");
-  if (!xla_ops::holds(*scratch, *sets * s.pixels() * s.scratch_width(), x.element_type())) {
-    return invalid("the scratch does not fit");
+  if (!same(*y, x)) return invalid(kName, "the result does not fit");
+  if (!holds(*scratch, *sets * s.pixels() * s.scratch_width(), x.element_type())) {
+    return invalid(kName, "the scratch does not fit");
   }
   s.x = x.untyped_data(), s.y = y->untyped_data(), s.scratch = scratch->untyped_data();
   return ffi::Error::Success();

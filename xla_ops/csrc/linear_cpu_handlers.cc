@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cpu_handlers.h"
-#include "cpu_module.h"
 #include "linear_cpu.h"
 #include "linear_ffi.h"
 
@@ -38,7 +37,7 @@ ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand kernel, Operan
                          int64_t version) {
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe(x, kernel, bias, *y, version, form, &call, &sets);
+  ffi::Error error = describe(name_of(form), x, kernel, bias, *y, version, form, &call, &sets);
   if (error.failure()) return failed(error);
   prefer_large_pages(y);
   return start(pool, call, sets, nullptr);
@@ -74,60 +73,17 @@ ffi::Future mlp_call(ffi::ThreadPool pool, Operand x, Operand kernel1, Operand b
   });
 }
 
-auto bind() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Operand>()  // x
-      .Arg<Operand>()  // kernel
-      .Arg<Operand>()  // bias
-      .Ret<Operand>()  // y
-      .Attr<int64_t>("version");
-}
-
-auto bind_backward() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Operand>()  // x
-      .Arg<Operand>()  // dy
-      .Ret<Operand>()  // dkernel
-      .Attr<int64_t>("version");
-}
-
-XLA_FFI_DEFINE_HANDLER(kForward, forward_call<Form::kProduct>, bind());
-XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_call<Form::kGelu>, bind());
-XLA_FFI_DEFINE_HANDLER(kConvolution, forward_call<Form::kConvolution>, bind());
-XLA_FFI_DEFINE_HANDLER(kBackward, backward_call<Form::kProduct>, bind_backward());
-XLA_FFI_DEFINE_HANDLER(kConvolutionBackward, backward_call<Form::kConvolution>, bind_backward());
-XLA_FFI_DEFINE_HANDLER(kMlp, mlp_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // kernel1
-                           .Arg<Operand>()  // bias1
-                           .Arg<Operand>()  // kernel2
-                           .Arg<Operand>()  // bias2
-                           .Ret<Operand>()  // y
-                           .Attr<int64_t>("version"));
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
-XLA_FFI_Handler* backward_handler() {
-  return kBackward;
-}
-XLA_FFI_Handler* gelu_forward_handler() {
-  return kGeluForward;
-}
-XLA_FFI_Handler* convolution_handler() {
-  return kConvolution;
-}
-XLA_FFI_Handler* convolution_backward_handler() {
-  return kConvolutionBackward;
-}
-XLA_FFI_Handler* mlp_handler() {
-  return kMlp;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_linear_forward, forward_call<Form::kProduct>, bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_linear_gelu_forward, forward_call<Form::kGelu>,
+                              bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_convolution_forward, forward_call<Form::kConvolution>,
+                              bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_linear_backward, backward_call<Form::kProduct>,
+                              bind_backward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_convolution_backward, backward_call<Form::kConvolution>,
+                              bind_backward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_mlp_forward, mlp_call, bind_mlp(bind()));
 
 }  // namespace linear::cpu

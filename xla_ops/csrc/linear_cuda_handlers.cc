@@ -1,6 +1,5 @@
 // The CUDA handlers of XLA's foreign function interface for products of matrices.
 #include "cuda_handlers.h"
-#include "cuda_module.h"
 #include "linear_cuda.h"
 #include "linear_ffi.h"
 #include "mlp_cuda.h"
@@ -14,17 +13,17 @@ template <Form form>
 ffi::Error forward_on_stream(cudaStream_t stream, Operand x, Operand kernel, Operand bias, Result y,
                              int64_t version) {
   constexpr bool gelu = form == Form::kGelu;
-  const char* const name = gelu ? "internimage_linear_gelu" : "internimage_linear";
+  constexpr const char* name = name_of(form);
   Call call = {};
   int64_t sets;
-  ffi::Error error = describe(x, kernel, bias, *y, version, form, &call, &sets);
+  ffi::Error error = describe(name, x, kernel, bias, *y, version, form, &call, &sets);
   if (error.failure()) return error;
   bool serving = false;
   if (cudaError_t error = gelu ? serves(&serving) : serves_plain(&serving)) return check(name, error);
-  if (!serving) return invalid("this GPU has not the instructions for it, or no code is built for it");
+  if (!serving) return invalid(name, "this GPU has not the instructions for it, or no code is built for it");
   for (int64_t i = 0; i < sets; ++i) {
     const Call one = of_set(call, i);
-    if (const char* why = refusal(one)) return invalid(why);
+    if (const char* why = refusal(one)) return invalid(name, why);
     if (cudaError_t error = forward(stream, one)) return check(name, error);
   }
   return ffi::Error::Success();
@@ -37,48 +36,22 @@ ffi::Error mlp_on_stream(cudaStream_t stream, Operand x, Operand kernel1, Operan
   ffi::Error error = describe_mlp(x, kernel1, bias1, kernel2, bias2, y, version, &first, &second, &sets);
   if (error.failure()) return error;
   bool serving = false;
-  if (cudaError_t error = mlp_serves(&serving)) return check("internimage_mlp", error);
-  if (!serving) return invalid("this GPU is not of compute capability 9.0, or no code is built for it");
+  if (cudaError_t error = mlp_serves(&serving)) return check(kMlp, error);
+  if (!serving) return invalid(kMlp, "this GPU is not of compute capability 9.0, or no code is built for it");
   for (int64_t i = 0; i < sets; ++i) {
     const Call one = of_set(first, i), other = of_set(second, i);
-    if (const char* why = mlp_refusal(one, other)) return invalid(why);
-    if (cudaError_t error = mlp(stream, one, other)) return check("internimage_mlp", error);
+    if (const char* why = mlp_refusal(one, other)) return invalid(kMlp, why);
+    if (cudaError_t error = mlp(stream, one, other)) return check(kMlp, error);
   }
   return ffi::Error::Success();
 }
 
-auto bind_product() {
-  return bind()
-      .Arg<Operand>()  // x
-      .Arg<Operand>()  // kernel
-      .Arg<Operand>()  // bias
-      .Ret<Operand>()  // y
-      .Attr<int64_t>("version");
-}
-
-XLA_FFI_DEFINE_HANDLER(kForward, forward_on_stream<Form::kProduct>, bind_product(), TRAITS);
-XLA_FFI_DEFINE_HANDLER(kGeluForward, forward_on_stream<Form::kGelu>, bind_product(), TRAITS);
-XLA_FFI_DEFINE_HANDLER(kMlp, mlp_on_stream,
-                       bind()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // kernel1
-                           .Arg<Operand>()  // bias1
-                           .Arg<Operand>()  // kernel2
-                           .Arg<Operand>()  // bias2
-                           .Ret<Operand>()  // y
-                           .Attr<int64_t>("version"),
-                       TRAITS);
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
-XLA_FFI_Handler* gelu_forward_handler() {
-  return kGeluForward;
-}
-XLA_FFI_Handler* mlp_handler() {
-  return kMlp;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_linear_forward, forward_on_stream<Form::kProduct>,
+                              bind_forward(bind()), TRAITS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_linear_gelu_forward, forward_on_stream<Form::kGelu>,
+                              bind_forward(bind()), TRAITS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_mlp_forward, mlp_on_stream, bind_mlp(bind()), TRAITS);
 
 }  // namespace linear::cuda

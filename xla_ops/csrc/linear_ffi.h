@@ -10,35 +10,32 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "ffi_types.h"
 #include "linear_call.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace linear {
 
-namespace ffi = xla::ffi;
-
-using xla_ops::kVersion;
-using xla_ops::type_of;
-
-using Operand = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
-
-inline ffi::Error invalid(const std::string& message) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "internimage_linear: " + message);
-}
+using namespace xla_ops;
 
 enum class Form { kProduct, kGelu, kConvolution };
+
+constexpr char kMlp[] = "internimage_mlp";
+
+constexpr const char* name_of(Form form) {
+  return form == Form::kProduct ? "internimage_linear"
+         : form == Form::kGelu  ? "internimage_linear_gelu"
+                                : "internimage_convolution";
+}
 
 // An array that is never written as a whole: what is between two products.
 struct Unwritten {
   std::vector<int64_t> shape;
   ffi::DataType dtype;
 
-  ffi::Span<const int64_t> dimensions() const { return {shape.data(), shape.size()}; }
+  Shape dimensions() const { return {shape.data(), shape.size()}; }
   ffi::DataType element_type() const { return dtype; }
   size_t element_count() const {
     size_t count = 1;
@@ -50,19 +47,19 @@ struct Unwritten {
 
 // The call of the first set of parameters; there are `sets`, one after the other in all buffers.
 template <class X, class Y>
-ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_t version, Form form,
-                    Call* call, int64_t* sets) {
-  if (version != kVersion) return invalid("expected attributes of version " + std::to_string(kVersion));
+ffi::Error describe(const char* name, const X& x, Operand kernel, Operand bias, const Y& y, int64_t version,
+                    Form form, Call* call, int64_t* sets) {
+  if (ffi::Error error = check_version(name, version); error.failure()) return error;
   const bool convolution = form == Form::kConvolution;
-  const auto misfit = [convolution] {
-    return invalid(convolution ? "expected x (..., H, W, C), kernel (3, 3, C, K) and bias (K,)"
-                               : "expected x (..., C), kernel (C, K) and bias (K,)");
+  const auto misfit = [name, convolution] {
+    return invalid(name, convolution ? "expected x (..., H, W, C), kernel (3, 3, C, K) and bias (K,)"
+                                     : "expected x (..., C), kernel (C, K) and bias (K,)");
   };
-  const auto xs = x.dimensions(), ks = kernel.dimensions(), bs = bias.dimensions();
+  const Shape xs = x.dimensions(), ks = kernel.dimensions(), bs = bias.dimensions();
   const size_t least = convolution ? 3 : 1;  // axes of x without those of sets
   if (bs.size() < 1 || xs.size() < bs.size() - 1 + least || ks.size() < bs.size()) return misfit();
   const size_t all_sets = bs.size() - 1;  // axes
-  const ffi::Span<const int64_t> own{ks.begin() + all_sets, ks.size() - all_sets};
+  const Shape own{ks.begin() + all_sets, ks.size() - all_sets};
   Call& s = *call;
   const int64_t channels = xs.back();
   s.inputs = convolution ? 9 * channels : channels, s.outputs = bs.back(), s.gelu = form == Form::kGelu;
@@ -80,24 +77,23 @@ ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_
     const int64_t pixels = s.map.height * s.map.width;
     rows = pixels > 0 ? rows / pixels * s.map.rows() * s.map.columns() : 0;
   }
-  *sets = 1;
-  for (size_t i = 0; i < all_sets; ++i) {
-    if (ks[i] != xs[i] || bs[i] != xs[i]) return invalid("the leading axes of x, kernel and bias differ");
-    *sets *= ks[i];
+  *sets = sets_of(xs, bs, 1);
+  if (*sets < 0 || sets_of(xs, ks, own.size()) < 0) {
+    return invalid(name, "the leading axes of x, kernel and bias differ");
   }
   s.rows = *sets > 0 ? rows / *sets : 0;
   s.image_rows = 1;
   if (convolution) s.image_rows = s.map.rows() * s.map.columns();
   if (!convolution && xs.size() >= 4) s.image_rows = xs[xs.size() - 3] * xs[xs.size() - 2];
   if (!type_of(x.element_type(), &s.type) || s.type == Type::kFloat64) {
-    return invalid("expected float32, bfloat16 or float16");
+    return invalid(name, "expected float32, bfloat16 or float16");
   }
   if (!type_of(bias.element_type(), &s.bias_type) || kernel.element_type() != x.element_type() ||
       (s.type != s.bias_type && s.bias_type != Type::kFloat32)) {
-    return invalid("expected a kernel of the dtype of x, and a bias of that or float32");
+    return invalid(name, "expected a kernel of the dtype of x, and a bias of that or float32");
   }
   if (static_cast<int64_t>(y.element_count()) != rows * s.outputs || y.element_type() != x.element_type()) {
-    return invalid("the result does not fit");
+    return invalid(name, "the result does not fit");
   }
   s.x = x.untyped_data(), s.kernel = kernel.untyped_data(), s.bias = bias.untyped_data();
   s.y = y.untyped_data();
@@ -107,15 +103,15 @@ ffi::Error describe(const X& x, Operand kernel, Operand bias, const Y& y, int64_
 // The calls of two products with GELU between them.
 inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operand kernel2, Operand bias2,
                                Result y, int64_t version, Call* first, Call* second, int64_t* sets) {
-  const auto xs = x.dimensions(), bs = bias1.dimensions();
+  const Shape xs = x.dimensions(), bs = bias1.dimensions();
   Unwritten hidden = {{xs.begin(), xs.end()}, x.element_type()};
-  if (hidden.shape.empty() || bs.size() == 0) return invalid("expected x (..., C) and a bias (K,)");
+  if (hidden.shape.empty() || bs.size() == 0) return invalid(kMlp, "expected x (..., C) and a bias (K,)");
   hidden.shape.back() = bs.back();
-  ffi::Error error = describe(x, kernel1, bias1, hidden, version, Form::kGelu, first, sets);
+  ffi::Error error = describe(kMlp, x, kernel1, bias1, hidden, version, Form::kGelu, first, sets);
   if (error.failure()) return error;
-  error = describe(hidden, kernel2, bias2, *y, version, Form::kProduct, second, sets);
+  error = describe(kMlp, hidden, kernel2, bias2, *y, version, Form::kProduct, second, sets);
   if (!error.failure() && first->rows != second->rows) {
-    return invalid("the leading axes of both kernels differ");
+    return invalid(kMlp, "the leading axes of both kernels differ");
   }
   return error;
 }
@@ -125,12 +121,13 @@ inline ffi::Error describe_mlp(Operand x, Operand kernel1, Operand bias1, Operan
 // has no bias yet.
 inline ffi::Error describe_backward(Operand x, Operand dy, Result dkernel, int64_t version, Form form,
                                     Call* call, int64_t* sets) {
-  if (version != kVersion) return invalid("expected attributes of version " + std::to_string(kVersion));
+  const char* const name = name_of(form);
+  if (ffi::Error error = check_version(name, version); error.failure()) return error;
   const bool convolution = form == Form::kConvolution;
-  const auto misfit = [convolution] {
-    return invalid(convolution
-                       ? "expected x (..., H, W, C), dy (..., H / 2, W / 2, K) and dkernel (3, 3, C, K)"
-                       : "expected x (..., C), dy (..., K) and dkernel (C, K)");
+  const auto misfit = [name, convolution] {
+    return invalid(name, convolution
+                             ? "expected x (..., H, W, C), dy (..., H / 2, W / 2, K) and dkernel (3, 3, C, K)"
+                             : "expected x (..., C), dy (..., K) and dkernel (C, K)");
   };
   const auto xs = x.dimensions(), ys = dy.dimensions(), ks = dkernel->dimensions();
   const size_t least = convolution ? 3 : 1;  // axes of x without those of the batch
@@ -156,10 +153,10 @@ inline ffi::Error describe_backward(Operand x, Operand dy, Result dkernel, int64
   }
   if (ks[ks.size() - 2] != channels || ks.back() != s.outputs) return misfit();
   if (!type_of(x.element_type(), &s.type) || s.type == Type::kFloat64) {
-    return invalid("expected float32, bfloat16 or float16");
+    return invalid(name, "expected float32, bfloat16 or float16");
   }
   if (dy.element_type() != x.element_type() || dkernel->element_type() != x.element_type()) {
-    return invalid("expected dy and the kernel's gradient of the dtype of x");
+    return invalid(name, "expected dy and the kernel's gradient of the dtype of x");
   }
   s.bias_type = Type::kFloat32;
   s.x = x.untyped_data(), s.kernel = dy.untyped_data(), s.y = dkernel->untyped_data();
@@ -177,6 +174,37 @@ inline Call of_set(Call s, int64_t set) {
   s.bias = after(s.bias, s.outputs * bytes(s.bias_type));
   s.y = const_cast<char*>(after(s.y, s.rows * s.outputs * bytes(s.type)));
   return s;
+}
+
+template <class Binding>
+auto bind_forward(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // x
+      .template Arg<Operand>()  // kernel
+      .template Arg<Operand>()  // bias
+      .template Ret<Operand>()  // y
+      .template Attr<int64_t>("version");
+}
+
+template <class Binding>
+auto bind_backward(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // x
+      .template Arg<Operand>()  // dy
+      .template Ret<Operand>()  // dkernel
+      .template Attr<int64_t>("version");
+}
+
+template <class Binding>
+auto bind_mlp(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // x
+      .template Arg<Operand>()  // kernel1
+      .template Arg<Operand>()  // bias1
+      .template Arg<Operand>()  // kernel2
+      .template Arg<Operand>()  // bias2
+      .template Ret<Operand>()  // y
+      .template Attr<int64_t>("version");
 }
 
 }  // namespace linear

@@ -1,6 +1,5 @@
-// The CPU handler of XLA's foreign function interface for layer_norm, add_norm and norm_add.
+// The CPU handlers of XLA's foreign function interface for layer_norm, add_norm and norm_add.
 #include "cpu_handlers.h"
-#include "cpu_module.h"
 #include "norm_cpu.h"
 #include "norm_ffi.h"
 
@@ -21,21 +20,21 @@ ffi::Future start(ffi::ThreadPool& pool, const Call& s, Results&... results) {
 ffi::Future forward_call(ffi::ThreadPool pool, Operand x, Operand scale, Operand bias, Result y,
                          double epsilon, int64_t version) {
   Call s = {};
-  ffi::Error error = describe(x, scale, bias, y, epsilon, version, &s);
+  ffi::Error error = describe(kNorm, x, scale, bias, y, epsilon, version, &s);
   return error.failure() ? failed(error) : start(pool, s, y);
 }
 
 ffi::Future norm_add_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
                           Result y, double epsilon, int64_t version) {
   Call s = {};
-  ffi::Error error = describe(x, residual, scale, bias, y, epsilon, version, &s);
+  ffi::Error error = describe(kNormAdd, x, residual, scale, bias, y, epsilon, version, &s);
   return error.failure() ? failed(error) : start(pool, s, y);
 }
 
 ffi::Future add_norm_call(ffi::ThreadPool pool, Operand x, Operand residual, Operand scale, Operand bias,
                           Result total, Result y, double epsilon, int64_t version) {
   Call s = {};
-  ffi::Error error = describe(x, residual, scale, bias, total, y, epsilon, version, &s);
+  ffi::Error error = describe(kAddNorm, x, residual, scale, bias, total, y, epsilon, version, &s);
   return error.failure() ? failed(error) : start(pool, s, total, y);
 }
 
@@ -53,7 +52,7 @@ ffi::Future start(ffi::ThreadPool& pool, const BackwardCall& s, Result& dx) {
 ffi::Future backward_call(ffi::ThreadPool pool, Operand x, Operand scale, Operand dy, Result dx,
                           Result dparameters, double epsilon, int64_t version) {
   BackwardCall s = {};
-  ffi::Error error = describe_backward(x, scale, dy, dx, dparameters, epsilon, version, &s);
+  ffi::Error error = describe_backward(kNorm, x, scale, dy, dx, dparameters, epsilon, version, &s);
   return error.failure() ? failed(error) : start(pool, s, dx);
 }
 
@@ -61,82 +60,20 @@ ffi::Future add_norm_backward_call(ffi::ThreadPool pool, Operand total, Operand 
                                    Operand dy, Result dx, Result dparameters, double epsilon,
                                    int64_t version) {
   BackwardCall s = {};
-  ffi::Error error = describe_backward(total, scale, dy, dx, dparameters, epsilon, version, &s);
+  ffi::Error error = describe_backward(kAddNorm, total, scale, dy, dx, dparameters, epsilon, version, &s);
   if (error.failure()) return failed(error);
-  if (!same(dtotal, total)) return failed(invalid("the sum's gradient does not fit"));
+  if (!same(dtotal, total)) return failed(invalid(kAddNorm, "the sum's gradient does not fit"));
   s.dtotal = dtotal.untyped_data();
   return start(pool, s, dx);
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, forward_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // scale
-                           .Arg<Operand>()  // bias
-                           .Ret<Operand>()  // y
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-XLA_FFI_DEFINE_HANDLER(kNormAdd, norm_add_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // residual
-                           .Arg<Operand>()  // scale
-                           .Arg<Operand>()  // bias
-                           .Ret<Operand>()  // y
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-XLA_FFI_DEFINE_HANDLER(kAddNorm, add_norm_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // residual
-                           .Arg<Operand>()  // scale
-                           .Arg<Operand>()  // bias
-                           .Ret<Operand>()  // total
-                           .Ret<Operand>()  // y
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-
-XLA_FFI_DEFINE_HANDLER(kBackward, backward_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // x
-                           .Arg<Operand>()  // scale
-                           .Arg<Operand>()  // dy
-                           .Ret<Operand>()  // dx
-                           .Ret<Operand>()  // dparameters
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-XLA_FFI_DEFINE_HANDLER(kAddNormBackward, add_norm_backward_call,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Operand>()  // total
-                           .Arg<Operand>()  // scale
-                           .Arg<Operand>()  // dtotal
-                           .Arg<Operand>()  // dy
-                           .Ret<Operand>()  // dx
-                           .Ret<Operand>()  // dparameters
-                           .Attr<double>("epsilon")
-                           .Attr<int64_t>("version"));
-
 }  // namespace
 
-XLA_FFI_Handler* forward_handler() {
-  return kForward;
-}
-XLA_FFI_Handler* backward_handler() {
-  return kBackward;
-}
-XLA_FFI_Handler* add_norm_backward_handler() {
-  return kAddNormBackward;
-}
-XLA_FFI_Handler* add_norm_handler() {
-  return kAddNorm;
-}
-XLA_FFI_Handler* norm_add_handler() {
-  return kNormAdd;
-}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_layer_norm_forward, forward_call, bind_forward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_norm_add_forward, norm_add_call, bind_norm_add(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_add_norm_forward, add_norm_call, bind_add_norm(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_layer_norm_backward, backward_call, bind_backward(bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(internimage_add_norm_backward, add_norm_backward_call,
+                              bind_add_norm_backward(bind()));
 
 }  // namespace layer_norm::cpu

@@ -132,6 +132,14 @@ CPU_FN void with_type(Type type, F f) {
   }
 }
 
+// The same of a type whose sums run in Real.
+template <class Real, class F>
+CPU_FN void with_type_in(Type type, F f) {
+  with_type(type, [=](auto value) CPU_TARGET {
+    if constexpr (std::is_same_v<RealOf<decltype(value)>, Real>) f(value);
+  });
+}
+
 // Likewise with one of the parameters' type too, which is that or float.
 template <class F>
 CPU_FN void with_types(Type type, Type parameters_type, F f) {
@@ -140,6 +148,15 @@ CPU_FN void with_types(Type type, Type parameters_type, F f) {
     if (std::is_same_v<T, RealOf<T>> || type == parameters_type) return f(value, value);
     f(value, RealOf<T>());
   });
+}
+
+// Widens n values of T.
+template <class T, class Real>
+CPU_FN void widen(const T* from, int64_t n, Real* to) {
+  constexpr int kLanes = kBytes / int(sizeof(Real));
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) store_raw(to + c, Memory<T, Real, kLanes>::load(from + c));
+  for (; c < n; ++c) to[c] = Memory<T, Real, 1>::load(from + c);
 }
 
 // Sums the lanes of four vectors: {sum a, sum b, sum c, sum d}.

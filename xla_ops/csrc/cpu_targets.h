@@ -9,9 +9,6 @@ namespace baseline {
 #define CPU_BYTES 16
 #define CPU_BFLOAT16 0
 #include CPU_KERNELS
-#undef CPU_FN
-#undef CPU_ALWAYS
-#undef CPU_SHUFFLE
 #undef CPU_TARGET
 #undef CPU_BYTES
 #undef CPU_BFLOAT16
@@ -23,9 +20,6 @@ namespace avx2 {
 #define CPU_BYTES 32
 #define CPU_BFLOAT16 0
 #include CPU_KERNELS
-#undef CPU_FN
-#undef CPU_ALWAYS
-#undef CPU_SHUFFLE
 #undef CPU_TARGET
 #undef CPU_BYTES
 #undef CPU_BFLOAT16
@@ -39,9 +33,6 @@ namespace avx512 {
 #define CPU_BYTES 64
 #define CPU_BFLOAT16 0
 #include CPU_KERNELS
-#undef CPU_FN
-#undef CPU_ALWAYS
-#undef CPU_SHUFFLE
 #undef CPU_TARGET
 #undef CPU_BYTES
 #undef CPU_BFLOAT16
@@ -54,9 +45,6 @@ namespace avx512bf16 {
 #define CPU_BYTES 64
 #define CPU_BFLOAT16 1
 #include CPU_KERNELS
-#undef CPU_FN
-#undef CPU_ALWAYS
-#undef CPU_SHUFFLE
 #undef CPU_TARGET
 #undef CPU_BYTES
 #undef CPU_BFLOAT16

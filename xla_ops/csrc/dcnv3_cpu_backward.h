@@ -151,7 +151,7 @@ CPU_TARGET void differentiate(Block<Real>& b) {
 
 template <class Real>
 CPU_TARGET void store(const Block<Real>& b) {
-  with_points_type<Real>(b.call.points_type, [&b](auto r) CPU_TARGET {
+  with_type_in<Real>(b.call.points_type, [&b](auto r) CPU_TARGET {
     using R = decltype(r);
     const Columns& offset = b.call.offset;
     if (!b.call.fused) {

@@ -154,18 +154,6 @@ CPU_TARGET void store_columns(const Block<Real>& b, const Real* rows, int64_t n,
   }
 }
 
-// Calls f with a value of the type in which the points are stored.
-template <class Real, class F>
-CPU_FN void with_points_type(Type type, F f) {
-  if constexpr (std::is_same_v<Real, double>) {
-    f(double());
-  } else {
-    if (type == Type::kBFloat16) return f(BFloat16());
-    if (type == Type::kFloat16) return f(Float16());
-    f(float());
-  }
-}
-
 template <class Real>
 CPU_TARGET void soften(Block<Real>& b) {
   alignas(64) Real top[kBlock], total[kBlock];
@@ -195,7 +183,7 @@ CPU_TARGET void soften(Block<Real>& b) {
 
 template <class Real>
 CPU_FN void load(Block<Real>& b) {
-  with_points_type<Real>(b.call.points_type, [&b](auto r) CPU_TARGET {
+  with_type_in<Real>(b.call.points_type, [&b](auto r) CPU_TARGET {
     using R = decltype(r);
     if (b.call.fused) {
       load_columns<R>(b, b.call.offset, b.columns, b.number);

@@ -20,15 +20,6 @@ struct Scratch {
   Real* data;
 };
 
-// Widens n values of T.
-template <class T, class Real>
-CPU_FN void widen(const T* from, int64_t n, Real* to) {
-  constexpr int kLanes = kBytes / int(sizeof(Real));
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) store_raw(to + c, Memory<T, Real, kLanes>::load(from + c));
-  for (; c < n; ++c) to[c] = Memory<T, Real, 1>::load(from + c);
-}
-
 // The sizes, and the parameters of the images at hand, widened and filled up.
 template <class Real>
 struct Layer {
@@ -72,12 +63,8 @@ CPU_TARGET void load_parameters(Layer<Real>& a, int64_t image) {
   const int64_t set = image / a.call.shared;
   if (set == a.set) return;
   a.set = set;
-  if constexpr (std::is_same_v<Real, double>) return load_parameters_of<double>(a, set);
-  if constexpr (std::is_same_v<Real, float>) {
-    if (a.call.parameters_type == Type::kBFloat16) return load_parameters_of<BFloat16>(a, set);
-    if (a.call.parameters_type == Type::kFloat16) return load_parameters_of<Float16>(a, set);
-    load_parameters_of<float>(a, set);
-  }
+  with_type_in<Real>(a.call.parameters_type,
+                     [&a, set](auto p) CPU_TARGET { load_parameters_of<decltype(p)>(a, set); });
 }
 
 // A ring of the padded rows i - r .. i + r of an image.

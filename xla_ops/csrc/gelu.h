@@ -3,9 +3,9 @@
 // GELU_FN, RealOf, Vec, bits, load_raw, fused_of, exp2_of and reciprocal_of defined: once for each
 // instruction set, by cpu_gelu.h, and by gelu_cuda_device.h.
 //
-// Phi(-t) = exp(-t^2 / 2) m(t) for t = |z| with m smooth, so one exponential and one polynomial serve
-// the whole line: relative error below 6e-7, also where Phi(z) is far below the rounding of 1, down to -12.9
-// (see kFarthest), whose value and slope, -3e-37 and -4e-36, what lies further down has too.
+// Phi(-t) = exp(-t^2 / 2) m(t) for t = |z| with m smooth, so one exponential and one polynomial serve the
+// whole line: relative error below 6e-7, also where Phi(z) is far below the rounding of 1, down to -12.9 (see
+// kFarthest); further down, value and slope stay what they are there, -3e-37 and -4e-36.
 
 template <class V>
 struct Normal {

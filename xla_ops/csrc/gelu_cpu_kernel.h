@@ -25,8 +25,7 @@ CPU_TARGET void compute_of(const Call& call, int64_t begin, int64_t end) {
   for (int64_t row = begin, set = -1; row < end; ++row) {
     if (row / call.shared != set) {
       set = row / call.shared;
-      const P* from = static_cast<const P*>(call.bias) + set * n;
-      for (int64_t c = 0; c < n; ++c) bias[c] = Memory<P, Real, 1>::load(from + c);
+      widen(static_cast<const P*>(call.bias) + set * n, n, bias.get());
     }
     const T* x = static_cast<const T*>(call.x) + row * n;
     const T* dy = backward ? static_cast<const T*>(call.dy) + row * n : nullptr;

@@ -3,9 +3,9 @@
 //
 // A small product is over as soon as its memory has been waited for, so all that a block wants is on its way
 // at once: a tile of 32 rows and 32 or 64 columns with all inputs, or a part of them. The parts of a tile are
-// a cluster, whose blocks then sum up what each has, some rows each, always in the same order. The kernel and
-// the vectors come before anything is waited for: while what the kernel before this one writes is not there
-// yet.
+// a cluster, whose blocks then sum up what each has, some rows each, always in the same order. The weights
+// and the vectors are fetched before anything is waited for, while the kernel before this one may still be
+// writing.
 #pragma once
 
 #include "cuda_chain.h"

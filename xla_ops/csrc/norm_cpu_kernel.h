@@ -87,11 +87,8 @@ CPU_TARGET void forward_rows(const Call& call, int64_t begin, int64_t end) {
   for (int64_t row = begin, set = -1; row < end;) {
     if (row / call.shared != set) {
       set = row / call.shared;
-      const P* from[] = {static_cast<const P*>(call.scale) + set * n,
-                         static_cast<const P*>(call.bias) + set * n};
-      for (int64_t c = 0; c < n; ++c) {
-        scale[c] = Memory<P, Real, 1>::load(from[0] + c), bias[c] = Memory<P, Real, 1>::load(from[1] + c);
-      }
+      widen(static_cast<const P*>(call.scale) + set * n, n, scale);
+      widen(static_cast<const P*>(call.bias) + set * n, n, bias);
     }
     const int64_t count = std::min<int64_t>({kTogether, end - row, (set + 1) * call.shared - row});
     const T* residual = kAdd != Add::kNot ? static_cast<const T*>(call.residual) + row * n : nullptr;
@@ -168,8 +165,7 @@ CPU_TARGET void backward_of(const BackwardCall& call, int64_t part) {
   const int64_t end = first + (i + 1) * call.image_rows / call.parts_of_image;
   const std::unique_ptr<Real[]> memory(new Real[(1 + kTogether) * n]);
   Real *const scale = memory.get(), *const work = scale + n;
-  const P* const from = static_cast<const P*>(call.scale) + part / call.shared * n;
-  for (int64_t c = 0; c < n; ++c) scale[c] = Memory<P, Real, 1>::load(from + c);
+  widen(static_cast<const P*>(call.scale) + part / call.shared * n, n, scale);
   Real* const dscale = static_cast<Real*>(call.dparameters) + part * 2 * n;
   std::fill_n(dscale, 2 * n, Real(0));
   for (int64_t row = begin; row < end; row += kTogether) {

@@ -25,7 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         "nor the file's name says it",
     )
     parser.add_argument(
-        "--weights", choices=("model", "ema"), default="model", help="which of a training run's"
+        "--weights",
+        choices=("model", "ema"),
+        default="model",
+        help="which weights of a training run",
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="of the arrays written"
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--num-classes",
         type=int,
         metavar="K",
-        help="another head: a new one of K classes, or 0 for none",
+        help="keep a head of K classes, else make a new one; 0 for none",
     )
     parser.add_argument(
         "--to-1k", action="store_true", help="take the 1,000 ImageNet-1K classes out of 21,841"

@@ -1,7 +1,7 @@
 """Writes a model as this library takes it: `model.safetensors` and `config.json`.
 
 Arrays are written one at a time as they come. What is complete is moved into place; until then it
-has another name beside its own, so that nobody ever sees half of it.
+lies beside it under another name, so that nobody ever sees half of it.
 """
 
 from __future__ import annotations

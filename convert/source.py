@@ -106,8 +106,8 @@ def open_source(
     Args:
         path: A file, an index of shards, or a folder.
         model: Which model it is of: a released name, the path of a config.json, or a config. Needed
-            where neither a config.json nor the file's name says it. A config's settings of training
-            are taken in any case.
+            where neither a config.json nor the file's name says it. A config's training settings
+            always apply.
         weights: "model", or "ema" for the moving average that a training run keeps.
 
     Returns:
@@ -221,7 +221,7 @@ def _select(
 
 
 def _named_file(model: str | InternImageConfig | None) -> Path | None:
-    """The config.json that a caller's name of a model is the path of, or of whose folder."""
+    """The config.json that `model` names by its own path or its folder's; None if neither."""
     if not isinstance(model, str) or model.removeprefix("OpenGVLab/") in RELEASED:
         return None
     if os.path.isdir(model):

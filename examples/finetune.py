@@ -6,15 +6,16 @@
 The training set is a folder of class folders, whose names become the model's classes. Images are
 cropped and mirrored at random; the rest is AdamW with a warm-up and a cosine, label smoothing and
 stochastic depth. After each epoch the model is written to the output folder, over that of the epoch
-before, and evaluated on the images to validate with, if there are any. predict, evaluate,
+before, and evaluated on the images of --validate, if it is given. predict, evaluate,
 `from_pretrained` and this example's --model take the folder. The first step compiles, which for T
 takes a minute on a GPU. It is an example: change what you like.
 
-Until it ends, a folder beside the output, `mine.unfinished`, holds what training goes on from: the
-same command with --resume does after a kill, as if there had been none.
+Until training ends, a folder beside the output, `mine.unfinished`, holds its state, saved after
+each epoch and every ten minutes. After a kill, the same command with --resume continues from it, as
+if there had been no kill.
 
-Large models want smaller rates. The official recipe for L to H on ImageNet, from the weights of
-21,841 classes, has, but for its moving average and its augmentation,
+Large models need smaller learning rates. The official recipe for L to H on ImageNet, which starts
+from the weights of 21,841 classes, is, except for its moving average and its augmentation,
 
     --to-1k --batch-size 512 --learning-rate 2e-5 --layer-decay 0.9 --offset-rate 0.1 --epochs 20
     --label-smoothing 0.3
@@ -57,7 +58,7 @@ from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import Preprocessing, load_image
 
 EVERY = 50  # steps between lines that are printed
-SAVE_EVERY = 600.0  # seconds between states that training can go on from, and one an epoch
+SAVE_EVERY = 600.0  # seconds between saved states; each epoch ends with one too
 Batch = tuple[np.ndarray, np.ndarray]  # uint8 (N, side, side, 3), int32 (N,)
 
 
@@ -114,8 +115,8 @@ def learning_rates(highest: float, steps: int) -> np.ndarray:
 def shares_of_rate(
     params: nnx.State, depths: tuple[int, ...], layer_decay: float, offset_rate: float
 ) -> nnx.State:
-    """What each parameter's learning rate is multiplied by: by `layer_decay` for each layer that
-    comes after its own, and by `offset_rate` where DCNv3's points come from."""
+    """Returns a factor on each parameter's learning rate: `layer_decay` for each layer that comes
+    after its own, times `offset_rate` for the products that make offsets and centre scales."""
 
     def share(path: tuple[Any, ...], _: jax.Array) -> float:
         names = [part.key for part in path if hasattr(part, "key")]
@@ -135,7 +136,7 @@ def shares_of_rate(
 
 
 def adamw(weight_decay: float, shares: Any) -> optax.GradientTransformation:
-    """AdamW but for the learning rate, of which each parameter has a share; no vector decays."""
+    """AdamW without the learning rate: scales updates by `shares`, and decays no vectors."""
     return optax.chain(
         optax.clip_by_global_norm(5.0),
         optax.scale_by_adam(),
@@ -152,9 +153,9 @@ def make_step(
     preprocessing: Preprocessing,
     smoothing: float,
 ) -> Callable[..., Any]:
-    """The step, compiled: from parameters, statistics, the optimizer's state, pixels, labels, a key
-    and the learning rate to the first three anew, and the loss. It takes over the memory of the
-    first three. That the rate is an argument keeps the program the same for all rates."""
+    """Returns the compiled step. It takes parameters, statistics, the optimizer's state, pixels,
+    labels, a key and the learning rate, and returns the first three anew, in the memory of the old
+    ones, and the loss. The rate is an argument so that one program serves all rates."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params, statistics, state, pixels, labels, key, rate):
@@ -207,7 +208,7 @@ def load_model(args: argparse.Namespace, classes: list[str]) -> InternImage:
         param_dtype="float32",
         with_cp=args.recompute,
     )
-    # Of a class that none of the 21,841 is, which could not be learned so.
+    # A masked class, which has no counterpart among the 21,841, could not be learned.
     model.head.bias[...] = jnp.where(model.head.bias[...] == MASKED, 0, model.head.bias[...])
     return model
 
@@ -216,7 +217,7 @@ class States(contextlib.AbstractContextManager):
     """What training goes on from after a kill, in a folder that is there until it ends."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """`settings`, which JSON can hold, are those of the states that are there already, too."""
+        """`settings`, of JSON values, have to be those of the states that are there already."""
         self.folder, self.settings = folder, settings
         self.saved = time.perf_counter()
         options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
@@ -230,8 +231,8 @@ class States(contextlib.AbstractContextManager):
         self.saved = time.perf_counter()
 
     def restore(self, held: Any) -> tuple[int, Any]:
-        """The steps that the last state has behind it and the state, laid out as `held`, which
-        comes back if there is none."""
+        """Returns the number of steps done and the last saved state, laid out as `held`; 0 and
+        `held` itself if there is none."""
         step = self.manager.latest_step()
         if step is None:
             return 0, held
@@ -360,8 +361,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--learning-rate", type=float, default=1e-4, help="the highest (default: 1e-4, for T to B)"
     )
-    parser.add_argument("--layer-decay", type=float, default=1.0, help="of it, a layer")
-    parser.add_argument("--offset-rate", type=float, default=1.0, help="of it, for offsets")
+    parser.add_argument(
+        "--layer-decay", type=float, default=1.0, help="factor on the learning rate per later layer"
+    )
+    parser.add_argument(
+        "--offset-rate", type=float, default=1.0, help="factor on the learning rate of offsets"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--drop-path-rate", type=float, default=0.1)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
@@ -372,9 +377,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the computation; parameters are float32 (default: bfloat16 on a GPU, float32 on "
         "a CPU, where bfloat16 is the faster one if `internimage-jax info` names it or AMX)",
     )
-    parser.add_argument("--recompute", action="store_true", help="saves memory for some time")
+    parser.add_argument("--recompute", action="store_true", help="save memory, take more time")
     parser.add_argument(
-        "--to-1k", action="store_true", help="keep what a model of 21,841 classes knows of 1,000"
+        "--to-1k", action="store_true", help="start from the 1,000 classes of a 21,841-class head"
     )
     parser.add_argument("--seed", type=int, default=0, help="of crops, order and stochastic depth")
     parser.add_argument("--resume", action="store_true", help="go on with a run that did not end")
@@ -389,7 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{unfinished}: of a run that did not end; --resume goes on with it")
         if args.output.exists() and any(args.output.iterdir()) and not unfinished.exists():
             raise ValueError(f"{args.output}: is there already; choose another name")
-        args.output.mkdir(parents=True, exist_ok=True)  # now, not after an epoch, is it an error
+        args.output.mkdir(parents=True, exist_ok=True)  # so that an error shows before training
         try:
             finetune(args, unfinished)
         finally:

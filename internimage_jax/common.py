@@ -47,7 +47,7 @@ class Context(NamedTuple):
 
     @property
     def implementation_of_layers(self) -> Literal["jnp"] | None:
-        """That of the operators besides DCNv3: their jnp form goes with its, else the best."""
+        """That of the other operators: "jnp" if DCNv3's is "gather", else None, the best."""
         return "jnp" if self.implementation == "gather" else None
 
     @property
@@ -95,10 +95,10 @@ class Context(NamedTuple):
 
 
 def whole(module: Module) -> Module:
-    """The module, or the like of it whose parameters are not divided over explicit axes.
+    """Returns the module, or a copy with its parameters gathered if explicit axes divide them.
 
-    On a mesh of such axes JAX takes what is divided for a wish, and refuses most of what is done
-    here with a parameter. The two share their statistics.
+    On a mesh of such axes JAX takes a parameter's sharding as the user's demand, and refuses most
+    of what is done here with a divided one. The two modules share their statistics.
     """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     gathered = jax.tree.map(undivided, params)
@@ -128,8 +128,8 @@ def put_in_panels(
 ) -> None:
     """Brings the layer's kernel into the layout that products on a CPU read fastest, for good.
 
-    Only where they do: on other devices, and without kernels, it would be changed back on each use.
-    A kernel that is on several devices stays as it is.
+    Only where such products are used: elsewhere the kernel would be changed back on each use. A
+    kernel that is on several devices stays as it is.
     """
     value = layer.kernel[...]
     platform = jax.default_backend()
@@ -269,9 +269,9 @@ def path_factors(
 ) -> list[jax.Array | None]:
     """What stochastic depth multiplies the two branches of each layer by: (2, batch), float32.
 
-    That is 0 for an image at the layer's rate, and otherwise more than 1, so that the mean stays;
-    None where the rate is 0, or without a key. One draw is for a level's layers: with one for each
-    branch a training program takes an eighth longer to compile.
+    A factor is 0 with the layer's rate as its probability, and otherwise above 1 so that the mean
+    stays; None where the rate is 0, or without a key. A level's layers share one draw: with one for
+    each branch a training program takes an eighth longer to compile.
     """
     if key is None or not any(rates):
         return [None] * len(rates)

@@ -24,7 +24,7 @@ class InternImageConfig:
         num_classes: Classes of the head; 0 leaves out the head and everything after level 4.
         mlp_ratio: Hidden channels of an MLP, as a multiple of its channels.
         drop_rate: Dropout rate after the stem and in the MLPs, in training.
-        drop_path_rate: Stochastic depth, the rate of the deepest layer, in training.
+        drop_path_rate: Rate of stochastic depth in training, of the deepest layer.
         drop_path_type: "linear" grows the rate from 0 with the depth, "uniform" has it everywhere.
         act_layer: "GELU" (exact), "SiLU" or "ReLU".
         norm_layer: Norm of stem, downsampling and depthwise convolution, "LN" or "BN". The norms
@@ -231,7 +231,8 @@ class ReleasedModel:
         name: The name of its Hugging Face repository, below `OpenGVLab/`.
         config: Its architecture.
         image_size: Side of its input in pixels.
-        pretraining: What it was trained on before ImageNet-1K, or ends with.
+        pretraining: What it was trained on before ImageNet-1K; for the 21,841-class models,
+            everything it was trained on.
         accuracy: The card's ImageNet-1K top-1 in percent; None for the 21,841-class models.
     """
 

@@ -45,14 +45,14 @@ class Dataset:
     Args:
         source: The path as given.
         kind: What it was recognised as, in words.
-        names: Of each image, none twice, in the order of the images: sorted by path, or as
-            they lie in the shards of a WebDataset or of parquet files. Printable.
-        labels: Of each image, the classes that count as right: one, but for ReaL.
+        names: The name of each image, printable and unique, in the order of the images: sorted by
+            path, or as stored in the shards of a WebDataset or of parquet files.
+        labels: For each image, the classes that count as right: one, except with ReaL.
         classes: The classes that logits are to be restricted to; None for all.
         notes: What else a report should say, a sentence each.
         container: Where the images lie.
-        positions: Of each image, in the container.
-        class_names: Of the classes that `labels` count; None for the 1000 of ImageNet-1K.
+        positions: The position of each image in the container.
+        class_names: Names of the classes that `labels` index; None for the 1000 of ImageNet-1K.
     """
 
     source: str
@@ -93,10 +93,10 @@ def open_dataset(
     Args:
         path: A folder of class folders, of images, of tars or of parquet files; a tar, zip or
             parquet file; or a folder with one of these inside. See docs/data.md.
-        labels: A label file, the ILSVRC2012 devkit or ReaL's real.json, which counts instead of
-            what is found.
-        class_names: Of the classes, where they are a model's own: labels and folders are these, or
-            indices into them. None for ImageNet-1K's.
+        labels: A label file, the ILSVRC2012 devkit or ReaL's real.json, used instead of what is
+            found.
+        class_names: Names of a model's own classes; labels and folders are these names or indices
+            into them. None for ImageNet-1K's.
 
     Raises:
         ValueError: There are no images, an image has no class, a label no image, or a file is

@@ -49,8 +49,8 @@ from internimage_jax.processes import Group
 from internimage_jax.report import make_report
 from internimage_jax.report_html import make_page
 
-# Called with the number of images that are done, of all, of those that were right, and of those
-# that were evaluated, which is all that are done but the skipped ones.
+# Called with the numbers of images done, of all images, of images that were right, and of images
+# evaluated, which are those done but not skipped.
 Progress = Callable[[int, int, int, int], None]
 
 
@@ -84,7 +84,7 @@ def evaluate(
         implementation: Of DCNv3, see `xla_ops.dcnv3`; a model that is given has its own.
         image_size: Side of the images, in pixels; None is the checkpoint's, and a model that is
             given has its own.
-        workers: How many images are decoded at a time; None is as many as there are cores.
+        workers: How many images are decoded at a time; None is one per core, at most 32.
         num_images: Evaluates that many, evenly spaced through the dataset; None is all.
         labels: A file of labels, see `internimage_jax.data.open_dataset`.
         output: Folder for predictions.jsonl, report.json, report.html and settings.json; None
@@ -95,8 +95,8 @@ def evaluate(
             leaves the image out and lists it.
         group: The processes that share the work, see `internimage_jax.processes`; None is this one
             alone.
-        progress: Called after each batch with the images that are done, all images, and how many of
-            those done were right and were evaluated, which skipped ones are not; of this process.
+        progress: Called after each batch with four counts of this process: images done, all images,
+            images that were right, and images evaluated (those done but not skipped).
 
     Returns:
         The report, as docs/evaluation.md describes it and report.json holds it; the same in every

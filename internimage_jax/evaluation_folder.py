@@ -27,7 +27,7 @@ PAGE = "report.html"
 
 
 def classes_beside(predictions: str | os.PathLike[str]) -> Sequence[ImageClass] | None:
-    """The classes that an evaluation's predictions count, by the settings with them.
+    """The classes that an evaluation's predictions index, from the settings beside them.
 
     predictions: The file, or the folder that it is in.
 

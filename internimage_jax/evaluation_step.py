@@ -30,7 +30,7 @@ _AXIS = "devices"
 class Outputs(NamedTuple):
     """What a step gives: `sums` over all its images, the rest for each image.
 
-    Where there are fewer than five classes to choose among, there are as many in place of 5.
+    With fewer than five classes to choose among, their number takes the place of 5.
     """
 
     sums: Any  # int32 (3,): right in the first place, right among the first five, images

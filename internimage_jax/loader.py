@@ -62,7 +62,7 @@ def load_batches(
         preprocessing: The size of the images.
         indices: Positions in `dataset`, in the order to read them.
         batch_size: Images a batch.
-        workers: Threads; None for one per core.
+        workers: Threads; None for one per core, at most 32.
         on_error: "fail" raises the error of an image that cannot be read, after the batches
             before it; "skip" leaves the image out and lists it in its batch's `failed`.
 

@@ -1,8 +1,8 @@
 """InternImage in Flax NNX: the model, its levels and its head; `layers` has what they are made of.
 
-An attribute's path is its parameter's path, so `levels.0.blocks.2.dcn.offset.kernel` is found here
-and there by reading along. All maps are (N, H, W, C). Reference: Wang et al., InternImage (CVPR
-2023, arXiv 2211.05778), section 3.
+An attribute's path is its parameter's path: `levels.0.blocks.2.dcn.offset.kernel`, as a converted
+folder names it, can be followed through the classes. All maps are (N, H, W, C). Reference: Wang et
+al., InternImage (CVPR 2023, arXiv 2211.05778), section 3.
 """
 
 from __future__ import annotations
@@ -175,13 +175,14 @@ class InternImage(nnx.Module):
         config: The architecture.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
-        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
+        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`. With "gather"
+            the other operators are in jnp too.
         rngs: Source of the initial values; None leaves the parameters without values, as
             `nnx.eval_shape` around the constructor would, but much faster.
         name: What reports call the model.
         preprocessing: How its images are made; None is ImageNet's at 224 pixels.
-        classes: Names of the classes, in the order of the logits; None are ImageNet's for a model
-            with as many.
+        classes: Names of the classes, in the order of the logits; None means ImageNet's, if the
+            model has 1,000 or 21,841 classes.
 
     Raises:
         ValueError: `implementation` is none of these, a dtype none of the four floating ones or
@@ -233,7 +234,7 @@ class InternImage(nnx.Module):
             images: (N, H, W, 3), as `internimage_jax.normalize` makes them; any floating dtype.
                 H and G want sides that are multiples of 32.
             train: Uses batch statistics in BatchNorms, and updates the running ones; drops out at
-                the rates of the config. NNX's `model.train()` and `model.eval()` do not count.
+                the rates of the config. NNX's `model.train()` and `model.eval()` have no effect.
             key: Source of the dropout, a JAX PRNG key; needed in training if a rate is above 0.
 
         Returns:
@@ -272,7 +273,7 @@ class InternImage(nnx.Module):
         self._check(images, train, key)
         return self._features(images, train, key)
 
-    # By the time that it is refused, `jit` has taken the call out of the operators' hands.
+    # Here too: within `jit` forward mode is refused only after the operators have returned.
     @forward_mode_named("gather")
     def _features(
         self, images: jax.Array, train: bool, key: jax.Array | None
@@ -287,13 +288,13 @@ class InternImage(nnx.Module):
         return tuple(maps)
 
     def fused(self) -> InternImage:
-        """Returns the model as it is best run: the same function, with fewer and larger products.
+        """Returns a model for inference: the same function, with fewer and larger products.
 
-        Training and files want the parameters as the released models have them, and a model that
-        has them so joins some of them on each call. This does it once, and so also multiplies the
-        norms of branches by their gammas, in float32 at least. Where a CPU's kernels serve, it also
-        has the products' kernels in panels, the layout that they read fastest; so it is to be
-        called where the parameters will be used. The two share all other parameters.
+        Training and files need the parameters as the released models have them; a model that has
+        them so joins some of them on each call. This does it once, and also multiplies the norms of
+        branches by their gammas, in float32 at least. On a CPU with kernels it also puts the
+        products' weights in panels, the layout that the kernels read fastest; so call it on the
+        device where the parameters will be used. The two models share all other parameters.
         """
         fused = whole(nnx.merge(*nnx.split(self)))
         fused.is_fused = True

@@ -39,7 +39,7 @@ class Prediction:
     """The most probable classes of one image, best first.
 
     Args:
-        file: Path of the image; "image 3" for the fourth one where that is not from a path.
+        file: Path of the image, or "image 3" for the fourth one if it does not come from a path.
         classes: As many as `topk`; none where the image could not be read.
         error: Why it could not be read, None if it was.
     """
@@ -50,7 +50,7 @@ class Prediction:
 
 
 def is_argument(parameter: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether a predictor's compiled function takes it, and does not have it as a constant.
+    """Whether it is an argument of a predictor's compiled function, not a constant in it.
 
     On a CPU it takes 187 of T's 572 arrays; the rest are vectors, half a megabyte in all. For a GPU
     XLA makes more launches of a program that has constants, T's 378 for 362, so there it takes all.
@@ -64,7 +64,7 @@ class Predictor:
     Building one compiles the model for `batch_size` images, once: the last batch is filled up with
     blank images. The compiled function takes the kernels as arguments, so predictors of the same
     `model.fused()` share them; on a CPU biases and other vectors are constants in it, so a program
-    in the compilation cache is of one checkpoint.
+    in the compilation cache serves one checkpoint only.
 
     Args:
         model: With classes. The predictor keeps the parameters that it has now.

@@ -67,14 +67,15 @@ def create_model(
         model: A released name, or a config.
         num_classes: Classes of the head; None keeps the config's, 0 leaves the head out.
         classes: Names of the classes, which also say how many there are.
-        drop_path_rate: Of stochastic depth in training; None keeps the config's, which in those of
-            the released models is 0.
+        drop_path_rate: Of stochastic depth in training; None keeps the config's, which is 0 in the
+            released models.
         with_cp: Whether training recomputes what is within a layer; None keeps the config's.
         image_size: Side of the images that `Predictor` and `evaluate` make, in pixels; None is the
             released model's, 224 for a config.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters; None is `dtype`.
-        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
+        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`. With "gather"
+            the other operators are in jnp too.
         seed: Of the initial values.
 
     Returns:
@@ -109,7 +110,7 @@ def _changed(config: InternImageConfig, **values: Any) -> InternImageConfig:
 
 
 def _of_size(preprocessing: Preprocessing, image_size: int | None) -> Preprocessing:
-    """The same for images of another size, cut out of as large a part of the picture."""
+    """The same preprocessing for another image size; the crop keeps its share of the picture."""
     if image_size is None:
         return preprocessing
     short = preprocessing.resize_size
@@ -143,22 +144,23 @@ def from_pretrained(
         source: A released name, such as "internimage_t_1k_224" or
             "OpenGVLab/internimage_t_1k_224", or a path: whatever `convert.convert` takes, or a
             folder that it wrote.
-        model: Which model a file is of; see `convert.convert`. Of a config the settings of training
-            (drop rates, `with_cp`) are taken in any case.
+        model: Which model a file is of; see `convert.convert`. If it is a config, its training
+            settings (drop rates, `with_cp`) always apply.
         weights: "model", or "ema" for the moving average that a training run keeps.
         num_classes: Classes wanted. A head of another size is replaced by a new one, which is
             logged; 0 leaves out the head.
-        classes: Names of the classes wanted, which also say how many there are; a head of as many
-            is kept. None are those in the checkpoint's config.json, if any.
+        classes: Names of the classes wanted, which also say how many there are; a head with that
+            many is kept. None means those in the checkpoint's config.json, if any.
         to_1k: Takes the ImageNet-1K classes out of a head of 21,841, by the released map.
-        drop_path_rate: Of stochastic depth in training; None keeps the checkpoint's, which of the
-            released models is 0.
+        drop_path_rate: Of stochastic depth in training; None keeps the checkpoint's, which is 0 in
+            the released models.
         with_cp: Whether training recomputes what is within a layer; None keeps the checkpoint's.
         image_size: Side of the images that `Predictor` and `evaluate` make, in pixels; None keeps
             the checkpoint's.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters; None is `dtype`.
-        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`.
+        implementation: Of DCNv3: "kernel", "gather" or None, see `xla_ops.dcnv3`. With "gather"
+            the other operators are in jnp too.
 
     Returns:
         The model, with `name`, `config` and `preprocessing` set.
@@ -210,7 +212,7 @@ def save_pretrained(model: InternImage, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         model: With values; parameters are written in their dtype. Not a fused one, whose parameters
-            are not the released models'. Of several processes that have it, one is to write it.
+            are not the released models'. If several processes have it, only one may write it.
         folder: For `model.safetensors` and `config.json`; replaces what was written before.
 
     Returns:

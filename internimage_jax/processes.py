@@ -42,7 +42,7 @@ class Group:
         """Raises OSError where another process has ended before its time."""
 
     def exchange(self, data: bytes) -> list[bytes]:
-        """Gives to each process what every one has put in, by number; waits for all.
+        """Returns the `data` of every process, in the order of their numbers; waits for all.
 
         Raises OSError where another process has ended before its time.
         """
@@ -181,9 +181,9 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Iterator[Group]:
-    """Brings the processes of an evaluation together; before JAX has used a device.
+    """Brings the processes of an evaluation together; call it before JAX uses a device.
 
-    An error within the context ends the other processes too, and they say it.
+    An error within the context ends the other processes too, and they report it.
 
     Args:
         coordinator: "HOST:PORT" of process 0; None, with the two others, is what

@@ -119,7 +119,7 @@ def calibration(results: Sequence[ImageResult]) -> dict[str, Any]:
 
 
 def classes_of(settings: Mapping[str, Any]) -> Sequence[ImageClass]:
-    """The classes that an evaluation's labels count, by its settings or report."""
+    """The classes that an evaluation's labels index, from its settings or report."""
     names = settings.get("classes", "ImageNet")  # once there were no others
     if names == "ImageNet":
         return imagenet1k_classes()

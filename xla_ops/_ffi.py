@@ -37,7 +37,7 @@ _lock = threading.Lock()
 
 
 class Status(NamedTuple):
-    """What serves on a platform: "kernel" or "gather", and why or in what form."""
+    """What serves on a platform: "kernel" or "gather"; and in what form, or why no kernel."""
 
     implementation: str
     detail: str
@@ -49,7 +49,7 @@ class _Loaded(NamedTuple):
 
 
 def status() -> dict[str, Status]:
-    """Tells what serves on each platform that has a kernel, and why where it is not the kernel."""
+    """Tells whether kernels serve on each platform that can have them, and if not, why."""
     return {platform: _load(platform).status for platform in PLATFORMS}
 
 
@@ -85,9 +85,9 @@ def _load(platform: str) -> _Loaded:
 
 
 def serve_untried(platform: str, without: frozenset[str] = frozenset()) -> None:
-    """Takes a platform's kernels as serving, but those `without` which that device has to do, so
-    that programs can be compiled for a device that is not here. They are not tried, and an
-    extension that is not built is an `ImportError`.
+    """Takes a platform's kernels as serving, without a trial, so that programs can be compiled for
+    a device that is not here; not those in `without`, which that device lacks. Raises ImportError
+    if the extension is not built.
     """
     _register(platform)
     with _lock:

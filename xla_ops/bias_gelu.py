@@ -31,7 +31,7 @@ def bias_gelu(
 
     This is the erf form of GELU (not the tanh form, another function); the kernels' relative error
     in float32 is below 6e-7, also where Phi(z) is tiny, down to z = -12.9, where the result is
-    -3e-37. In float32 it stays so below that, and the derivative at -4e-36.
+    -3e-37. Below that, in float32, the result stays at that value, and the derivative at -4e-36.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.

@@ -31,11 +31,11 @@ def convolution(
 ) -> jax.Array:
     """Returns the convolution of 3 x 3 pixels with stride 2 and padding 1 on all sides.
 
-    On x86 processors with AVX2 it is a kernel, but for float64: a matrix product whose rows are put
-    together as they are read, and so is the gradient of its kernel; that of x is XLA's. On CUDA a
-    small one is a matrix product over patches: XLA keeps convolutions out of its command buffers,
-    and a product is launched with all else as one CUDA graph. Everywhere else it is XLA's
-    convolution.
+    On x86 processors with AVX2 it is one kernel, except in float64: a matrix product whose rows are
+    put together as they are read. The gradient of `kernel` is such a product too; that of x is
+    XLA's. On CUDA a small one is a matrix product over patches: XLA keeps convolutions out of its
+    command buffers, and a product is launched with all else as one CUDA graph. Everywhere else it
+    is XLA's convolution.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64, H and W at least 1.

@@ -41,10 +41,10 @@ def dcnv3(
         loc_w = j * stride_w - pad_w + r_w + (a * dilation_w - r_w + offset_x) * offset_scale
 
     and loc_h likewise from i, b and offset_y, in pixels of the unpadded input, with
-    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b: points run along x slowest. A
-    neighbour outside the map counts as zero, and so does a point at or beyond one pixel outside, at
-    infinity or at NaN. The derivative by an offset at an integer location is that of the cell to
-    the right.
+    r = dilation * (kernel - 1) // 2 and p = a * kernel_h + b, so that x varies slowest. A neighbour
+    outside the map counts as zero, and so does a point one pixel or more outside, at infinity or at
+    NaN. The derivative with respect to an offset at an integer location is that of the cell to the
+    right.
 
     Args:
         x: Features (N, H, W, G * D), float32, bfloat16, float16 or float64.
@@ -61,8 +61,8 @@ def dcnv3(
         implementation: "gather" is jnp: it runs anywhere, and has forward mode; "kernel" is the
             custom call of the platform that the program is compiled for, whose second derivatives
             are those of the jnp form; None takes the kernel where `xla_ops.status()` has one, and
-            the jnp form elsewhere. `jax.export` takes the jnp form, and what it wants for the
-            kernel is in `xla_ops.export_checks`.
+            the jnp form elsewhere. `jax.export` takes the jnp form as it is, and the kernel with
+            `xla_ops.export_checks()`.
 
     Returns:
         (N, Ho, Wo, G * D) of x's dtype, where

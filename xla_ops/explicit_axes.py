@@ -60,7 +60,7 @@ def explicit_mesh(operands: Arrays) -> Any:
 
 
 def shardings_of(arrays: Arrays, mesh: Any) -> tuple[NamedSharding, ...]:
-    """The arrays' shardings; `mesh` is of those that have none."""
+    """The arrays' shardings; `mesh` is used for those that have none."""
     shardings = (jax.typeof(a).sharding for a in arrays)
     return tuple(
         NamedSharding(mesh, PartitionSpec(*[None] * a.ndim)) if mesh and of.mesh.empty else of

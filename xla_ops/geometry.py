@@ -13,7 +13,7 @@ Array = jax.Array | np.ndarray
 
 
 class Geometry(NamedTuple):
-    """What of a DCNv3 call is known before any array is; pairs are (h, w)."""
+    """The static settings of a DCNv3 call; pairs are (h, w)."""
 
     kernel_size: tuple[int, int]
     stride: tuple[int, int]

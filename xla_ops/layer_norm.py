@@ -38,8 +38,8 @@ def layer_norm(
 ) -> jax.Array:
     """Returns scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias, mean and var over channels.
 
-    In any form the sum of squares has to be a float32: from some 1e18 on it is infinite, and what
-    is returned is `bias`.
+    Except in float64, the sum of squares is a float32: for values from some 1e18 on it is infinite,
+    and the result is `bias`.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.

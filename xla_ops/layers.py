@@ -29,18 +29,18 @@ from xla_ops.operands import (
     check_integer,
 )
 
-# Numbers of a map, of all its images, up to which it is taken unasked: none, since no GPU has timed
-# it yet. T at batch 1 has 200,704 on its first level, B 351,232.
+# The largest map, in numbers over all images, for which it is used by default: none, since it has
+# not been timed on a GPU yet. T at batch 1 has 200,704 on its first level, B 351,232.
 MOST_NUMBERS = 0
-# Whether its kernels are on their way before those before them have ended; to be compared.
+# Whether its kernels start before those before them have ended; to be compared with False.
 EARLY = True
 
 
 class LayerParameters(NamedTuple):
     """The parameters of a layer of C channels, K between the products of its MLP.
 
-    Kernels of products are (inputs, outputs) and of x's dtype; vectors are of that or float32, the
-    two of a norm of one dtype, and so are the depthwise kernel and its three vectors.
+    Kernels of products are (inputs, outputs), in x's dtype. Vectors are in x's dtype or float32;
+    the two of a norm share one dtype, and so do the depthwise kernel and its three vectors.
     """
 
     norm1_scale: jax.Array  # (C,)
@@ -127,7 +127,7 @@ _TAKEN = (
 
 
 def layers_pay(x: jax.Array | jax.ShapeDtypeStruct, group: int) -> bool:
-    """Whether `layers` is one call, where it serves, of a map like x without being asked for it."""
+    """Whether `layers` of a map like x is one call by default, where the kernel serves."""
     if not are_known(x.shape) or math.prod(x.shape) > MOST_NUMBERS:
         return False
     return _takes(x, group) and bool(_serving())

@@ -45,13 +45,14 @@ def linear(
 ) -> jax.Array:
     """Returns x @ kernel + bias, or the erf form of GELU of it.
 
-    One kernel does it all, and what is summed or goes into GELU is neither rounded nor written: on
-    x86 processors with AVX2, but for float64; on CUDA from compute capability 8.0 on, in half
-    precision with GELU, C and K in eights, up to 256 input channels, and on 9.0 (H100, H200) for
-    large maps up to 512, and without GELU up to 320 that do not come in 128s. Everywhere else, and
-    under differentiation on CUDA and with GELU, it is a product, rounded to x's dtype, and then the
-    bias, or `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite there, whatever the
-    bias. That product is XLA's, and on a CPU the kernel's where it serves, as are its gradients.
+    One kernel does it all, and neither rounds nor writes the sums before bias and GELU: on x86
+    processors with AVX2, except in float64; on CUDA from compute capability 8.0 on, in half
+    precision with GELU, C and K multiples of 8, C at most 256; and on 9.0 (H100, H200), for large
+    maps, with GELU for C up to 512, and without it for C up to 320 that is no multiple of 128.
+    Everywhere else, and under differentiation on CUDA or with GELU, it is a product, rounded to x's
+    dtype, and then the bias, or `xla_ops.bias_gelu`: in float16 a product beyond 65504 is infinite
+    there, whatever the bias. That product is XLA's, and on a CPU the kernel's where it serves, as
+    are its gradients.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.

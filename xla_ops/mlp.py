@@ -39,11 +39,11 @@ def mlp(
     """Returns GELU(x @ kernel1 + bias1) @ kernel2 + bias2, GELU in its erf form.
 
     On x86 processors with AVX2, but for float64, it is one kernel: what is between the products
-    stays in the caches. The results are those of two calls of `xla_ops.linear`, to the bit but in
-    rows that are not finite (or within 2^-9 of the largest float32). On CUDA it is one in half
-    precision on compute capability 9.0 (H100, H200), for C and L both 64 or both 80 and K in 64s
-    up to 4 C: there what is between the products stays in registers. It is the two calls under
-    differentiation and everywhere else.
+    stays in the caches. The results are those of two calls of `xla_ops.linear`, to the bit except
+    in rows that are not finite (or within 2^-9 of the largest float32). On CUDA it is one kernel in
+    half precision on compute capability 9.0 (H100, H200), for C and L both 64 or both 80 and K a
+    multiple of 64 up to 4 C: there what is between the products stays in registers. It is the two
+    calls under differentiation and everywhere else.
 
     Args:
         x: (N, H, W, C), float32, bfloat16, float16 or float64.

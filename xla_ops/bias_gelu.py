@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Target, call, call_forward
+from xla_ops.custom_call import Arrays, Operator, Target, call, call_forward, run
 from xla_ops.gelu_jnp import gelu
 from xla_ops.operands import (
     ATTRIBUTES,
@@ -84,7 +84,7 @@ class BiasGelu(Operator):
         z = x.astype(real) + bias.astype(real)[None, None, None]
         return gelu(z).astype(x.dtype)
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         _x, bias = kept
         (dx,) = run(self.backward(platform), *kept, *dys)
         return dx, bias_gradient(dx, bias)

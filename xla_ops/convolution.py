@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
+from xla_ops.custom_call import Arrays, Operator, Shapes, Target, call, run
 from xla_ops.linear import check_kernel
 from xla_ops.operands import ATTRIBUTES, are_known, arrays, bias_gradient, check_dtype
 from xla_ops.panels import from_panels
@@ -90,7 +90,7 @@ class Convolution(Operator):
     def backward(self, platform: str) -> Target:
         return KERNEL_GRADIENT  # asked of all platforms; a CPU has it
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         (x, kernel, bias), (dy,) = kept, dys
         in_rows = functools.partial(self._in_rows, inputs=x.shape[-1], outputs=len(bias))
         kernel_in_rows, to_layout = jax.vjp(in_rows, kernel)

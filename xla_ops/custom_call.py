@@ -89,7 +89,7 @@ class Operator(Forward, Protocol):
         del results
         return operands
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         """Those of what was kept from those of the results, by the kernels of a platform."""
         ...
 
@@ -103,7 +103,9 @@ class Operator(Forward, Protocol):
         return gradients
 
 
-Run = Callable[..., Arrays]  # of a target and its operands
+def run(target: Target, *operands: jax.Array) -> Arrays:
+    """The results of a custom call, for operators to compute gradients by."""
+    return _custom_call(target)(*operands)
 
 
 def call(
@@ -279,7 +281,7 @@ def _backward(form: _Form, count: int, *operands: jax.Array) -> Arrays:
     operator = form.operator
 
     def by_kernel(platform: str) -> Function:
-        return lambda *a: operator.gradients(platform, _run, a[:-count], a[-count:])
+        return lambda *a: operator.gradients(platform, a[:-count], a[-count:])
 
     def by_definition(*a: jax.Array) -> Arrays:
         return operator.gradients_by_definition(a[:-count], a[-count:])
@@ -287,10 +289,6 @@ def _backward(form: _Form, count: int, *operands: jax.Array) -> Arrays:
     branches = {platform: by_kernel(platform) for platform in form.platforms}
     gradients = shardings_of(operands[:-count], explicit_mesh(operands))
     return _dispatch(branches, by_definition if form.fallback else None, operands, gradients)
-
-
-def _run(target: Target, *operands: jax.Array) -> Arrays:
-    return _custom_call(target)(*operands)
 
 
 def _dispatch(
@@ -301,12 +299,12 @@ def _dispatch(
     Without a default, compiling for a platform that has no branch is an error.
     """
 
-    def run(*operands: jax.Array) -> Any:
+    def dispatched(*operands: jax.Array) -> Any:
         if not branches and default is not None:
             return default(*operands)
         return lax.platform_dependent(*operands, **branches, default=default)
 
-    return automatic(run, operands, sharding)
+    return automatic(dispatched, operands, sharding)
 
 
 def _by_definition(operator: Forward, *operands: jax.Array) -> Any:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from xla_ops import _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target
+from xla_ops.custom_call import Arrays, Operator, Shapes, Target, run
 from xla_ops.dcnv3_gather import dcnv3_fused_gather, dcnv3_gather
 from xla_ops.geometry import Geometry
 
@@ -46,7 +46,7 @@ class DCNv3(Operator):
         x, offset, mask = operands
         return dcnv3_gather(x, offset, mask, self.geometry)
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         return run(self.backward(platform), *kept, *dys)[: len(kept)]
 
     @property

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from xla_ops import _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
+from xla_ops.custom_call import Arrays, Operator, Shapes, Target, call, run
 from xla_ops.dwconv_jnp import dwconv_norm_gelu_jnp
 from xla_ops.operands import (
     ATTRIBUTES,
@@ -94,7 +94,7 @@ class DwconvNormGelu(Operator):
         x, kernel, bias, scale, offset = operands
         return dwconv_norm_gelu_jnp(x, kernel, bias, scale, offset, self.epsilon)
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         dx, parts, *_ = run(self.backward(platform), *kept, *dys)
         total = parts.sum((0, 1))  # (3 + K * K, C)
         offset, scale, bias, kernel = total[0], total[1], total[2], total[3:]

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call
+from xla_ops.custom_call import Arrays, Operator, Shapes, Target, call, run
 from xla_ops.explicit_axes import sharded_alike
 from xla_ops.operands import (
     ATTRIBUTES,
@@ -179,7 +179,7 @@ class LayerNorm(Operator):
     def backward(self, platform: str) -> Target:
         return _backward(_targets.NORM_BACKWARD, self.epsilon, (3,))
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         x, scale, bias = kept
         dx, parts = run(self.backward(platform), x, scale, *dys)
         return dx, *_of_parameters(parts, bias)
@@ -207,7 +207,7 @@ class AddNorm(Operator):
         # The sum, which what follows keeps too, for the two.
         return results[0], *operands[2:]
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         total, scale, bias = kept
         dtotal, parts = run(self.backward(platform), total, scale, *dys)
         return dtotal, *_of_parameters(parts, bias)
@@ -240,9 +240,9 @@ class NormAdd(Operator):
     def backward(self, platform: str) -> Target:
         return LayerNorm(self.epsilon).backward(platform)
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         x, _residual, *parameters = kept
-        dx, *others = LayerNorm(self.epsilon).gradients(platform, run, (x, *parameters), dys)
+        dx, *others = LayerNorm(self.epsilon).gradients(platform, (x, *parameters), dys)
         return dx, *dys, *others
 
     def definition(self, *operands: jax.Array) -> jax.Array:

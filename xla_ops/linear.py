@@ -13,7 +13,7 @@ from jax import lax
 
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
-from xla_ops.custom_call import Arrays, Operator, Run, Shapes, Target, call, call_forward
+from xla_ops.custom_call import Arrays, Operator, Shapes, Target, call, call_forward, run
 from xla_ops.operands import (
     ATTRIBUTES,
     are_known,
@@ -159,7 +159,7 @@ class Linear(Operator):
     def backward(self, platform: str) -> Target:
         return KERNEL_GRADIENT  # asked of all platforms; a CPU has it
 
-    def gradients(self, platform: str, run: Run, kept: Arrays, dys: Arrays) -> Arrays:
+    def gradients(self, platform: str, kept: Arrays, dys: Arrays) -> Arrays:
         (x, kernel, bias), (dy,) = kept, dys
         inputs, outputs = x.shape[-1], bias.shape[0]
         matrix, to_layout = jax.vjp(

@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Arrays, Operator, Target, call, call_forward, run
+from xla_ops import _targets
+from xla_ops.custom_call import Arrays, Operator, Target, call, run
 from xla_ops.gelu_jnp import gelu
 from xla_ops.operands import (
     ATTRIBUTES,
@@ -57,13 +57,10 @@ def bias_gelu(
             f"bias: expected shape {x.shape[-1:]} and dtype {x.dtype}{also}, "
             f"got {bias.shape} and {bias.dtype}"
         )
-    if x.dtype == jnp.float16:
-        # The kernel's gradient of the bias is a sum of dx as it is rounded. That has bfloat16's
-        # range, but of float16's only what lies between 6e-8 and 65504: under differentiation it is
-        # the jnp form.
-        serving = _ffi.serving(_targets.GELU_FORWARD)
-        return call_forward(BiasGelu(), implementation, serving, "", x, bias)
-    return call(BiasGelu(), implementation, x, bias)
+    # The kernel's gradient of the bias is a sum of dx as it is rounded. That has bfloat16's range,
+    # but of float16's only what lies between 6e-8 and 65504: under differentiation it is the jnp
+    # form.
+    return call(BiasGelu(), implementation, x, bias, gradients=x.dtype != jnp.float16)
 
 
 @dataclass(frozen=True)

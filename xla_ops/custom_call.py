@@ -62,6 +62,8 @@ class Forward(Protocol):
     classes would be equal.
     """
 
+    plain: ClassVar[str] = "jnp"  # what `implementation` calls the definition
+
     @property
     def forward(self) -> Target:
         """From the operands to the results, which have the batch and the dtype of the first."""
@@ -74,8 +76,6 @@ class Forward(Protocol):
 
 class Operator(Forward, Protocol):
     """An operator with kernels for its gradients too."""
-
-    plain: ClassVar[str] = "jnp"  # what `implementation` calls the definition
 
     def backward(self, platform: str) -> Target:
         """What the gradients need besides the forward.
@@ -109,11 +109,12 @@ def run(target: Target, *operands: jax.Array) -> Arrays:
 
 
 def call(
-    operator: Operator,
+    operator: Forward,
     implementation: str | None,
     *operands: jax.Array,
     platforms: tuple[str, ...] | None = None,
     refusal: str = "",
+    gradients: bool = True,
 ) -> Any:
     """Computes `operator` of checked operands by the implementation that is asked for.
 
@@ -121,59 +122,32 @@ def call(
     compiled for where there is one, and the definition elsewhere.
 
     `platforms` are those whose kernel serves and takes the operands, None all that serve; `refusal`
-    says why others do not, "" that there are none.
+    says why others do not, "" that there are none. With `gradients` the operator is an `Operator`;
+    without, under differentiation, it is the definition everywhere.
 
     Raises:
         ValueError: No such implementation, no kernel where one is asked for, or forward mode, which
             a kernel does not have.
     """
-    if platforms is None:
-        platforms = _ffi.serving(operator.forward.name)
-    form = _chosen(operator, operator.plain, implementation, platforms, refusal)
-    if form is None:
-        return _by_definition(operator, *operands)
-    with forward_mode_named(operator.plain):
-        return _differentiable(form, *varying_alike(*operands))
-
-
-def call_forward(
-    operator: Forward,
-    implementation: str | None,
-    platforms: tuple[str, ...],
-    refusal: str,
-    *operands: jax.Array,
-) -> Any:
-    """Computes `operator`, which has a kernel for the forward alone, as `call` does.
-
-    Under differentiation it is the definition everywhere.
-    """
-    form = _chosen(operator, "jnp", implementation, platforms, refusal)
-    if form is None:
-        return _by_definition(operator, *operands)
-    with forward_mode_named("jnp"):
-        return _differentiable_by_definition(form, *operands)
-
-
-def _chosen(
-    operator: Forward,
-    plain: str,
-    implementation: str | None,
-    platforms: tuple[str, ...],
-    refusal: str,
-) -> _Form | None:
-    """The form with the kernel, or None for the definition, which is called `plain`."""
+    plain = operator.plain
     if implementation not in ("kernel", plain, None):
         raise ValueError(
             f"implementation: expected 'kernel', {plain!r} or None, got {implementation!r}"
         )
+    if platforms is None:
+        platforms = _ffi.serving(operator.forward.name)
     if implementation == "kernel" and not platforms:
         raise ValueError(
             f"implementation: no 'kernel' to serve here ({refusal or _ffi.reasons()}); "
             f"use {plain!r} or None"
         )
     if implementation == plain or not platforms:
-        return None
-    return _Form(operator, platforms, implementation is None)
+        return _by_definition(operator, *operands)
+    form = _Form(operator, platforms, fallback=implementation is None)
+    with forward_mode_named(plain):
+        if gradients:
+            return _differentiable(form, *varying_alike(*operands))
+        return _differentiable_by_definition(form, *operands)
 
 
 class NoForwardMode(ValueError):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Shapes, Target, call_forward
+from xla_ops.custom_call import Forward, Shapes, Target, call
 from xla_ops.dcnv3 import dcnv3_fused
 from xla_ops.dwconv import dwconv_norm_gelu
 from xla_ops.geometry import Record
@@ -115,8 +115,11 @@ def layers(
     taken = serving if _takes(x, group, parameters[0].fc1_bias.shape[0]) else ()
     if implementation is None and not layers_pay(x, group):
         taken = ()
-    operands = itertools.chain.from_iterable(parameters)
-    return call_forward(operator, implementation, taken, _TAKEN if serving else "", x, *operands)
+    operands = x, *itertools.chain.from_iterable(parameters)
+    refusal = _TAKEN if serving else ""
+    return call(
+        operator, implementation, *operands, platforms=taken, refusal=refusal, gradients=False
+    )
 
 
 _TAKEN = (
@@ -148,7 +151,7 @@ def _takes(x: jax.Array | jax.ShapeDtypeStruct, group: int, hidden: int = 16) ->
 
 
 @dataclass(frozen=True)
-class Layers:
+class Layers(Forward):
     """`layers` as `xla_ops.custom_call` takes it."""
 
     count: int

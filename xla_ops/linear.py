@@ -13,7 +13,7 @@ from jax import lax
 
 from xla_ops import _ffi, _targets
 from xla_ops.bias_gelu import bias_gelu
-from xla_ops.custom_call import Arrays, Operator, Shapes, Target, call, call_forward, run
+from xla_ops.custom_call import Arrays, Operator, Shapes, Target, call, run
 from xla_ops.operands import (
     ATTRIBUTES,
     are_known,
@@ -79,9 +79,9 @@ def linear(
     if implementation is None and not _pays_on_cuda(x.shape, bias.shape[0], gelu):
         taken = tuple(platform for platform in taken if platform != "cuda")
     refusal = _TAKEN if serving else ""
-    if gelu:
-        return call_forward(operator, implementation, taken, refusal, *operands)
-    return call(operator, implementation, *operands, platforms=taken, refusal=refusal)
+    return call(
+        operator, implementation, *operands, platforms=taken, refusal=refusal, gradients=not gelu
+    )
 
 
 def product(

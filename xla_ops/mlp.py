@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xla_ops import _ffi, _targets
-from xla_ops.custom_call import Shapes, Target, call_forward
+from xla_ops.custom_call import Forward, Shapes, Target, call
 from xla_ops.linear import check_operands, linear
 from xla_ops.operands import ATTRIBUTES, are_known, arrays
 
@@ -73,7 +73,10 @@ def mlp(
         taken = tuple(platform for platform in taken if _pays(platform, x.shape))
     panels = (kernel1.ndim == 3, kernel2.ndim == 3)
     operator = MLP(panels, "jnp" if implementation == "jnp" else None)
-    return call_forward(operator, implementation, taken, _TAKEN if serving else "", *operands)
+    refusal = _TAKEN if serving else ""
+    return call(
+        operator, implementation, *operands, platforms=taken, refusal=refusal, gradients=False
+    )
 
 
 _TAKEN = (
@@ -104,7 +107,7 @@ def _pays(platform: str, shape: tuple[int, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(Forward):
     """`mlp` as `xla_ops.custom_call` takes it."""
 
     panels: tuple[bool, bool] = (False, False)  # the kernels' layouts

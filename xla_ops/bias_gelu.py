@@ -17,6 +17,7 @@ from xla_ops.operands import (
     at_least_float32,
     bias_gradient,
     check_dtype,
+    check_operand,
     like_first,
 )
 
@@ -50,13 +51,7 @@ def bias_gelu(
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     check_dtype(x)
-    real = at_least_float32(x.dtype)
-    if bias.shape != x.shape[-1:] or bias.dtype not in (x.dtype, real):
-        also = f" or {real}" if real != x.dtype else ""
-        raise ValueError(
-            f"bias: expected shape {x.shape[-1:]} and dtype {x.dtype}{also}, "
-            f"got {bias.shape} and {bias.dtype}"
-        )
+    check_operand("bias", bias, x.shape[-1:], x.dtype, at_least_float32(x.dtype))
     # The kernel's gradient of the bias is a sum of dx as it is rounded. That has bfloat16's range,
     # but of float16's only what lies between 6e-8 and 65504: under differentiation it is the jnp
     # form.

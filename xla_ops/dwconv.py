@@ -16,6 +16,7 @@ from xla_ops.operands import (
     arrays,
     at_least_float32,
     check_dtype,
+    check_epsilon,
     chunks_of,
     like_first,
 )
@@ -66,8 +67,7 @@ def dwconv_norm_gelu(
     parameters = {"kernel": kernel, "bias": bias, "scale": scale, "offset": offset}
     x, *values = arrays(x=x, **parameters)
     _check(x, dict(zip(parameters, values, strict=True)))
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
+    check_epsilon(epsilon)
     if implementation is None and x.shape[-1] * at_least_float32(x.dtype).itemsize > 4 * 4096:
         implementation = "jnp"
     return call(DwconvNormGelu(float(epsilon)), implementation, x, *values)

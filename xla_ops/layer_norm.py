@@ -19,6 +19,8 @@ from xla_ops.operands import (
     arrays,
     at_least_float32,
     check_dtype,
+    check_epsilon,
+    check_operand,
     chunks_of,
     like_first,
 )
@@ -147,22 +149,11 @@ def _check(
     if x.ndim != 4 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (N, H, W, C), C at least 1, got {x.shape}")
     check_dtype(x)
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
-    real = at_least_float32(x.dtype)
-    dtypes = {"scale": (x.dtype, real), "bias": (scale.dtype,)}
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector.shape != x.shape[-1:] or vector.dtype not in dtypes[name]:
-            wanted = " or ".join(dict.fromkeys(map(str, dtypes[name])))
-            raise ValueError(
-                f"{name}: expected shape {x.shape[-1:]} and dtype {wanted}, "
-                f"got {vector.shape} and {vector.dtype}"
-            )
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"residual: expected shape {x.shape} and dtype {x.dtype}, "
-            f"got {residual.shape} and {residual.dtype}"
-        )
+    check_epsilon(epsilon)
+    check_operand("scale", scale, x.shape[-1:], x.dtype, at_least_float32(x.dtype))
+    check_operand("bias", bias, x.shape[-1:], scale.dtype)
+    if residual is not None:
+        check_operand("residual", residual, x.shape, x.dtype)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from xla_ops.operands import (
     arrays,
     at_least_float32,
     check_dtype,
+    check_epsilon,
     check_integer,
+    check_operand,
 )
 
 # The largest map, in numbers over all images, for which it is used by default: none, since it has
@@ -255,8 +257,7 @@ def _check(x: jax.Array, parameters: Sequence[LayerParameters], group: int, epsi
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected shape (N, H, W, C), a map not empty, got {x.shape}")
     check_dtype(x)
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
+    check_epsilon(epsilon)
     channels = x.shape[-1]
     if channels % group:
         raise ValueError(f"group: expected an integer that divides {channels}, got {group}")
@@ -271,14 +272,10 @@ def _check(x: jax.Array, parameters: Sequence[LayerParameters], group: int, epsi
     hidden = next(iter(parameters[0].fc1_bias.shape), 0)
     shapes = _shapes(channels, group, size, hidden)
     for layer, (name, wanted) in itertools.product(parameters, shapes.items()):
-        value, dtypes = getattr(layer, name), dict.fromkeys((x.dtype, at_least_float32(x.dtype)))
+        dtypes = (x.dtype, at_least_float32(x.dtype))
         first = _OF_ONE_DTYPE.get(name.partition("_")[0])
         if first is not None and getattr(layer, first).dtype in dtypes:
-            dtypes = {getattr(layer, first).dtype: None}
+            dtypes = (getattr(layer, first).dtype,)
         elif name.endswith("kernel"):
-            dtypes = {x.dtype: None}
-        if value.shape != wanted or value.dtype not in dtypes:
-            raise ValueError(
-                f"{name}: expected shape {wanted} and dtype {' or '.join(map(str, dtypes))}, "
-                f"got {value.shape} and {value.dtype}"
-            )
+            dtypes = (x.dtype,)
+        check_operand(name, getattr(layer, name), wanted, *dtypes)

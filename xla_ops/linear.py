@@ -21,6 +21,7 @@ from xla_ops.operands import (
     at_least_float32,
     bias_gradient,
     check_dtype,
+    check_operand,
 )
 from xla_ops.panels import from_panels, panels_shape
 
@@ -226,11 +227,5 @@ def check_kernel(
             f"{names[0]}: expected shape ({wanted}), K at least 1, or that in panels, "
             f"and dtype {dtype}, got {shape} and {kernel.dtype}"
         )
-    real = at_least_float32(dtype)
     columns = bias.shape if in_panels else shape[-1:]
-    if bias.shape != columns or bias.dtype not in (dtype, real):
-        also = f" or {real}" if real != dtype else ""
-        raise ValueError(
-            f"{names[1]}: expected shape {columns} and dtype {dtype}{also}, "
-            f"got {bias.shape} and {bias.dtype}"
-        )
+    check_operand(names[1], bias, columns, dtype, at_least_float32(dtype))

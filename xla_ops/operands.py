@@ -43,6 +43,27 @@ def check_dtype(x: jax.Array | jax.ShapeDtypeStruct) -> None:
         raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
 
 
+def check_operand(
+    name: str,
+    value: jax.Array | jax.ShapeDtypeStruct,
+    shape: tuple[Any, ...],
+    *dtypes: np.dtype,
+) -> None:
+    """Raises a `ValueError` unless the operand is of the shape and of one of the dtypes."""
+    if value.shape != shape or value.dtype not in dtypes:
+        wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
+        raise ValueError(
+            f"{name}: expected shape {shape} and dtype {wanted}, "
+            f"got {value.shape} and {value.dtype}"
+        )
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises a `ValueError` unless it can be added to a variance."""
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon: expected a number of at least 0, got {epsilon!r}")
+
+
 def at_least_float32(dtype: np.dtype) -> np.dtype:
     """The dtype of locations, weights and sums: half precision serves storage only."""
     return np.dtype(np.float32) if dtype.itemsize < 4 else dtype

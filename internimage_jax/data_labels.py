@@ -16,7 +16,6 @@ from internimage_jax.data_sources import DataError, one_line_errors
 from internimage_jax.image_files import IMAGE_SUFFIXES
 from internimage_jax.labels import LabelClasses, ilsvrc2012_wnids, wnid_to_index
 from internimage_jax.messages import listing, printable
-from internimage_jax.meta_mat import read_ilsvrc2012_ids
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -103,7 +102,7 @@ def read_labels(path: str, known: LabelClasses) -> Labels:
         raise DataError(f"{printable(path)}: empty, expected labels")
     one_a_line = all(re.fullmatch(r"\S+", line) and "," not in line for line in lines)
     if one_a_line and known.names is None:
-        return _ground_truth(path, lines, _meta_beside(path))
+        return _ground_truth(path, lines)
     return _names_and_classes(path, lines, known)
 
 
@@ -216,9 +215,9 @@ def _comma_separated(line: str) -> list[str]:
         return [line]
 
 
-def _ground_truth(path: str, lines: list[str], meta: bytes | None) -> Labels:
+def _ground_truth(path: str, lines: list[str]) -> Labels:
     """Reads a class a line: a WordNet id, or ILSVRC2012's own number of it, which is no index."""
-    wnids = dict(enumerate(ilsvrc2012_wnids(), 1)) if meta is None else _meta(path, meta)
+    wnids = dict(enumerate(ilsvrc2012_wnids(), 1))
     classes = {}
     wrong = []
     for number, line in enumerate(lines, 1):
@@ -233,36 +232,20 @@ def _ground_truth(path: str, lines: list[str], meta: bytes | None) -> Labels:
     return Labels(path, classes)
 
 
-def _meta_beside(path: str) -> bytes | None:
-    path = os.path.join(os.path.dirname(path), "meta.mat")
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        return file.read(MAX_DEVKIT_FILE)
-
-
-def _meta(path: str, content: bytes) -> dict[int, str]:
-    """The WordNet id of each ILSVRC2012 id, as the devkit's meta.mat has them."""
-    with one_line_errors(os.path.join(os.path.dirname(path), "meta.mat"), "MATLAB"):
-        return read_ilsvrc2012_ids(content)
-
-
 def _devkit(path: str) -> Labels:
     """Reads the ground truth in the devkit's tar or tar.gz."""
-    found: dict[str, bytes] = {}
+    content: bytes | None = None
     with one_line_errors(path, "tar"), tarfile.open(path, "r:*") as tar:
         for member in tar:
-            base = posixpath.basename(member.name)
-            if base in (GROUND_TRUTH, "meta.mat") and member.isreg():
+            if posixpath.basename(member.name) == GROUND_TRUTH and member.isreg():
                 if member.size > MAX_DEVKIT_FILE:
-                    raise DataError(f"{printable(path)}: {base} has {member.size} bytes")
+                    raise DataError(f"{printable(path)}: {GROUND_TRUTH} has {member.size} bytes")
                 file = tar.extractfile(member)
                 assert file is not None  # for plain files it never is
-                found[base] = file.read()
-    if GROUND_TRUTH not in found:
+                content = file.read()
+    if content is None:
         raise DataError(f"{printable(path)}: holds no {GROUND_TRUTH}, expected ILSVRC2012's devkit")
-    lines = found[GROUND_TRUTH].decode("ascii", "replace").split()
-    return _ground_truth(path, lines, found.get("meta.mat"))
+    return _ground_truth(path, content.decode("ascii", "replace").split())
 
 
 def _real(path: str, text: str) -> Labels:

@@ -115,7 +115,7 @@ def test_a_devkits_files_are_plain_and_small(
     images = write_folder(tmp_path / "val", {val(1): encoded(1)})
     kit = write_tar(tmp_path / "kit", {f"kit/data/{TRUTH}": b"490\n"})
     with tarfile.open(kit, "a") as tar:
-        folder = tarfile.TarInfo("kit/meta.mat")
+        folder = tarfile.TarInfo(f"kit/{TRUTH}")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     assert open_dataset(images, labels=kit).labels == [(65,)]

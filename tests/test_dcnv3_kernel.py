@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -28,9 +27,6 @@ from tests.dcnv3_cases import (
     value_and_gradients,
 )
 from tests.layers import needs_kernel, on_device
-from xla_ops.custom_call import Target
-from xla_ops.dcnv3_kernel import DCNv3
-from xla_ops.geometry import Geometry
 
 pytestmark = needs_kernel
 
@@ -361,44 +357,3 @@ def test_missing_kernel_is_an_error_where_it_is_asked_for(monkeypatch: pytest.Mo
         xla_ops.dcnv3(x, offset, mask, group=2, implementation="kernel")
     xla_ops.dcnv3(x, offset, mask, group=2)
     assert xla_ops.status()["cpu"] == reason
-
-
-def call_handler(target: Target, operands: list, results: list) -> object:
-    """As a program may that was written otherwise than `xla_ops.dcnv3` does."""
-    settings = {
-        name: np.array(value, np.int64) if isinstance(value, tuple) else value
-        for name, value in target.attributes
-    }
-    return jax.block_until_ready(jax.ffi.ffi_call(target.name, results)(*operands, **settings))
-
-
-def test_the_handler_refuses_sides_whose_pixels_float32_does_not_tell_apart() -> None:
-    side, stride = (1 << 24) + 5, 1 << 23
-    target = DCNv3(Geometry((1, 1), (1, stride), (0, 0), (1, 1), 1, 1.0, False), False).forward
-    operands = [jnp.zeros((1, 1, *shape), jnp.bfloat16) for shape in ((side, 1), (3, 2), (3, 1))]
-    results = [jax.ShapeDtypeStruct((1, 1, 3, 1), jnp.bfloat16)]
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"a side of more than 2\^24 pixels"):
-        call_handler(target, operands, results)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_handler_refuses_buffers_of_another_dtype(fused: bool, direction: str) -> None:
-    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2, 1.0, False)
-    operator = DCNv3(geometry, fused)
-    target = operator.forward if direction == "forward" else operator.backward("cpu")
-    widths = (8, geometry.record.width) if fused else (8, 36, 18)
-    shapes = [(1, 4, 4, width) for width in (*widths, 8)[: len(target.operands)]]
-    operands = [jnp.ones(shape, jnp.float32) for shape in shapes]
-    results = [jax.ShapeDtypeStruct(*a) for a in target.shapes(*operands)]
-    run = functools.partial(call_handler, target)
-    run(operands, results)
-    for i in range(len(operands)):
-        if not (fused and i == 1):  # a record may be of another dtype than x
-            wrong = [a.astype(jnp.bfloat16) if i == j else a for j, a in enumerate(operands)]
-            with pytest.raises(jax.errors.JaxRuntimeError, match="not fit"):
-                run(wrong, results)
-    for i, right in enumerate(results):
-        other = jax.ShapeDtypeStruct(right.shape, jnp.bfloat16)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="not fit"):
-            run(operands, [other if i == j else a for j, a in enumerate(results)])

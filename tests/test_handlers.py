@@ -106,3 +106,13 @@ def test_what_does_not_fit_is_refused(name: str, sets: tuple[int, ...]) -> None:
         refused(operands, changed(results, i, Result(a.shape, "float16")))
         more = (*a.shape[:-1], a.shape[-1] + 1)
         refused(operands, changed(results, i, Result(more, a.dtype)))
+
+
+@needs_kernel
+def test_sides_whose_pixels_float32_does_not_tell_apart_are_refused() -> None:
+    side, stride = (1 << 24) + 5, 1 << 23
+    target = DCNv3(Geometry((1, 1), (1, stride), (0, 0), (1, 1), 1, 1.0, False), False).forward
+    shapes = (side, 1), (3, 2), (3, 1)
+    operands = [np.zeros((1, 1, *shape), jnp.bfloat16) for shape in shapes]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"a side of more than 2\^24 pixels"):
+        call(target, operands, results_of(target, operands), _targets.VERSION)

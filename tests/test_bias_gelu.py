@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import xla_ops
-from tests.layers import TOLERANCE, assert_close, mesh, needs_kernel, on_device
+from tests.layers import TOLERANCE, assert_close, needs_kernel, on_device
+from tests.transforms import check_transforms
+from xla_ops import _targets
 
 
 def operands(shape: tuple[int, ...], dtype: str = "float32") -> list[jax.Array]:
@@ -106,32 +106,8 @@ def test_all_channels_are_rounded_alike(channels: int) -> None:
 
 @needs_kernel
 def test_transforms() -> None:
-    x, bias, dy = operands((2, 3, 4, 8))
-    stacked = jnp.stack([bias, 2 * bias])
-    for axes in ((None, 0, None), (0, None, 0), (0, 0, 0)):
-        arrays = [
-            a if axis is None else b
-            for a, b, axis in zip(
-                (x, bias, dy), (x[:, None], stacked, dy[:, None]), axes, strict=True
-            )
-        ]
-        got, wanted = (jax.jit(jax.vmap(program(i), axes))(*arrays) for i in ("kernel", "jnp"))
-        assert_close(got, wanted)
-    specs = (P("data"), P(), P("data"))
-    mapped = jax.shard_map(
-        program(None), mesh=mesh(), in_specs=specs, out_specs=(P("data"), P("data"), P())
-    )
-    wanted = program("jnp")(x, bias, dy)
-    assert_close(jax.jit(mapped)(x, bias, dy), wanted)
-    local = [
-        jax.device_put(a, NamedSharding(mesh(), s))
-        for a, s in zip((x, bias, dy), specs, strict=True)
-    ]
-    compiled = program(None).lower(*local).compile()
-    assert "all-gather" not in compiled.as_text() and "internimage" in compiled.as_text()
-    assert_close(compiled(*local), wanted)
-    with pytest.raises(ValueError, match="no forward mode"):
-        jax.jvp(xla_ops.bias_gelu, (x, bias), (x, bias))
+    x, bias, _ = operands((4, 3, 4, 8))
+    check_transforms(xla_ops.bias_gelu, [x, bias], _targets.GELU_FORWARD, shared=1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Gradients of products and norms by a CPU's kernels, against float64 and the jnp forms."""
+"""Gradients of products, norms and GELU by a CPU's kernels, against float64 and the jnp forms."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests import test_convolution, test_layer_norm, test_linear
+from tests import test_bias_gelu, test_convolution, test_layer_norm, test_linear
 from tests.layers import TOLERANCE, assert_close, for_cuda, kernel_serves, mesh, needs_kernel
-from xla_ops import _targets, add_norm, convolution, in_panels, layer_norm, linear, norm_add
+from xla_ops import (
+    _targets,
+    add_norm,
+    bias_gelu,
+    convolution,
+    in_panels,
+    layer_norm,
+    linear,
+    norm_add,
+)
 
 NORMS = {"layer_norm": layer_norm, "add_norm": add_norm, "norm_add": norm_add}
 
@@ -139,7 +148,8 @@ def cases() -> list:
         pytest.param(f, norm_operands(name), 2, id=name, marks=needs_kernel)
         for name, f in NORMS.items()
     ]
-    return products + norms
+    arrays = test_bias_gelu.operands((4, 5, 3, 24))[:2]
+    return [*products, *norms, pytest.param(bias_gelu, arrays, 1, id="gelu", marks=needs_kernel)]
 
 
 @pytest.mark.parametrize(("operator", "arrays", "shared"), cases())

@@ -27,6 +27,14 @@ def goldens() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def recorded(name: str) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """x, offset, mask and dy of a case; its output, and gradients if it has any, by name."""
+    arrays = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
+    dy = arrays.get("grad_output", np.zeros_like(arrays["output"]))
+    results = {key: arrays[key] for key in ("output", *GRADIENTS) if key in arrays}
+    return [*(arrays[key] for key in ("x", "offset", "mask")), dy], results
+
+
 def settings_of(case: dict) -> dict:
     names = ("stride", "pad", "dilation", "group", "offset_scale", "remove_center")
     return {name: case[name] for name in names} | {
@@ -79,3 +87,19 @@ def problem(
         random.standard_normal((n, *out, g * depth)),
     )
     return on_device((x, offset, mask, dy), dtype)
+
+
+def fused_problem(
+    dtypes: tuple[str, str], size: tuple[int, int, int], group: int, depth: int, **changes: object
+) -> tuple[list[jax.Array], dict]:
+    """Random x, record and dy of the fused form with nine points, and the geometry.
+
+    The dtypes are x's and the record's.
+    """
+    geometry = {"group": group, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
+    geometry |= {"offset_scale": 1.0, "remove_center": False} | changes
+    x, offset, mask, dy = problem(11, dtypes[0], geometry, size, depth)
+    record = xla_ops.Record(group, 9)
+    rows = np.random.RandomState(12).standard_normal((*offset.shape[:3], record.width))
+    rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
+    return [x, *on_device([rows], dtypes[1]), dy], geometry

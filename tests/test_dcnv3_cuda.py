@@ -24,12 +24,12 @@ from tests.dcnv3_cases import (
     HALF,
     TOLERANCE,
     difference,
-    goldens,
+    fused_problem,
     problem,
+    recorded,
     settings_of,
     value_and_gradients,
 )
-from tests.layers import on_device
 from xla_ops.geometry import Geometry
 
 TYPES = ["float32", "float64", "bfloat16", "float16"]  # in the order of dcnv3::Type
@@ -85,28 +85,21 @@ def test_random_geometries_agree_with_the_definition(program: Path) -> None:
 def test_kernels_give_the_recorded_outputs_and_gradients(
     program: Path, name: str, dtype: str
 ) -> None:
-    recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
-    dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
-    arrays = [a.astype(dtype) for a in (*map(recorded.get, ("x", "offset", "mask")), dy)]
+    operands, wanted = recorded(name)
+    arrays = [a.astype(dtype) for a in operands]
     for shared in (LARGE, NONE) if dtype == "float32" else (LARGE,):
         got = on_host(program, *arrays, shared=shared, **settings_of(CASES[name]))
         for key, array in zip(("output", *GRADIENTS), got, strict=True):
-            if key in recorded:
-                assert difference(array, recorded[key]) < TOLERANCE[dtype], (key, shared)
+            if key in wanted:
+                assert difference(array, wanted[key]) < TOLERANCE[dtype], (key, shared)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2])
 @pytest.mark.parametrize("depth", [8, 48])
 def test_half_precision_rounds_once(program: Path, dtypes: tuple[str, str], depth: int) -> None:
-    geometry = {"group": 3, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
-    geometry |= {"offset_scale": 1.0, "remove_center": False}
-    x, offset, mask, dy = problem(1, dtypes[0], geometry, (2, 5, 6), depth)
-    record = xla_ops.Record(3, 9)
-    rows = np.random.RandomState(2).standard_normal((*offset.shape[:3], record.width))
-    rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-    (rows,) = on_device([rows], dtypes[1])
-    got = on_host(program, x, rows, dy, center=True, **geometry)
-    exact = [np.asarray(a, np.float64) for a in (x, rows, dy)]
+    arrays, geometry = fused_problem(dtypes, (2, 5, 6), 3, depth)
+    got = on_host(program, *arrays, center=True, **geometry)
+    exact = [np.asarray(a, np.float64) for a in arrays]
     expected = on_host(program, *exact, center=True, **geometry)  # held to 1e-11 above
     for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
         assert difference(a, b) < 2 * HALF[dtypes[0]], name
@@ -185,19 +178,6 @@ def test_mask_that_is_not_finite_in_one_image_leaves_the_others(program: Path) -
     got = on_host(program, *arrays, **PLAIN)
     for a, b in zip(got, clean, strict=True):
         np.testing.assert_array_equal(a[1], b[1])
-
-
-def fused_problem(
-    dtypes: tuple[str, str], size: tuple[int, int, int], group: int, depth: int, **changes: object
-) -> tuple[list[jax.Array], dict]:
-    """Random x, record and dy of the fused form with nine points, and the geometry."""
-    geometry = {"group": group, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
-    geometry |= {"offset_scale": 1.0, "remove_center": False} | changes
-    x, offset, mask, dy = problem(11, dtypes[0], geometry, size, depth)
-    record = xla_ops.Record(group, 9)
-    rows = np.random.RandomState(12).standard_normal((*offset.shape[:3], record.width))
-    rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-    return [x, *on_device([rows], dtypes[1]), dy], geometry
 
 
 HALVES = [(a, b) for a in ("bfloat16", "float16") for b in (a, "float32")]

@@ -20,8 +20,9 @@ from tests.dcnv3_cases import (
     HALF,
     TOLERANCE,
     difference,
-    goldens,
+    fused_problem,
     problem,
+    recorded,
     settings_of,
     value_and_gradients,
 )
@@ -71,14 +72,12 @@ def assert_as_exact(arrays: list[jax.Array], dtype: str, **options: object) -> N
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_outputs_and_gradients(name: str, dtype: str) -> None:
-    recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
-    dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
+    operands, wanted = recorded(name)
     with jax.enable_x64(dtype == "float64"):
-        arrays = on_device((*(recorded[key] for key in ("x", "offset", "mask")), dy), dtype)
-        got = by_cuda(*arrays, **settings_of(CASES[name]))
+        got = by_cuda(*on_device(operands, dtype), **settings_of(CASES[name]))
     for key, array in zip(("output", *GRADIENTS), got, strict=True):
-        if key in recorded:
-            assert difference(array, recorded[key]) < TOLERANCE[dtype], key
+        if key in wanted:
+            assert difference(array, wanted[key]) < TOLERANCE[dtype], key
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,22 +119,8 @@ def test_fused_form(
         monkeypatch.setenv("INTERNIMAGE_CUDA_FORM", "global")
         jax.clear_caches()  # a program that has run may be a CUDA graph by now
     with jax.enable_x64(True):
-        arrays = fused_problem(dtypes, (2, 14, 14), 4, 32)
-        options = {"group": 4, "center_feature_scale": center}
-        assert_as_exact(arrays, dtypes[0], **options)
-
-
-def fused_problem(
-    dtypes: tuple[str, str], size: tuple[int, int, int], group: int, depth: int
-) -> list[jax.Array]:
-    """x, record and dy; dtypes of x and of the record."""
-    geometry = {"group": group, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
-    geometry |= {"offset_scale": 1.0, "remove_center": False}
-    x, offset, mask, dy = problem(2, dtypes[0], geometry, size, depth)
-    record = xla_ops.Record(group, 9)
-    rows = np.random.RandomState(3).standard_normal((*offset.shape[:3], record.width))
-    rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-    return [x, *on_device([rows], dtypes[1]), dy]
+        arrays, options = fused_problem(dtypes, (2, 14, 14), 4, 32)
+        assert_as_exact(arrays, dtypes[0], **options, center_feature_scale=center)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +146,9 @@ def fused_problem(
 def test_maps_in_shared_memory(
     size: tuple[int, int, int], group: int, depth: int, center: bool, dtypes: tuple[str, str]
 ) -> None:
-    options = {"group": group, "center_feature_scale": center}
     with jax.enable_x64(True):
-        assert_as_exact(fused_problem(dtypes, size, group, depth), dtypes[0], **options)
+        arrays, options = fused_problem(dtypes, size, group, depth)
+        assert_as_exact(arrays, dtypes[0], **options, center_feature_scale=center)
 
 
 @pytest.mark.parametrize("array", [0, 1, 2], ids=["x", "record", "dy"])
@@ -172,9 +157,9 @@ def test_maps_in_shared_memory(
 def test_maps_in_shared_memory_that_are_not_finite(
     size: tuple[int, int, int], value: float, array: int
 ) -> None:
-    arrays = fused_problem(("bfloat16", "bfloat16"), size, 2, 16)
+    arrays, options = fused_problem(("bfloat16", "bfloat16"), size, 2, 16)
     arrays[array] = arrays[array].at[0, 2, 3, 5].set(value)
-    options = {"group": 2, "center_feature_scale": True}
+    options["center_feature_scale"] = True
     got, expected = by_cuda(*arrays, **options), by_cpu(*arrays, **options)
     for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)

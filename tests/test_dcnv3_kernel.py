@@ -21,8 +21,9 @@ from tests.dcnv3_cases import (
     HALF,
     TOLERANCE,
     difference,
-    goldens,
+    fused_problem,
     problem,
+    recorded,
     settings_of,
     value_and_gradients,
 )
@@ -34,14 +35,13 @@ pytestmark = needs_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_gives_the_recorded_outputs_and_gradients(name: str, dtype: str) -> None:
-    recorded = {key.split("/")[1]: a for key, a in goldens().items() if key.startswith(f"{name}/")}
-    dy = recorded.get("grad_output", np.zeros_like(recorded["output"]))
+    operands, wanted = recorded(name)
     with jax.enable_x64(dtype == "float64"):
-        arrays = on_device((*(recorded[key] for key in ("x", "offset", "mask")), dy), dtype)
+        arrays = on_device(operands, dtype)
         got = value_and_gradients("kernel", *arrays, **settings_of(CASES[name]))
         for key, array in zip(("output", *GRADIENTS), got, strict=True):
-            if key in recorded:
-                assert difference(array, recorded[key]) < TOLERANCE[dtype], key
+            if key in wanted:
+                assert difference(array, wanted[key]) < TOLERANCE[dtype], key
 
 
 @st.composite
@@ -92,18 +92,12 @@ DEPTHS = (5, 16, 32)
 def test_fused_kernel_agrees_with_its_definition(
     depth: int, dtypes: tuple[str, str], center: bool
 ) -> None:
-    group = 3
-    record = xla_ops.Record(group, 9)
-    geometry = {"group": group, "kernel_size": (3, 3), "stride": 1, "pad": 1, "dilation": 1}
-    geometry |= {"offset_scale": 1.0, "remove_center": False}
+    record = xla_ops.Record(3, 9)
     with jax.enable_x64(True):
-        x, offset, mask, dy = problem(1, dtypes[0], geometry, (2, 5, 6), depth)
-        rows = np.random.RandomState(2).standard_normal((*offset.shape[:3], record.width))
-        rows[..., record.offset], rows[..., record.mask] = offset, 2 * np.asarray(mask, np.float64)
-        (rows,) = on_device([rows], dtypes[1])
-        options = {"group": group, "center_feature_scale": center}
-        got = value_and_gradients("kernel", x, rows, dy, **options)
-        exact = [np.asarray(a, np.float64) for a in (x, rows, dy)]
+        arrays, options = fused_problem(dtypes, (2, 5, 6), 3, depth)
+        options["center_feature_scale"] = center
+        got = value_and_gradients("kernel", *arrays, **options)
+        exact = [np.asarray(a, np.float64) for a in arrays]
         expected = value_and_gradients("gather", *exact, **options)
         tolerance = TOLERANCE.get(dtypes[0]) or 2 * HALF[dtypes[0]]
         for name, a, b in zip(("y", "grad_x", "grad_record"), got, expected, strict=True):

@@ -89,10 +89,11 @@ class ConnectedGroup(Group):
     def exchange(self, data: bytes) -> list[bytes]:
         if self.index > 0:
             self._send(0, _DATA + data)
-            return [bytes.fromhex(part) for part in json.loads(self._receive(0))]
+            return [self._receive(0) for _ in range(self.count)]
         parts = [data, *(self._receive(other) for other in range(1, self.count))]
         for other in self._connections:
-            self._send(other, _DATA + json.dumps([part.hex() for part in parts]).encode())
+            for part in parts:
+                self._send(other, _DATA + part)
         return parts
 
     def leave(self, error: str | None) -> None:

@@ -90,12 +90,9 @@ def _batches(
     on_error: str,
 ) -> Generator[Batch, None, None]:
     def decode(index: int) -> tuple[int, np.ndarray | str]:
-        try:
-            return index, preprocess(dataset.read(index), preprocessing, dataset.names[index])
-        except (ValueError, OSError) as error:
-            if on_error == "fail":
-                raise
-            return index, one_line(error)
+        return index, or_message(
+            lambda: preprocess(dataset.read(index), preprocessing, dataset.names[index]), on_error
+        )
 
     side = preprocessing.image_size
     ahead = max(2 * batch_size, 4 * workers)
@@ -174,6 +171,16 @@ def map_ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def or_message(read: Callable[[], Result], on_error: str) -> Result | str:
+    """What `read` returns; unless `on_error` is "fail", in one line why an image cannot be read."""
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        if on_error == "fail":
+            raise
+        return one_line(error)
 
 
 def check_on_error(value: str) -> None:

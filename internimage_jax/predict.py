@@ -17,8 +17,8 @@ from jax import lax
 from PIL import Image
 
 from internimage_jax.labels import ImageClass, class_names
-from internimage_jax.loader import check_on_error, default_workers, map_ahead
-from internimage_jax.messages import one_line, printable
+from internimage_jax.loader import check_on_error, default_workers, map_ahead, or_message
+from internimage_jax.messages import printable
 from internimage_jax.model import InternImage, check_logits
 from internimage_jax.normalize import normalize
 from internimage_jax.preprocess import ImageSource, preprocess
@@ -151,12 +151,9 @@ class Predictor:
             position, source = item
             is_path = isinstance(source, str | os.PathLike)
             file = os.fsdecode(source) if is_path else f"image {position}"
-            try:
-                return file, preprocess(source, self._preprocessing, printable(file))
-            except (ValueError, OSError) as error:
-                if on_error == "fail":
-                    raise
-                return file, one_line(error)
+            return file, or_message(
+                lambda: preprocess(source, self._preprocessing, printable(file)), on_error
+            )
 
         workers, ahead = default_workers(), 2 * self.batch_size
         decoded = map_ahead(decode, enumerate(sources), workers=workers, ahead=ahead)

@@ -137,12 +137,12 @@ def _by_class(report: Mapping[str, Any], wrong: Sequence[ImageResult], names: Se
         if rows
         else ""
     )
-    return (
-        '<section class="card"><h2>Accuracy by class</h2>'
-        f'<p class="soft">Top-1 of each of {len(classes):,} classes, lowest first: '
-        f"{perfect:,} without a mistake, {below:,} below 50 %. The dotted line is all images.</p>"
+    return _card(
+        "Accuracy by class",
+        f"Top-1 of each of {len(classes):,} classes, lowest first: "
+        f"{perfect:,} without a mistake, {below:,} below 50 %. The dotted line is all images.",
         f'{_class_chart(rising, report["top1"])}<div style="height:20px"></div>{hardest}'
-        f"{_all_classes(classes)}</section>"
+        f"{_all_classes(classes)}",
     )
 
 
@@ -221,18 +221,18 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
         f'<text x="{left + width * at:.1f}" y="{bottom + 18}" text-anchor="middle">{at:g}</text>'
         for at in (0, 0.25, 0.5, 0.75, 1)
     )
-    return (
-        '<section class="card"><h2>Calibration</h2>'
-        '<p class="soft">Accuracy (%) of the images whose first class has a given probability, '
+    return _card(
+        "Calibration",
+        "Accuracy (%) of the images whose first class has a given probability, "
         "beside the mean of that probability, which is the dashed line: red is too sure, pale is "
         "not sure enough. Below, how many images there are. Expected calibration error "
-        f"{calibration['expected_calibration_error']:.2f} %.</p>"
+        f"{calibration['expected_calibration_error']:.2f} %.",
         f'<svg viewBox="0 0 {left + width + 8} {floor}" role="img" '
         'aria-label="reliability diagram">'
         f"{_percent_axis(left, width, height, (0, 25, 50, 75, 100), top)}{''.join(shapes)}{ticks}"
         f'<line class="axis" x1="{left}" x2="{left + width}" y1="{floor}" y2="{floor}"/>'
         f'<text x="{left - 6}" y="{floor - below + 8}" text-anchor="end">{most:,}</text>'
-        f'<path class="ideal" d="M{left} {bottom}L{left + width} {top}"/></svg></section>'
+        f'<path class="ideal" d="M{left} {bottom}L{left + width} {top}"/></svg>',
     )
 
 
@@ -247,11 +247,11 @@ def _confusions(wrong: Sequence[ImageResult], names: Sequence[str]) -> str:
             : LISTED + 4
         ]
     )
-    return (
-        '<section class="card"><h2>Most common confusions</h2>'
-        f'<p class="soft">{len(wrong):,} images were wrong, in {len(pairs):,} pairs of classes.</p>'
+    return _card(
+        "Most common confusions",
+        f"{len(wrong):,} images were wrong, in {len(pairs):,} pairs of classes.",
         '<table><thead><tr><th>class</th><th>taken for</th><th class="number">images</th></tr>'
-        f"</thead><tbody>{rows}</tbody></table></section>"
+        f"</thead><tbody>{rows}</tbody></table>",
     )
 
 
@@ -268,11 +268,11 @@ def _mistakes(
         f'<span class="file">{escape(one.file)}</span></figcaption></figure>'
         for one in worst
     )
-    return (
-        '<section class="card"><h2>Most confident mistakes</h2>'
-        '<p class="soft">What the model took these images for, and how sure it was of it; then '
-        "their label, with its own probability where it is among the first five.</p>"
-        f'<div class="mistakes">{figures}</div></section>'
+    return _card(
+        "Most confident mistakes",
+        "What the model took these images for, and how sure it was of it; then their label, with "
+        "its own probability where it is among the first five.",
+        f'<div class="mistakes">{figures}</div>',
     )
 
 
@@ -301,11 +301,11 @@ def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:
         f"<tr><td><code>{escape(one['file'])}</code></td><td>{escape(one['error'])}</td></tr>"
         for one in skipped
     )
-    return (
-        '<section class="card"><h2>Skipped images</h2>'
-        f'<p class="soft">{len(skipped):,} could not be decoded; no figure counts them.</p>'
+    return _card(
+        "Skipped images",
+        f"{len(skipped):,} could not be decoded; no figure counts them.",
         '<div class="scroll"><table><thead><tr><th>file</th><th>why</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f"<tbody>{rows}</tbody></table></div>",
     )
 
 
@@ -336,12 +336,16 @@ def _setup(report: Mapping[str, Any]) -> str:
         f"<tr><th>{name}</th><td>{escape(text).replace(chr(10), '<br>')}</td></tr>"
         for name, text in rows.items()
     )
-    return (
-        '<section class="card"><h2>How it was measured</h2>'
-        f'<table class="setup"><tbody>{cells}</tbody></table></section>'
+    table = f'<table class="setup"><tbody>{cells}</tbody></table>'
+    return _card("How it was measured", "", table) + (
         "<footer>Intervals are Wilson's score intervals. All figures are computed from "
         "predictions.jsonl, and are in report.json.</footer>"
     )
+
+
+def _card(title: str, lead: str, body: str) -> str:
+    lead = f'<p class="soft">{lead}</p>' if lead else ""
+    return f'<section class="card"><h2>{title}</h2>{lead}{body}</section>'
 
 
 def _percent_axis(left: int, width: int, height: int, ticks: Sequence[int], top: int = 0) -> str:

@@ -58,14 +58,16 @@ def calls(function: Callable, *arrays: jax.Array, platforms: tuple[str, ...] = (
     return found
 
 
-TARGETS = (_targets.FORWARD, _targets.BACKWARD, _targets.FUSED_FORWARD, _targets.FUSED_BACKWARD)
+FORWARD = {"separate": _targets.DCNV3_FORWARD, "fused": _targets.DCNV3_FUSED_FORWARD}
+BACKWARD = {"separate": _targets.DCNV3_BACKWARD, "fused": _targets.DCNV3_FUSED_BACKWARD}
+TARGETS = (*FORWARD.values(), *BACKWARD.values())
 GEOMETRY = f"geometry = dense<[3, 3, 1, 1, 2, 2, 2, 2, {GROUP}, 0, {_targets.VERSION}]>"
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_is_one_call_with_its_attributes(form: str) -> None:
     ((target, line, taken, given),) = calls(operator(form), *operands(form, 3))
-    assert target == {"separate": _targets.FORWARD, "fused": _targets.FUSED_FORWARD}[form]
+    assert target == FORWARD[form]
     widths = {"separate": (32, 36, 18), "fused": (32, RECORD)}[form]
     assert taken == [f"3x5x6x{width}xbf16" for width in widths]
     assert given == ["3x5x6x32xbf16"]
@@ -79,7 +81,7 @@ def test_gradient_is_one_call_with_scratch(form: str, dtype: str) -> None:
     kind = {"float32": "f32", "float16": "f16"}[dtype]
     arrays = operands(form, 3, dtype=dtype)
     ((target, line, taken, given),) = calls(gradient(operator(form)), *arrays)
-    assert target == {"separate": _targets.BACKWARD, "fused": _targets.FUSED_BACKWARD}[form]
+    assert target == BACKWARD[form]
     like = ["x".join(map(str, a.shape)) + f"x{kind}" for a in arrays]
     assert taken == [*like, f"3x5x6x32x{kind}"]
     assert given == [*like, "3x1x1x1xui32"]

@@ -47,7 +47,7 @@ def test_nine_points_that_differ_from_the_plain_form_set_both_aside(
 ) -> None:
     def wrong(target: str, like: Any) -> Callable[..., Any]:
         call = ffi_call(target, like)
-        if target != _targets.FUSED_BACKWARD or like[0].dtype != "bfloat16":
+        if target != _targets.DCNV3_FUSED_BACKWARD or like[0].dtype != "bfloat16":
             return call
         return lambda *operands, **attributes: [
             (y * factor).astype(y.dtype) for y in call(*operands, **attributes)
@@ -56,7 +56,8 @@ def test_nine_points_that_differ_from_the_plain_form_set_both_aside(
     patch_calls(monkeypatch, wrong)
     status, targets = _ffi._load_once.__wrapped__("cpu")
     assert status.implementation == "kernel"
-    assert f"without {_targets.BACKWARD}: its forms of nine points differ by " in status.detail
+    plain = _targets.DCNV3_BACKWARD
+    assert f"without {plain}: its forms of nine points differ by " in status.detail
     assert status.detail.endswith(" in bfloat16")
     dcnv3 = {target for target in _ffi.usable_targets("cpu") if "dcnv3" in target}
     assert len(dcnv3) == 4 and targets == _ffi.usable_targets("cpu") - dcnv3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 VERSION = 4  # of the attributes and layouts; the handlers refuse another
 
-FORWARD = "internimage_dcnv3_forward"
-BACKWARD = "internimage_dcnv3_backward"
-FUSED_FORWARD = "internimage_dcnv3_fused_forward"
-FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
+DCNV3_FORWARD = "internimage_dcnv3_forward"
+DCNV3_BACKWARD = "internimage_dcnv3_backward"
+DCNV3_FUSED_FORWARD = "internimage_dcnv3_fused_forward"
+DCNV3_FUSED_BACKWARD = "internimage_dcnv3_fused_backward"
 DWCONV_FORWARD = "internimage_dwconv_norm_gelu_forward"
 DWCONV_BACKWARD = "internimage_dwconv_norm_gelu_backward"
 GELU_FORWARD = "internimage_bias_gelu_forward"
@@ -26,7 +26,7 @@ MLP_FORWARD = "internimage_mlp_forward"
 LAYERS_FORWARD = "internimage_layers_forward"
 
 ALL = (
-    *(FORWARD, BACKWARD, FUSED_FORWARD, FUSED_BACKWARD),
+    *(DCNV3_FORWARD, DCNV3_BACKWARD, DCNV3_FUSED_FORWARD, DCNV3_FUSED_BACKWARD),
     *(DWCONV_FORWARD, DWCONV_BACKWARD, GELU_FORWARD, GELU_BACKWARD),
     *(NORM_FORWARD, NORM_BACKWARD, ADD_NORM_FORWARD, ADD_NORM_BACKWARD, NORM_ADD_FORWARD),
     *(LINEAR_FORWARD, LINEAR_BACKWARD, LINEAR_GELU_FORWARD, CONVOLUTION_FORWARD),

@@ -77,12 +77,12 @@ def _single_calls(cuda: bool) -> Iterator[_Call]:
     plain = _dcnv3(kernel=1, pad=0, group=1)
     fused = plain | {"center_feature_scale": False}
     operands = (one * 3, pair, one * 2)
-    yield _Call(_targets.FORWARD, operands, plain, (one,), [6.0])
+    yield _Call(_targets.DCNV3_FORWARD, operands, plain, (one,), [6.0])
     results = (one, pair, one, *scratch)
-    yield _Call(_targets.BACKWARD, (*operands, one), plain, results, [2.0, -6.0, 3.0])
-    yield _Call(_targets.FUSED_FORWARD, (one * 3, record), fused, (one,), [3.0])
+    yield _Call(_targets.DCNV3_BACKWARD, (*operands, one), plain, results, [2.0, -6.0, 3.0])
+    yield _Call(_targets.DCNV3_FUSED_FORWARD, (one * 3, record), fused, (one,), [3.0])
     results = (one, record, *scratch)
-    yield _Call(_targets.FUSED_BACKWARD, (one * 3, record, one), fused, results, [1.0, -3.0])
+    yield _Call(_targets.DCNV3_FUSED_BACKWARD, (one * 3, record, one), fused, results, [1.0, -3.0])
 
     version: dict[str, Any] = {"version": np.int64(VERSION)}
     layer = (one * 3, one[0], one[0, 0, 0], one[0, 0, 0], one[0, 0, 0] * 13)  # to gelu(0 + 13)
@@ -165,21 +165,21 @@ def _nine_points(dtype: Any, cuda: bool) -> Iterator[tuple[_Call, _Call]]:
     plain = _dcnv3(kernel=3, pad=1, group=group)
     fused = plain | {"center_feature_scale": False}
     yield (
-        _Call(_targets.FORWARD, operands, plain, (x,), []),
-        _Call(_targets.FUSED_FORWARD, (x, record), fused, (x,), []),
+        _Call(_targets.DCNV3_FORWARD, operands, plain, (x,), []),
+        _Call(_targets.DCNV3_FUSED_FORWARD, (x, record), fused, (x,), []),
     )
     scratch = (np.zeros((_PIXELS[0], 1, 1, 1), np.uint32),) if cuda else ()
     results = (*operands, *scratch)
     yield (
-        _Call(_targets.BACKWARD, (*operands, dy), plain, results, []),
-        _Call(_targets.FUSED_BACKWARD, (x, record, dy), fused, (x, record, *scratch), []),
+        _Call(_targets.DCNV3_BACKWARD, (*operands, dy), plain, results, []),
+        _Call(_targets.DCNV3_FUSED_BACKWARD, (x, record, dy), fused, (x, record, *scratch), []),
     )
 
 
 def _as_fused(call: _Call, results: list[Any]) -> list[np.ndarray]:
     """What a call of the plain form gave, as the fused form has it, in float64."""
     y_or_dx, *others = (np.asarray(array).astype(np.float64) for array in results)
-    if call.target == _targets.FORWARD:
+    if call.target == _targets.DCNV3_FORWARD:
         return [y_or_dx]
     doffset, dmask = others[:2]
     mask = call.operands[2].astype(np.float64)

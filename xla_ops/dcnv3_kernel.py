@@ -26,12 +26,12 @@ class DCNv3(Operator):
 
     @property
     def forward(self) -> Target:
-        name = _targets.FUSED_FORWARD if self.fused else _targets.FORWARD
+        name = _targets.DCNV3_FUSED_FORWARD if self.fused else _targets.DCNV3_FORWARD
         operands = (3,) * (2 if self.fused else 3)
         return Target(name, operands, (3,), _like_output, self._attributes)
 
     def backward(self, platform: str) -> Target:
-        name = _targets.FUSED_BACKWARD if self.fused else _targets.BACKWARD
+        name = _targets.DCNV3_FUSED_BACKWARD if self.fused else _targets.DCNV3_BACKWARD
         results = (3,) * (2 if self.fused else 3)
         operands, shapes = (*results, 3), _like_operands
         if platform == "cuda":

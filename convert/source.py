@@ -190,19 +190,7 @@ def _select(
     path: str, tree: object, weights: Weights
 ) -> tuple[str, dict[str, LazyTensor], tuple[str, ...]]:
     """Finds the layout, and the tensors by the names of a released .pth file."""
-    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-        _only_model(path, weights)
-        tensors = _tensors(path, tree["state_dict"])
-        backbone = {
-            name.removeprefix("backbone."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("backbone.")
-        }
-        if backbone:
-            others = sorted({name.split(".")[0] for name in tensors} - {"backbone"})
-            left_out = f"; left out {', '.join(others)}" if others else ""
-            return "dense", backbone, (f"read the backbone{left_out}",)
-        return "released", tensors, ()
+    layout = "released"
     if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
         entry = _ENTRY[weights]
         if entry not in tree:
@@ -210,14 +198,30 @@ def _select(
                 f"{path}: has no {entry!r}; it has {', '.join(map(str, tree))[:200]}"
             )
         layout = "released" if set(tree) == {"model"} else "trainer"
-        return layout, _tensors(path, tree[entry]), ()
-    _only_model(path, weights)
+        tree = tree[entry]
+    else:
+        _only_model(path, weights)
+        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+            tree = tree["state_dict"]
     tensors = _tensors(path, tree)
+    if all(name.startswith("module.") for name in tensors):  # of a model in DistributedDataParallel
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     if any(name.endswith(".kernel") for name in tensors):
         return "converted", tensors, ()
     if all(name.startswith("model.") for name in tensors):
         return "huggingface", {from_huggingface(name): t for name, t in tensors.items()}, ()
-    return "released", tensors, ()
+    backbone = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("backbone.")
+    }
+    if not backbone:
+        return layout, tensors, ()
+    others = {name.split(".")[0] for name in tensors} - {"backbone"}
+    # A detector's moving average has a name without dots for each tensor.
+    others = sorted({"ema_*" if name.startswith("ema_") else name for name in others})
+    left_out = f"; left out {', '.join(others)}" if others else ""
+    return "dense", backbone, (f"read the backbone{left_out}",)
 
 
 def _named_file(model: str | InternImageConfig | None) -> Path | None:
@@ -276,7 +280,8 @@ def _identify(
         if layout != "dense":
             return config
         config = config.replace(num_classes=0)
-        if config.layer_scale is None and any(name.endswith(".gamma1") for name in tensors):
+        gammas = any(name.endswith(".gamma1") for name in tensors)
+        if gammas and config.layer_scale is None and not config.res_post_norm:
             # Detection and segmentation train T with layer scales, which its classifier lacks. The
             # initial value is theirs; the forward pass needs to know only that they are there.
             config = config.replace(layer_scale=1.0)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -123,14 +124,37 @@ def linear_of(kernel: jax.Array, bias: jax.Array, dtype: DTypeLike) -> nnx.Linea
     return layer
 
 
-def put_in_panels(
-    layer: nnx.Linear | nnx.Conv, implementation: Literal["jnp"] | None = None
-) -> None:
+def as_built(layer: nnx.Module, *, depthwise: bool = False) -> bool:
+    """Whether an operator computes what the layer does, as it does for all that `Context` builds.
+
+    A layer that a user has put in the place of one, such as Flax's LoRALinear, is called instead.
+    """
+    if type(layer) is nnx.Linear:
+        return layer.dot_general is lax.dot_general
+    if type(layer) is nnx.LayerNorm:
+        whole = layer.scale is not None and layer.bias is not None
+        return whole and layer.reduction_axes == layer.feature_axes == -1
+    if type(layer) is nnx.Conv:
+        size = layer.kernel_size[0] if depthwise else 3
+        strides, groups = (1, layer.out_features) if depthwise else (2, 1)
+        padding = ((size // 2, size // 2),) * 2
+        return (
+            (layer.kernel_size, layer.strides, layer.padding) == ((size, size), strides, padding)
+            and (layer.input_dilation, layer.kernel_dilation, layer.mask) == (1, 1, None)
+            and layer.feature_group_count == groups
+            and (not depthwise or (layer.in_features == groups and size % 2 == 1))
+        )
+    return False
+
+
+def put_in_panels(layer: nnx.Module, implementation: Literal["jnp"] | None = None) -> None:
     """Brings the layer's kernel into the layout that products on a CPU read fastest, for good.
 
     Only where such products are used: elsewhere the kernel would be changed back on each use. A
     kernel that is on several devices stays as it is.
     """
+    if not isinstance(layer, nnx.Linear | nnx.Conv) or not as_built(layer):
+        return
     value = layer.kernel[...]
     platform = jax.default_backend()
     if isinstance(value, jax.Array) and not isinstance(value, Tracer):
@@ -151,10 +175,12 @@ def apply(
     gelu: bool = False,
 ) -> jax.Array:
     """Applies a linear layer to `x` (N, H, W, C) by `xla_ops.linear`."""
-    x = x.astype(layer.dtype)
-    kernel = layer.kernel[...].astype(x.dtype)
-    bias = jnp.zeros(layer.out_features, x.dtype) if layer.bias is None else operand(x, layer.bias)
-    return xla_ops.linear(x, kernel, bias, gelu=gelu, implementation=implementation)
+    if not as_built(layer):
+        x = called(layer, x)
+        return activate("GELU", x) if gelu else x
+    x = cast(x, layer)
+    parameters = kernel_and_bias(layer, x)
+    return xla_ops.linear(x, *parameters, gelu=gelu, implementation=implementation)
 
 
 def apply_mlp(
@@ -164,14 +190,10 @@ def apply_mlp(
     implementation: Literal["jnp"] | None = None,
 ) -> jax.Array:
     """Applies two linear layers with GELU between them to `x` (N, H, W, C) by `xla_ops.mlp`."""
-    if layer1.dtype != layer2.dtype:
+    if not (as_built(layer1) and as_built(layer2) and layer1.dtype == layer2.dtype):
         return apply(layer2, apply(layer1, x, implementation, gelu=True), implementation)
-    x = x.astype(layer1.dtype)
-    parameters = [
-        parameter
-        for layer in (layer1, layer2)
-        for parameter in (layer.kernel[...].astype(x.dtype), operand(x, layer.bias))
-    ]
+    x = cast(x, layer1)
+    parameters = (*kernel_and_bias(layer1, x), *kernel_and_bias(layer2, x))
     return xla_ops.mlp(x, *parameters, implementation=implementation)
 
 
@@ -179,10 +201,10 @@ def convolve(
     conv: nnx.Conv, x: jax.Array, implementation: Literal["jnp"] | None = None
 ) -> jax.Array:
     """Applies a convolution of 3 x 3 pixels and stride 2 to `x` by `xla_ops.convolution`."""
-    x = x.astype(conv.dtype)
-    kernel = conv.kernel[...].astype(x.dtype)
-    bias = jnp.zeros(conv.out_features, x.dtype) if conv.bias is None else operand(x, conv.bias)
-    return xla_ops.convolution(x, kernel, bias, implementation=implementation)
+    if not as_built(conv):
+        return called(conv, x)
+    x = cast(x, conv)
+    return xla_ops.convolution(x, *kernel_and_bias(conv, x), implementation=implementation)
 
 
 def normalize(
@@ -200,7 +222,9 @@ def normalize(
         # Its own are float32 and those of a batch need not be.
         with jax.numpy_dtype_promotion("standard"):
             return norm(x, use_running_average=not train or empty)
-    x = x.astype(norm.dtype)
+    if not as_built(norm):
+        return called(norm, x)
+    x = cast(x, norm)
     scale, bias = operand(x, norm.scale), operand(x, norm.bias)
     return xla_ops.layer_norm(x, scale, bias, epsilon=norm.epsilon, implementation=implementation)
 
@@ -217,7 +241,10 @@ def add_normalize(
     """
     if norm is None:
         return x + residual, None
-    x, residual = x.astype(norm.dtype), residual.astype(norm.dtype)
+    if not as_built(norm):
+        x += residual.astype(x.dtype)
+        return x, called(norm, x)
+    x, residual = cast(x, norm), cast(residual, norm)
     scale, bias = operand(x, norm.scale), operand(x, norm.bias)
     return xla_ops.add_norm(
         *(x, residual, scale, bias), epsilon=norm.epsilon, implementation=implementation
@@ -235,7 +262,12 @@ def normalize_add(
 
     What is added is times `factors` (C,) if there are any.
     """
-    x, residual = x.astype(norm.dtype), residual.astype(norm.dtype)
+    if not as_built(norm):
+        y = called(norm, x)
+        if factors is not None:
+            y *= along_channels(factors, y)
+        return residual.astype(y.dtype) + y
+    x, residual = cast(x, norm), cast(residual, norm)
     if factors is None:
         scale, bias = operand(x, norm.scale), operand(x, norm.bias)
     else:
@@ -247,7 +279,8 @@ def normalize_add(
 
 def scaled(norm: nnx.LayerNorm, factors: nnx.Param) -> list[jax.Array]:
     """Scale and bias, at least float32, of a norm whose result is `norm`'s times `factors` (C,)."""
-    dtype = at_least_float32(jnp.dtype(norm.dtype))
+    of_norm = factors[...].dtype if norm.dtype is None else jnp.dtype(norm.dtype)
+    dtype = at_least_float32(of_norm)
     factor, *vectors = (on_host(a).astype(dtype) for a in (factors, norm.scale, norm.bias))
     return [on_device(vector * factor) for vector in vectors]
 
@@ -293,6 +326,27 @@ def _kept(key: jax.Array, rate: np.ndarray | float, shape: tuple[int, ...]) -> j
 def widened(x: jax.Array) -> jax.Array:
     """`x`, in float32 if it is in half precision."""
     return x.astype(at_least_float32(x.dtype))
+
+
+def called(layer: Any, x: jax.Array) -> jax.Array:
+    """What a layer of another kind makes of `x`, in the dtype of `x`."""
+    with jax.numpy_dtype_promotion("standard"):  # its parameters need not be of that dtype
+        return layer(x).astype(x.dtype)
+
+
+def cast(x: jax.Array, layer: nnx.Linear | nnx.Conv | nnx.LayerNorm) -> jax.Array:
+    """`x` in the dtype that the layer computes in; as it is where the layer says none."""
+    return x if layer.dtype is None else x.astype(layer.dtype)
+
+
+def kernel_and_bias(layer: nnx.Linear | nnx.Conv, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The parameters of a product as the operators take them beside `x`."""
+    return layer.kernel[...].astype(x.dtype), bias_of(layer, x)
+
+
+def bias_of(layer: nnx.Linear | nnx.Conv, x: jax.Array) -> jax.Array:
+    """The bias as the operators take it beside `x`; zeros where there is none."""
+    return jnp.zeros(layer.out_features, x.dtype) if layer.bias is None else operand(x, layer.bias)
 
 
 def along_channels(vector: nnx.Param | None, x: jax.Array) -> jax.Array:

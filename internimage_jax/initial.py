@@ -69,15 +69,15 @@ def _value(
 def _draw(
     key: _Key, shape: Shape, dtype: np.dtype, scale: float, *, normal: bool = False
 ) -> jax.Array | np.ndarray:
-    """Normal values of deviation `scale`, or uniform ones within it."""
+    """Normal values of deviation `scale`, or uniform ones within it; drawn in float32 at least."""
     size = math.prod(shape)
     block = next((block for block in _BLOCKS if size <= 32 * block), _BLOCKS[-1])
-    draw = _normal if normal else _uniform
+    draw = functools.partial(_normal if normal else _uniform, dtype=at_least_float32(dtype))
     count, own = -(-size // block), jax.random.fold_in(*key)
     if isinstance(own, Tracer):  # within a program, which is to be small
-        values = jax.vmap(lambda i: draw(own, i, block, dtype))(jnp.arange(count)).reshape(-1)
+        values = jax.vmap(lambda i: draw(own, i, block))(jnp.arange(count)).reshape(-1)
     else:
-        values = np.concatenate([draw(own, i, block, dtype) for i in range(count)])
+        values = np.concatenate([draw(own, i, block) for i in range(count)])
     return (values[:size].reshape(shape) * scale).astype(dtype)
 
 
@@ -85,12 +85,12 @@ def _draw(
 _BLOCKS = (1 << 12, 1 << 17, 1 << 22)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnames=("size", "dtype"))
 def _normal(key: jax.Array, block: int, size: int, dtype: np.dtype) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(key, block), (size,), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnames=("size", "dtype"))
 def _uniform(key: jax.Array, block: int, size: int, dtype: np.dtype) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(key, block), (size,), dtype, -1, 1)
 

@@ -21,6 +21,10 @@ from internimage_jax.common import (
     along_channels,
     apply,
     apply_mlp,
+    as_built,
+    bias_of,
+    called,
+    cast,
     convolve,
     drop_path,
     dropout,
@@ -126,10 +130,13 @@ class DepthwiseLayer(nnx.Module):
         self.implementation: Literal["jnp"] | None = ctx.implementation_of_layers
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = x.astype(self.conv.dtype)
+        if not as_built(self.conv, depthwise=True):
+            x = called(self.conv, x)
+            return activate(self.act_layer, normalize(self.norm, x, train, self.implementation))
+        x = cast(x, self.conv)
         kernel = operand(x, self.conv.kernel)[:, :, 0]  # (size, size, C)
-        bias = operand(x, self.conv.bias)
-        if self.fused:
+        bias = bias_of(self.conv, x)
+        if self.fused and as_built(self.norm):
             scale, offset = operand(x, self.norm.scale), operand(x, self.norm.bias)
             return xla_ops.dwconv_norm_gelu(
                 *(x, kernel, bias, scale, offset),
@@ -137,7 +144,7 @@ class DepthwiseLayer(nnx.Module):
                 implementation=self.implementation,
             )
         x = xla_ops.depthwise_convolution(x, kernel.astype(x.dtype))
-        x = x + along_channels(self.conv.bias, x)
+        x = x + bias.astype(x.dtype)[None, None, None]
         return activate(self.act_layer, normalize(self.norm, x, train, self.implementation))
 
 
@@ -168,7 +175,7 @@ class DCNv3(nnx.Module):
         x = product(self.input_proj, x)
         y = xla_ops.dcnv3_fused(
             x,
-            product(self._record(), features),
+            self._record(features),
             group=self.group,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
@@ -182,25 +189,38 @@ class DCNv3(nnx.Module):
 
         And brings all kernels into their fastest layout.
         """
-        if not hasattr(self, "record"):
-            self.record = self._record()
+        if not hasattr(self, "record") and (joined := self._joined()):
+            self.record = joined
             del self.offset, self.mask
             if self.center_feature_scale:
                 del self.center_feature_scale_proj
-        for layer in (self.record, self.input_proj, self.output_proj):
-            put_in_panels(layer, self.implementation_of_products)
+        for layer in (getattr(self, "record", None), self.input_proj, self.output_proj):
+            if layer is not None:
+                put_in_panels(layer, self.implementation_of_products)
 
-    def _record(self) -> nnx.Linear:
-        """The products that make offsets, mask logits and centre-scale logits, as one."""
-        if hasattr(self, "record"):
-            return self.record
-        layout = xla_ops.Record(self.group, 9 - self.remove_center)
-        parts = [self.offset, self.mask]
-        if self.center_feature_scale:
-            parts.append(self.center_feature_scale_proj)
-        kernel = layout.join(*(on_host(part.kernel) for part in parts))  # (C, width)
-        bias = layout.join(*(on_host(part.bias) for part in parts))
+    def _record(self, features: jax.Array) -> jax.Array:
+        """Offsets, mask logits and centre-scale logits (N, H, W, width), by one product."""
+        product = functools.partial(apply, implementation=self.implementation_of_products)
+        layer = getattr(self, "record", None) or self._joined()
+        if layer is not None:
+            return product(layer, features)
+        return on_device(self._layout().join(*(product(one, features) for one in self._parts())))
+
+    def _joined(self) -> nnx.Linear | None:
+        """The products that make offsets, masks and centre scales as one, if they can be joined."""
+        parts = self._parts()
+        if not all(as_built(part) and part.bias is not None for part in parts):
+            return None
+        kernel = self._layout().join(*(on_host(part.kernel) for part in parts))  # (C, width)
+        bias = self._layout().join(*(on_host(part.bias) for part in parts))
         return linear_of(on_device(kernel), on_device(bias), self.dtype)
+
+    def _parts(self) -> list[nnx.Linear]:
+        parts = [self.offset, self.mask]
+        return [*parts, self.center_feature_scale_proj] if self.center_feature_scale else parts
+
+    def _layout(self) -> xla_ops.Record:
+        return xla_ops.Record(self.group, 9 - self.remove_center)
 
 
 class InternImageLayer(nnx.Module):
@@ -274,6 +294,7 @@ class InternImageLayer(nnx.Module):
             and not (other or one.layer_scale)
             and one.norm1.epsilon == one.norm2.epsilon == depthwise.norm.epsilon
             and xla_ops.layers_pay(jax.ShapeDtypeStruct(x.shape, dcn.dtype), dcn.group)
+            and all(layer._as_built() for layer in layers)
         )
         if not is_one_call:
             return None
@@ -285,6 +306,13 @@ class InternImageLayer(nnx.Module):
             post_norm=one.post_norm,
             epsilon=one.norm1.epsilon,
         )
+
+    def _as_built(self) -> bool:
+        """Whether no part was replaced; of a layer that is fused."""
+        dcn, mlp, depthwise = self.dcn, self.mlp, self.dcn.dw_conv
+        parts = [self.norm1, self.norm2, depthwise.norm, dcn.input_proj, dcn.record]
+        parts += [dcn.output_proj, mlp.fc1, mlp.fc2]
+        return all(map(as_built, parts)) and as_built(depthwise.conv, depthwise=True)
 
     def _parameters(self, x: jax.Array) -> xla_ops.LayerParameters:
         dcn, mlp, depthwise = self.dcn, self.mlp, self.dcn.dw_conv
@@ -341,6 +369,8 @@ class InternImageLayer(nnx.Module):
         self.dcn.fuse()
         self.mlp.fuse()
         if not self.post_norm or not self.layer_scale:
+            return
+        if not (as_built(self.norm1) and as_built(self.norm2)):
             return
         for norm, gamma in ((self.norm1, self.gamma1), (self.norm2, self.gamma2)):
             scale, bias = scaled(norm, gamma)

@@ -206,6 +206,8 @@ class InternImage(nnx.Module):
                 f"implementation: expected 'kernel', 'gather' or None, got {implementation!r}"
             )
         check_dtypes(dtype, param_dtype)
+        if not isinstance(rngs, nnx.Rngs | None):
+            raise ValueError(f"rngs: expected nnx.Rngs or None, got {type(rngs).__name__}")
         ctx = Context(config, dtype, param_dtype, implementation)
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -311,8 +313,10 @@ class InternImage(nnx.Module):
     def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:
         if not isinstance(images, jax.Array | np.ndarray):
             raise ValueError(f"images: expected an array, got {type(images).__name__}")
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images: expected shape (N, H, W, 3), got {images.shape}")
+        # Of a first layer that a user has put there, maybe of another kind.
+        channels = getattr(self.patch_embed.conv1, "in_features", images.shape[-1])
+        if images.ndim != 4 or images.shape[-1] != channels:
+            raise ValueError(f"images: expected shape (N, H, W, {channels}), got {images.shape}")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images: expected normalised floats, got {images.dtype}")
         if 0 in images.shape[1:3]:
@@ -321,7 +325,7 @@ class InternImage(nnx.Module):
             raise ValueError(
                 f"key: expected a JAX PRNG key, such as jax.random.key(0), got {type(key).__name__}"
             )
-        if isinstance(self.patch_embed.conv1.kernel.get_value(), jax.ShapeDtypeStruct):
+        if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(self.patch_embed)):
             raise ValueError("model: has no values; give it `rngs`, or use create_model")
         if train and self.is_fused:
             raise ValueError("model: is fused, which is not for training; train the one it is of")

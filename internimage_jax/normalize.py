@@ -27,7 +27,8 @@ def normalize(pixels: np.ndarray | jax.Array, preprocessing: Preprocessing) -> j
     """
     if pixels.dtype != np.uint8 or pixels.ndim < 1 or pixels.shape[-1] != 3:
         raise ValueError(
-            f"pixels: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 with 3 channels last"
+            f"pixels: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 with 3 channels "
+            "last; floats v from 0 to 255 are normalised by (v / 255 - mean) / std"
         )
     values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)  # (256, 1)
     mean, std = (np.asarray(t, np.float32) for t in (preprocessing.mean, preprocessing.std))

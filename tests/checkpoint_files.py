@@ -92,15 +92,15 @@ def torch_zip(data_pkl: bytes, storages: dict[str, bytes], **extra: bytes) -> by
     return file.getvalue()
 
 
-def torch_file(arrays: dict[str, np.ndarray]) -> bytes:
-    """Returns a torch file of named arrays."""
+def torch_file(arrays: dict[str, np.ndarray], entry: str | None = None) -> bytes:
+    """Returns a torch file of named arrays, or of one entry that has them."""
     tree, storages = {}, {}
     for key, (name, array) in enumerate(arrays.items()):
         strides = tuple(s // array.itemsize for s in array.strides)
         store = storage(str(key), str(array.dtype), array.size)
         tree[name] = tensor(store, 0, array.shape, strides)
         storages[str(key)] = array.tobytes()
-    return torch_zip(pickle(tree), storages)
+    return torch_zip(pickle(tree if entry is None else {entry: tree}), storages)
 
 
 def safetensors_file(header: object, data: bytes) -> bytes:

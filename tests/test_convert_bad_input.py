@@ -145,6 +145,8 @@ def test_a_model_that_is_not_said_is_an_error(tmp_path) -> None:
         "in Python say it with model"
     )
     assert error_of(write(tmp_path / "dense", "dense")).startswith("neither a config.json")
+    scaled = write(tmp_path / "scaled", "dense", CONFIG.replace(post_norm=True, layer_scale=1.0))
+    assert error_of(scaled).startswith("neither a config.json")
 
 
 def test_an_unknown_model_lists_the_closest(tmp_path) -> None:

@@ -129,6 +129,26 @@ def test_a_detector_of_a_model_without_layer_scales_may_have_them(tmp_path, capl
     assert caplog.messages == [f"{source}: read the backbone; left out decode_head"]
 
 
+@pytest.mark.parametrize("entry", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_backbone_is_found_wherever_its_names_are(entry, prefix, tmp_path) -> None:
+    arrays = {f"{prefix}backbone.{name}": array for name, array in weights(CONFIG).items()}
+    arrays = {name: array for name, array in arrays.items() if "head." not in name}
+    average = {"ema_backbone_patch_embed_conv1_bias": np.zeros(4, np.float32)}
+    arrays |= {prefix + name: array for name, array in average.items()}
+    source = make.write(tmp_path / "detector.pth", make.torch_file(arrays, entry))
+    out = convert(source, tmp_path / "out", model=CONFIG)
+    assert_same(read_converted(out), without_head(CONFIG))
+    assert settings_of(out)["notes"] == ["read the backbone; left out ema_*"]
+
+
+def test_a_classifier_may_be_of_data_parallel_training(tmp_path) -> None:
+    arrays = {f"module.{name}": array for name, array in weights(CONFIG).items()}
+    source = make.write(tmp_path / "parallel.pth", make.torch_file(arrays, "model"))
+    out = convert(source, tmp_path / "out", model=CONFIG)
+    assert_same(read_converted(out), flax_arrays(CONFIG))
+
+
 def test_a_detector_lacks_no_layer_scale_that_its_model_has(tmp_path) -> None:
     source = write(tmp_path / "detector.pth", "dense", CONFIG)
     with pytest.raises(ValueError, match=r"10 missing: levels\.#\.blocks\.#\.gamma# \(10\)"):

@@ -194,6 +194,22 @@ def test_the_training_loop_of_the_readme_lowers_the_loss(devices):
     assert all(jax.tree.leaves(moved))
 
 
+def test_the_other_examples_of_the_readme_do_what_they_say():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (inference,) = (block for block in blocks if ".fused()" in block)
+    model = InternImage(SMALLEST, rngs=nnx.Rngs(0))
+    names = {"model": model, "images": images()}
+    exec(inference, names)
+    np.testing.assert_allclose(names["logits"], model(images()), rtol=1e-4, atol=1e-5)
+
+    (layer,) = (block for block in blocks if "class Deformable" in block)
+    exec(layer, names)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 8))
+    around = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    deformable = names["Deformable"](8, 2, nnx.Rngs(0))
+    np.testing.assert_allclose(deformable(x), around / 9, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_and_stochastic_depth_act_in_training_alone():
     config = SMALLEST.replace(drop_rate=0.3, drop_path_rate=0.3, drop_path_type="uniform")
     model = InternImage(config, rngs=nnx.Rngs(0))

@@ -174,7 +174,7 @@ def test_normalize_takes_one_image_and_jax_arrays() -> None:
     "wrong", [np.zeros((1, 2, 2, 3), np.float32), np.zeros((1, 3, 2, 2), np.uint8), np.uint8(3)]
 )
 def test_normalize_refuses_other_arrays(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"^pixels: got .* expected uint8 with 3 channels last$"):
+    with pytest.raises(ValueError, match=r"^pixels: got .* expected uint8 with 3 channels last; "):
         normalize(wrong, Preprocessing(8))
 
 

@@ -313,6 +313,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others() -> None
         assert constant == np.array_equal(array, other[name]), name
 
 
+def test_a_seed_gives_half_precision_the_weights_of_float32_rounded() -> None:
+    full, half = (arrays_of(create_model(CONFIG, seed=1, dtype=d)) for d in ("float32", "bfloat16"))
+    for name, array in full.items():
+        np.testing.assert_array_equal(half[name], array.astype(half[name].dtype), name)
+
+
 def test_large_arrays_are_drawn_in_pieces_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initial, "_BLOCKS", (2, 4))  # up to 64 values in twos, more in fours
 

@@ -204,5 +204,6 @@ def _check(geometry: Geometry, x: jax.Array, **points: jax.Array) -> None:
         if array.shape != expected:
             raise ValueError(
                 f"{name}: expected shape {expected} for x of shape {x.shape}, {geometry.group} "
-                f"groups and {count} points, got {array.shape}"
+                f"groups, {count} points, stride {geometry.stride}, pad {geometry.pad} and "
+                f"dilation {geometry.dilation}, got {array.shape}"
             )

@@ -313,7 +313,7 @@ def finetune(args: argparse.Namespace, unfinished: Path) -> None:
 
     others = {"train", "output", "validate", "resume", "recompute"}  # change no result
     settings = {name: value for name, value in vars(args).items() if name not in others}
-    settings |= {"images": len(dataset), "classes": classes}
+    settings |= {"dtype": model.dtype.name, "images": len(dataset), "classes": classes}
     with States(unfinished, settings) as states:
         done, held = states.restore(held)  # steps, of all epochs together
         if done:

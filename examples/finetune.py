@@ -192,6 +192,7 @@ def open_training_set(folder: Path) -> tuple[Dataset, list[str]]:
 
 def load_model(args: argparse.Namespace, classes: list[str]) -> InternImage:
     """The model to begin with, its head of these classes; ImageNet's need no names."""
+    head: dict[str, Any]
     if classes == [one.wnid for one in imagenet1k_classes()]:
         head = {"to_1k": True} if args.to_1k else {"num_classes": len(classes)}
     elif args.to_1k:
@@ -209,7 +210,9 @@ def load_model(args: argparse.Namespace, classes: list[str]) -> InternImage:
         with_cp=args.recompute,
     )
     # A masked class, which has no counterpart among the 21,841, could not be learned.
-    model.head.bias[...] = jnp.where(model.head.bias[...] == MASKED, 0, model.head.bias[...])
+    bias = model.head.bias
+    assert bias is not None
+    bias[...] = jnp.where(bias[...] == MASKED, 0, bias[...])
     return model
 
 
@@ -237,7 +240,7 @@ class States(contextlib.AbstractContextManager):
         if step is None:
             return 0, held
         wanted = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        before = self.manager.restore(step, args=wanted).settings
+        before = self.manager.restore(step, args=wanted)["settings"]
         for name, value in self.settings.items():
             if value != (had := before.get(name)):
                 name = name.replace("_", " ")
@@ -245,7 +248,7 @@ class States(contextlib.AbstractContextManager):
         leaves, tree = jax.tree.flatten(held)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        return step, jax.tree.unflatten(tree, self.manager.restore(step, args=wanted).state)
+        return step, jax.tree.unflatten(tree, self.manager.restore(step, args=wanted)["state"])
 
     def delete(self) -> None:
         self.manager.wait_until_finished()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import ANY
@@ -32,6 +33,13 @@ sysconfig.get_path = lambda name, *more: PATH if name in lib else get_path(name,
 """
 
 Build = Callable[..., tuple[int, str, list[str]]]
+
+
+def test_kernels_are_built_with_the_oldest_jax_that_they_may_run_on() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (oldest,) = [one for one in settings["project"]["dependencies"] if one.startswith("jax>=")]
+    wanted = oldest.replace(">=", "==") + "; python_version < "
+    assert any(one.startswith(wanted) for one in settings["build-system"]["requires"])
 
 
 def write_compiler(path: Path) -> None:

@@ -233,6 +233,7 @@ def add_normalize(
     norm: nnx.LayerNorm | None,
     x: jax.Array,
     residual: jax.Array,
+    train: bool = False,
     implementation: Literal["jnp"] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns x + residual (N, H, W, C), and `norm` of it by `xla_ops.add_norm`.
@@ -243,7 +244,7 @@ def add_normalize(
         return x + residual, None
     if not as_built(norm):
         x += residual.astype(x.dtype)
-        return x, called(norm, x)
+        return x, normalize(norm, x, train)
     x, residual = cast(x, norm), cast(residual, norm)
     scale, bias = operand(x, norm.scale), operand(x, norm.bias)
     return xla_ops.add_norm(
@@ -256,6 +257,7 @@ def normalize_add(
     x: jax.Array,
     residual: jax.Array,
     factors: nnx.Param | None,
+    train: bool = False,
     implementation: Literal["jnp"] | None = None,
 ) -> jax.Array:
     """Returns residual + `norm` of x (N, H, W, C), by `xla_ops.norm_add`, in the norm's dtype.
@@ -263,7 +265,7 @@ def normalize_add(
     What is added is times `factors` (C,) if there are any.
     """
     if not as_built(norm):
-        y = called(norm, x)
+        y = normalize(norm, x, train)
         if factors is not None:
             y *= along_channels(factors, y)
         return residual.astype(y.dtype) + y

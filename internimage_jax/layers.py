@@ -41,6 +41,12 @@ from internimage_jax.common import (
 )
 
 
+def fuse(module: nnx.Module) -> None:
+    """Brings a part of a model into its fastest form; one that a user has put there stays."""
+    if isinstance(module, StemLayer | DownsampleLayer | MLPLayer | DCNv3 | InternImageLayer):
+        module.fuse()
+
+
 class StemLayer(nnx.Module):
     """Two convolutions that bring an image to a quarter of its sides."""
 
@@ -172,10 +178,9 @@ class DCNv3(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         features = self.dw_conv(x, train=train)
         product = functools.partial(apply, implementation=self.implementation_of_products)
-        x = product(self.input_proj, x)
         y = xla_ops.dcnv3_fused(
-            x,
-            self._record(features),
+            product(self.input_proj, x).astype(self.dtype),
+            self._record(features).astype(self.dtype),
             group=self.group,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
@@ -260,7 +265,7 @@ class InternImageLayer(nnx.Module):
         """
         factors1, factors2 = (None, None) if factors is None else (factors[0], factors[1])
         if normalized is None:
-            normalized = x if self.post_norm else self._normalize(self.norm1, x)
+            normalized = x if self.post_norm else self._normalize(self.norm1, x, train)
         y = self.dcn(normalized, train=train)
         own1, own2 = None, None
         if self.post_norm:
@@ -269,9 +274,9 @@ class InternImageLayer(nnx.Module):
             own1, own2 = self.res_post_norm1, self.res_post_norm2
         gamma1, gamma2 = (self.gamma1, self.gamma2) if self.layer_scale else (None, None)
         norm2 = None if self.post_norm else self.norm2
-        x, normalized = self._add(x, y, own1, gamma1, norm2, factors1)
+        x, normalized = self._add(x, y, own1, gamma1, norm2, factors1, train)
         y = self.mlp(x if normalized is None else normalized, key=key)
-        return self._add(x, y, own2, gamma2, following, factors2)
+        return self._add(x, y, own2, gamma2, following, factors2, train)
 
     @classmethod
     def one_call(cls, layers: Sequence[InternImageLayer], x: jax.Array) -> jax.Array | None:
@@ -280,21 +285,24 @@ class InternImageLayer(nnx.Module):
         None where that does not pay, or they are of another form than `fuse` makes of the released
         models' layers, those of H and G aside.
         """
+        if not all(layer._as_built() for layer in layers):
+            return None
         one = layers[0]
         dcn, depthwise, mlp = one.dcn, one.dcn.dw_conv, one.mlp
         other = dcn.center_feature_scale or dcn.remove_center or one.res_post_norm
+        norms = [
+            norm for each in layers for norm in (each.norm1, each.norm2, each.dcn.dw_conv.norm)
+        ]
         is_one_call = (
             one.implementation is None
             and dcn.implementation is None
-            and hasattr(dcn, "record")
             and dcn.record.kernel.ndim == 2  # not in panels
             and dcn.record.kernel.dtype == dcn.dtype  # nothing to convert
             and depthwise.fused
             and mlp.fused
             and not (other or one.layer_scale)
-            and one.norm1.epsilon == one.norm2.epsilon == depthwise.norm.epsilon
+            and len({norm.epsilon for norm in norms}) == 1
             and xla_ops.layers_pay(jax.ShapeDtypeStruct(x.shape, dcn.dtype), dcn.group)
-            and all(layer._as_built() for layer in layers)
         )
         if not is_one_call:
             return None
@@ -308,11 +316,18 @@ class InternImageLayer(nnx.Module):
         )
 
     def _as_built(self) -> bool:
-        """Whether no part was replaced; of a layer that is fused."""
-        dcn, mlp, depthwise = self.dcn, self.mlp, self.dcn.dw_conv
-        parts = [self.norm1, self.norm2, depthwise.norm, dcn.input_proj, dcn.record]
-        parts += [dcn.output_proj, mlp.fc1, mlp.fc2]
-        return all(map(as_built, parts)) and as_built(depthwise.conv, depthwise=True)
+        """Whether it is fused, and no part of it was replaced by another kind."""
+        dcn, mlp = self.dcn, self.mlp
+        if not (type(dcn) is DCNv3 and hasattr(dcn, "record") and type(mlp) is MLPLayer):
+            return False
+        depthwise = dcn.dw_conv
+        if type(depthwise) is not DepthwiseLayer or not as_built(depthwise.conv, depthwise=True):
+            return False
+        norms = [self.norm1, self.norm2, depthwise.norm]
+        products = [dcn.input_proj, dcn.record, dcn.output_proj, mlp.fc1, mlp.fc2]
+        biases = [product.bias for product in products if as_built(product)]
+        whole = len(biases) == len(products) and None not in (*biases, depthwise.conv.bias)
+        return whole and all(map(as_built, norms))
 
     def _parameters(self, x: jax.Array) -> xla_ops.LayerParameters:
         dcn, mlp, depthwise = self.dcn, self.mlp, self.dcn.dw_conv
@@ -342,6 +357,7 @@ class InternImageLayer(nnx.Module):
         gamma: nnx.Param | None,
         following: nnx.LayerNorm | None,
         factors: jax.Array | None,
+        train: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Adds a branch's map y, by its own norm and gamma, to x; returns that as a call does.
 
@@ -349,25 +365,25 @@ class InternImageLayer(nnx.Module):
         Drop path comes between the own norm and the addition.
         """
         if norm is not None and factors is None:
-            x = normalize_add(norm, y, x, gamma, self.implementation)
-            return x, None if following is None else self._normalize(following, x)
+            x = normalize_add(norm, y, x, gamma, train, self.implementation)
+            return x, None if following is None else self._normalize(following, x, train)
         if norm is not None:
-            y = self._normalize(norm, y)
+            y = self._normalize(norm, y, train)
         if gamma is not None:
             y *= along_channels(gamma, y)
         y = drop_path(y, factors)
-        return add_normalize(following, x, y, self.implementation)
+        return add_normalize(following, x, y, train, self.implementation)
 
-    def _normalize(self, norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-        return normalize(norm, x, implementation=self.implementation)
+    def _normalize(self, norm: nnx.LayerNorm, x: jax.Array, train: bool) -> jax.Array:
+        return normalize(norm, x, train, self.implementation)
 
     def fuse(self) -> None:
         """Joins products, and multiplies the norms of branches by their gammas, for good.
 
         And brings kernels into their fastest layout.
         """
-        self.dcn.fuse()
-        self.mlp.fuse()
+        fuse(self.dcn)
+        fuse(self.mlp)
         if not self.post_norm or not self.layer_scale:
             return
         if not (as_built(self.norm1) and as_built(self.norm2)):

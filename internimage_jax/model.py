@@ -34,7 +34,7 @@ from internimage_jax.common import (
 from internimage_jax.config import InternImageConfig
 from internimage_jax.initial import fill, initial_values
 from internimage_jax.labels import checked_names
-from internimage_jax.layers import DownsampleLayer, InternImageLayer, StemLayer
+from internimage_jax.layers import DownsampleLayer, InternImageLayer, StemLayer, fuse
 from internimage_jax.preprocess import Preprocessing
 from xla_ops.custom_call import forward_mode_named
 from xla_ops.explicit_axes import undivided
@@ -53,7 +53,7 @@ def _traced_once(
     with_cp: bool,
     train: bool,
 ) -> tuple[tuple[jax.Array, jax.Array | None], nnx.State]:
-    """Calls a layer, split with the norm that follows; returns its results and batch statistics.
+    """Calls a layer, split with the norm that follows; returns results and what is no parameter.
 
     `jit` keeps what it traced, so the layers of a level that are alike are traced once: all but the
     first, which has no norm's result to begin with, and the last, which another norm follows.
@@ -64,7 +64,7 @@ def _traced_once(
         # By name: `nnx.tabulate` cannot show a None beside a module among positional arguments.
         context = {"normalized": normalized, "following": following, "key": key}
         results = layer(x, **context, train=train, factors=factors)
-        return results, nnx.state(layer, nnx.BatchStat)
+        return results, nnx.state((layer, following), nnx.Not(nnx.Param))
 
     # With `with_cp` nothing is kept for the backward pass but the layer's input.
     return (jax.checkpoint(call) if with_cp else call)(state, x, normalized, key, factors)
@@ -104,26 +104,27 @@ class InternImageBlock(nnx.Module):
         if not train and not self.post_norm_block_ids:
             whole = InternImageLayer.one_call(self.blocks, x)
             if whole is not None:
-                return self._normalize(whole)
+                return self._normalize(whole, train)
         for i, block in enumerate(self.blocks):
-            graphdef, state = nnx.split((block, self._following(i)))
-            (x, normalized), statistics = _traced_once(
+            both = (block, self._following(i))
+            graphdef, state = nnx.split(both)
+            (x, normalized), others = _traced_once(
                 *(graphdef, state, x, normalized, keys[i], factors[i]),
                 with_cp=self.with_cp,
                 train=train,
             )
             if train:
-                nnx.update(block, statistics)
+                nnx.update(both, others)
             if i in self.post_norm_block_ids:
                 assert normalized is not None
                 x, normalized = normalized, None
-        return self._normalize(x) if normalized is None else normalized
+        return self._normalize(x, train) if normalized is None else normalized
 
-    def _normalize(self, x: jax.Array) -> jax.Array:
+    def _normalize(self, x: jax.Array, train: bool) -> jax.Array:
         """The level's norm of x, or x where it has none."""
         if not self.has_norm:
             return x
-        return normalize(whole(self.norm), x, implementation=self.implementation)
+        return normalize(whole(self.norm), x, train, self.implementation)
 
     def _following(self, i: int) -> nnx.LayerNorm | None:
         """The norm that layer `i` is to apply to its map, for what follows."""
@@ -300,12 +301,12 @@ class InternImage(nnx.Module):
         """
         fused = whole(nnx.merge(*nnx.split(self)))
         fused.is_fused = True
-        fused.patch_embed.fuse()
+        fuse(fused.patch_embed)
         for level in fused.levels:
             for block in level.blocks:
-                block.fuse()
+                fuse(block)
             if hasattr(level, "downsample"):
-                level.downsample.fuse()
+                fuse(level.downsample)
         if hasattr(fused, "conv_head"):
             fused.conv_head.fuse()
         return fused
@@ -313,8 +314,9 @@ class InternImage(nnx.Module):
     def _check(self, images: jax.Array, train: bool, key: jax.Array | None) -> None:
         if not isinstance(images, jax.Array | np.ndarray):
             raise ValueError(f"images: expected an array, got {type(images).__name__}")
-        # Of a first layer that a user has put there, maybe of another kind.
-        channels = getattr(self.patch_embed.conv1, "in_features", images.shape[-1])
+        # A user may have put another first layer there, or another stem.
+        first = getattr(self.patch_embed, "conv1", None)
+        channels = getattr(first, "in_features", images.shape[-1] if images.ndim else 3)
         if images.ndim != 4 or images.shape[-1] != channels:
             raise ValueError(f"images: expected shape (N, H, W, {channels}), got {images.shape}")
         if not jnp.issubdtype(images.dtype, jnp.floating):

@@ -133,6 +133,49 @@ def test_images_of_other_channels(channels: int) -> None:
         model(images())
 
 
+@pytest.mark.parametrize("name", ["as T", "as S", "as H"])
+def test_batch_norms_go_by_train_wherever_they_are(name: str) -> None:
+    model = random_model(KINDS[name])
+    block, x = model.levels[1].blocks[0], images()
+    names = ["norm1", "norm2"] + ["res_post_norm1", "res_post_norm2"] * (name == "as H")
+    for attribute in names:
+        setattr(block, attribute, nnx.BatchNorm(32, rngs=nnx.Rngs(0)))
+    norms = [getattr(block, attribute) for attribute in names]
+
+    def means() -> list[np.ndarray]:
+        return [np.asarray(norm.mean[...]) for norm in norms]
+
+    before = means()
+    alone = model(x[:1])
+    assert_alike(model(x)[:1], alone)
+    assert all(map(np.array_equal, means(), before))
+    model(x, train=True)
+    assert not any(map(np.array_equal, means(), before))
+    assert_alike(model.fused()(x), model(x))
+
+
+def test_dropout_in_a_replaced_layer_draws_anew() -> None:
+    model = random_model({})
+    mlp = model.levels[1].blocks[0].mlp
+    mlp.fc2 = nnx.Sequential(mlp.fc2, nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    first, second = (model(images(), train=True) for _ in range(2))
+    assert not np.array_equal(first, second)
+    model.eval()
+    assert np.array_equal(model(images()), model(images()))
+
+
+def test_parts_of_ones_own() -> None:
+    class Own(nnx.Module):
+        def __call__(self, x: jax.Array, **settings: Any) -> jax.Array:
+            return x / 2
+
+    model = random_model({})
+    model.levels[0].blocks[0].mlp = Own()
+    model.levels[1].blocks[0].dcn = Own()
+    model.levels[2].blocks[0].dcn.dw_conv = Own()
+    assert_alike(model.fused()(images()), model(images()))
+
+
 def test_flaxs_own_norms_and_layers_without_a_dtype_or_a_bias() -> None:
     """Layers as Flax makes them by default: no dtype, another variance, no bias."""
     model = create_model(SMALLEST, image_size=64, seed=1, dtype="bfloat16")

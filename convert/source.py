@@ -191,7 +191,10 @@ def _select(
 ) -> tuple[str, dict[str, LazyTensor], tuple[str, ...]]:
     """Finds the layout, and the tensors by the names of a released .pth file."""
     layout = "released"
-    if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
+    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+        _only_model(path, weights)
+        tree = tree["state_dict"]
+    elif isinstance(tree, dict) and isinstance(tree.get("model"), dict):
         entry = _ENTRY[weights]
         if entry not in tree:
             raise CheckpointError(
@@ -201,21 +204,19 @@ def _select(
         tree = tree[entry]
     else:
         _only_model(path, weights)
-        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-            tree = tree["state_dict"]
     tensors = _tensors(path, tree)
     if all(name.startswith("module.") for name in tensors):  # of a model in DistributedDataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    if any(name.endswith(".kernel") for name in tensors):
-        return "converted", tensors, ()
-    if all(name.startswith("model.") for name in tensors):
-        return "huggingface", {from_huggingface(name): t for name, t in tensors.items()}, ()
     backbone = {
         name.removeprefix("backbone."): tensor
         for name, tensor in tensors.items()
         if name.startswith("backbone.")
     }
     if not backbone:
+        if any(name.endswith(".kernel") for name in tensors):
+            return "converted", tensors, ()
+        if all(name.startswith("model.") for name in tensors):
+            return "huggingface", {from_huggingface(name): t for name, t in tensors.items()}, ()
         return layout, tensors, ()
     others = {name.split(".")[0] for name in tensors} - {"backbone"}
     # A detector's moving average has a name without dots for each tensor.

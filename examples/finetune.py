@@ -29,6 +29,7 @@ import functools
 import itertools
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -222,7 +223,9 @@ class States(contextlib.AbstractContextManager):
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         """`settings`, of JSON values, have to be those of the states that are there already."""
         self.folder, self.settings = folder, settings
-        self.saved = time.perf_counter()
+        self.saved, self.ended = time.perf_counter(), False
+        self.gone = folder.with_name(folder.name + ".ended")
+        shutil.rmtree(self.gone, ignore_errors=True)  # of a run that was killed as it went away
         options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -244,19 +247,20 @@ class States(contextlib.AbstractContextManager):
         for name, value in self.settings.items():
             if value != (had := before.get(name)):
                 name = name.replace("_", " ")
-                raise ValueError(f"{name}: got {value}, expected {had}, as in {self.folder}")
+                raise ValueError(
+                    f"{name}: got {value}, expected {had}, as in {self.folder}; delete that to "
+                    "begin anew"
+                )
         leaves, tree = jax.tree.flatten(held)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         return step, jax.tree.unflatten(tree, self.manager.restore(step, args=wanted)["state"])
 
-    def delete(self) -> None:
-        self.manager.wait_until_finished()
-        for step in self.manager.all_steps():
-            self.manager.delete(step)
-
     def __exit__(self, *_: object) -> None:
         self.manager.close()  # waits until all is written
+        if self.ended:  # at once, and not file by file under its name
+            self.folder.rename(self.gone)
+            shutil.rmtree(self.gone)
         with contextlib.suppress(OSError):  # that it is not empty
             self.folder.rmdir()
 
@@ -317,10 +321,22 @@ def finetune(args: argparse.Namespace, unfinished: Path) -> None:
     others = {"train", "output", "validate", "resume", "recompute"}  # change no result
     settings = {name: value for name, value in vars(args).items() if name not in others}
     settings |= {"dtype": model.dtype.name, "images": len(dataset), "classes": classes}
+
+    def write_and_validate(params: nnx.State, statistics: nnx.State) -> None:
+        nnx.update(model, params, statistics)
+        internimage_jax.save_pretrained(model, args.output)
+        if validation:
+            each = args.batch_size // devices
+            report = evaluate(model, validation, batch_size=each, on_error="skip")
+            skipped = f", not read: {n}" if (n := report["num_skipped"]) else ""
+            print(f"top-1 on {args.validate}: {report['top1']:.2f} %{skipped}", flush=True)
+
     with States(unfinished, settings) as states:
         done, held = states.restore(held)  # steps, of all epochs together
         if done:
             print(f"goes on after {done} of {len(rates)} steps", flush=True)
+            if done % steps == 0:  # which the kill may have come before
+                write_and_validate(*held[:2])
         for epoch in range(done // steps + 1, args.epochs + 1):
             start, losses = time.perf_counter(), []
             side, first = model.preprocessing.image_size, done % steps
@@ -340,15 +356,9 @@ def finetune(args: argparse.Namespace, unfinished: Path) -> None:
             loss = check(float(np.mean(jax.device_get(losses))))
             speed = len(losses) * args.batch_size / (time.perf_counter() - start)
             print(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, {speed:.1f} images/s", flush=True)
-            nnx.update(model, *held[:2])
-            internimage_jax.save_pretrained(model, args.output)
             states.save(done, held)
-            if validation:
-                each = args.batch_size // devices
-                report = evaluate(model, validation, batch_size=each, on_error="skip")
-                skipped = f", not read: {n}" if (n := report["num_skipped"]) else ""
-                print(f"top-1 on {args.validate}: {report['top1']:.2f} %{skipped}", flush=True)
-        states.delete()
+            write_and_validate(*held[:2])
+        states.ended = True
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -394,7 +404,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         unfinished = args.output.resolve().with_name(args.output.resolve().name + ".unfinished")
         if unfinished.exists() and not args.resume:
-            raise ValueError(f"{unfinished}: of a run that did not end; --resume goes on with it")
+            raise ValueError(
+                f"{unfinished}: of a run that did not end; --resume goes on with it, or delete it"
+            )
         if args.output.exists() and any(args.output.iterdir()) and not unfinished.exists():
             raise ValueError(f"{args.output}: is there already; choose another name")
         args.output.mkdir(parents=True, exist_ok=True)  # so that an error shows before training

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
@@ -130,10 +131,11 @@ def as_built(layer: nnx.Module, *, depthwise: bool = False) -> bool:
     A layer that a user has put in the place of one, such as Flax's LoRALinear, is called instead.
     """
     if type(layer) is nnx.Linear:
-        return layer.dot_general is lax.dot_general
+        return layer.dot_general is lax.dot_general and layer.promote_dtype is promote_dtype
     if type(layer) is nnx.LayerNorm:
-        whole = layer.scale is not None and layer.bias is not None
-        return whole and layer.reduction_axes == layer.feature_axes == -1
+        whole = layer.scale is not None and layer.bias is not None and layer.axis_name is None
+        usual = layer.reduction_axes == layer.feature_axes == -1
+        return whole and usual and layer.promote_dtype is promote_dtype
     if type(layer) is nnx.Conv:
         size = layer.kernel_size[0] if depthwise else 3
         strides, groups = (1, layer.out_features) if depthwise else (2, 1)
@@ -141,6 +143,8 @@ def as_built(layer: nnx.Module, *, depthwise: bool = False) -> bool:
         return (
             (layer.kernel_size, layer.strides, layer.padding) == ((size, size), strides, padding)
             and (layer.input_dilation, layer.kernel_dilation, layer.mask) == (1, 1, None)
+            and (layer.conv_general_dilated, layer.promote_dtype)
+            == (lax.conv_general_dilated, promote_dtype)
             and layer.feature_group_count == groups
             and (not depthwise or (layer.in_features == groups and size % 2 == 1))
         )

@@ -142,6 +142,14 @@ def test_a_backbone_is_found_wherever_its_names_are(entry, prefix, tmp_path) -> 
     assert settings_of(out)["notes"] == ["read the backbone; left out ema_*"]
 
 
+def test_a_detectors_own_tensors_may_be_called_kernel(tmp_path) -> None:
+    arrays = {f"backbone.{n}": a for n, a in weights(CONFIG).items() if "head." not in n}
+    arrays["neck.blur.kernel"] = np.zeros((3, 3), np.float32)
+    source = make.write(tmp_path / "detector.pth", make.torch_file(arrays, "state_dict"))
+    out = convert(source, tmp_path / "out", model=CONFIG)
+    assert settings_of(out)["notes"] == ["read the backbone; left out neck"]
+
+
 def test_a_classifier_may_be_of_data_parallel_training(tmp_path) -> None:
     arrays = {f"module.{name}": array for name, array in weights(CONFIG).items()}
     source = make.write(tmp_path / "parallel.pth", make.torch_file(arrays, "model"))

@@ -208,6 +208,7 @@ def test_it_goes_on_after_a_kill(
     with jax.numpy_dtype_promotion("standard"):  # optax wants it
         run("whole", "--resume")  # with nothing to go on from it begins
         assert len(seen) == 6
+        # At 3 the state of an epoch's end is there, whose model may not be.
         for end, model_is_there in ((1, False), (3, True), (5, True)):
             name = f"after {end}"
             with pytest.raises(SystemExit, match="130"):
@@ -219,6 +220,8 @@ def test_it_goes_on_after_a_kill(
             with pytest.raises(SystemExit, match=r"size: got 4, expected 8, as in .*\.unf"):
                 run(name, "--resume", "--batch-size", "4")
             capsys.readouterr()
+            if stopped == 3:
+                (tmp_path / name / "model.safetensors").unlink()
             run(name, "--resume")
             assert f"goes on after {stopped} of 6 steps\n" in capsys.readouterr().out
             assert len(seen) == 6 - stopped

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -98,6 +101,18 @@ def test_a_program_that_fails_sets_all_aside(monkeypatch: pytest.MonkeyPatch) ->
     status, targets = _ffi._load_once.__wrapped__("cpu")
     assert status.implementation == "gather" and not targets
     assert "failed its trial" in status.detail and "version" in status.detail
+
+
+@needs_kernel
+def test_without_vector_instructions_for_them_products_are_left_to_xla() -> None:
+    program = "from xla_ops import _ffi; print(*_ffi.usable_targets('cpu'))"
+    environment = os.environ | {"INTERNIMAGE_CPU_ISA": "baseline"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    targets = done.stdout.split()
+    assert _targets.DCNV3_FORWARD in targets
+    assert not [one for one in targets if "linear" in one or "convolution" in one or "mlp" in one]
 
 
 @needs_kernel

@@ -17,16 +17,19 @@
   X(internimage_layer_norm_backward)       \
   X(internimage_add_norm_forward)          \
   X(internimage_add_norm_backward)         \
-  X(internimage_norm_add_forward)          \
-  X(internimage_linear_forward)            \
-  X(internimage_linear_backward)           \
-  X(internimage_linear_gelu_forward)       \
-  X(internimage_convolution_forward)       \
-  X(internimage_convolution_backward)      \
+  X(internimage_norm_add_forward)
+
+#define PRODUCTS(X)                   \
+  X(internimage_linear_forward)       \
+  X(internimage_linear_backward)      \
+  X(internimage_linear_gelu_forward)  \
+  X(internimage_convolution_forward)  \
+  X(internimage_convolution_backward) \
   X(internimage_mlp_forward)
 
 #define DECLARE(target) XLA_FFI_DECLARE_HANDLER_SYMBOL(target);
 TARGETS(DECLARE)
+PRODUCTS(DECLARE)
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Handlers of the CPU custom calls, by target name.";
@@ -34,6 +37,10 @@ PYBIND11_MODULE(_cpu, m) {
     pybind11::dict targets;
 #define ADD(target) targets[#target] = pybind11::capsule(reinterpret_cast<void*>(target));
     TARGETS(ADD)
+    // Without vector instructions for it XLA's own products are as good.
+    if (::cpu::instruction_set() != ::cpu::InstructionSet::kBaseline) {
+      PRODUCTS(ADD)
+    }
     return targets;
   });
   m.def("instruction_set", &::cpu::instruction_set_name);
